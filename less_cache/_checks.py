@@ -1,0 +1,62 @@
+"""Checks of what a user hands in: each error names the argument, what was given, what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer (a bool is none).
+    ValueError
+        If it lies outside ``minimum .. maximum``.
+    """
+    allowed = (
+        f"an integer >= {minimum}" if maximum is None else f"an integer {minimum} to {maximum}"
+    )
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {allowed}")
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
+        raise ValueError(f"{name}: got {number}, expected {allowed}")
+    return number
+
+
+def check_real(name: str, value: Any, *, above: float, maximum: float = math.inf) -> float:
+    """`value` as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number (a bool is none).
+    ValueError
+        If it is not finite, or lies outside ``above < value <= maximum``.
+    """
+    allowed = f"a number > {above:g}"
+    if maximum != math.inf:
+        allowed += f" and <= {maximum:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {allowed}")
+    number = float(value)
+    if not (math.isfinite(number) and above < number <= maximum):
+        raise ValueError(f"{name}: got {value}, expected {allowed}")
+    return number
+
+
+def check_choice(name: str, value: Any, allowed: Any) -> Any:
+    """`value` if it is one of `allowed`.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return value

@@ -5,6 +5,11 @@ is merged, through two small trained feature maps, into a low-rank state that ev
 still reads.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .manager import CacheManager
@@ -19,6 +24,10 @@ from .policies import (
     SinkWindow,
 )
 from .state import CacheState, LayerState
+
+if TYPE_CHECKING:
+    from .integrations.transformers import LessCache as LessCache
+    from .integrations.transformers import attach as attach
 
 __version__ = "0.1.0"
 
@@ -37,3 +46,16 @@ __all__ = [
     "Scissorhands",
     "SinkWindow",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is optional, and slow to import: only who asks for these two pays for it.
+    if name not in ("LessCache", "attach"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f"less_cache.{name} needs transformers: pip install 'less_cache[transformers]'"
+        ) from error
+    return getattr(importlib.import_module(".integrations.transformers", __name__), name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._checks import check_choice, check_int, check_real
-from .policies import FullCache, Policy, policy_from_dict
+from .policies import Policy, policy_from_dict
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 POSITION_BYTES = 4
@@ -144,7 +144,8 @@ class CacheConfig:
                 check_int(name, getattr(self, name), minimum=1)
         if self.query_heads % self.kv_heads:
             raise ValueError(
-                f"query_heads: got {self.query_heads}, expected a multiple of kv_heads = {self.kv_heads}"
+                f"query_heads: got {self.query_heads}, "
+                f"expected a multiple of kv_heads = {self.kv_heads}"
             )
         for name in ("scale", "softcap"):
             if getattr(self, name) is not None:
@@ -296,7 +297,7 @@ class CacheConfig:
         model_config: Any,
         *,
         capacity: int | float | Sequence[int | float] | None = None,
-        policy: Policy | Sequence[Policy] = FullCache(),
+        policy: Policy | Sequence[Policy],
         rank: int = 8,
         **parameters: Any,
     ) -> CacheConfig:
@@ -377,6 +378,8 @@ def model_shapes(model_config: Any) -> dict[str, Any]:
     }
     if getattr(text, "query_pre_attn_scalar", None) is not None:
         shapes["scale"] = text.query_pre_attn_scalar**-0.5
+    elif getattr(text, "attention_multiplier", None) is not None:
+        shapes["scale"] = text.attention_multiplier
     dtype = getattr(text, "dtype", None)
     if dtype is not None:
         shapes["dtype"] = dtype_name(dtype)
@@ -429,7 +432,7 @@ def _collapsed(values: tuple[Any, ...]) -> Any:
 
 
 def _slots(value: Any, max_positions: int | None) -> int:
-    if isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if isinstance(value, (numbers.Integral, bool)):
         return check_int("capacity", value, minimum=1)
     share = check_real("capacity", value, above=0.0, maximum=1.0)
     if max_positions is None:

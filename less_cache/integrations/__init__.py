@@ -1,0 +1,1 @@
+"""The cache inside other libraries. Each module here needs its library; nothing below does."""

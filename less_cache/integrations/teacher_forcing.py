@@ -1,0 +1,44 @@
+"""A transformers model over whole sequences, with a small cache's exact decode semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..config import CacheConfig
+from ..feature_maps import LayerMaps
+from ..teacher_forced import attend_all, eviction_times
+from .interception import intercepted
+
+
+def small_cache_logits(
+    model: Any, config: CacheConfig, maps: Sequence[LayerMaps] | None, ids: Tensor
+) -> Tensor:
+    """The model's logits with a small cache, as if it had decoded token by token.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `attach` takes.
+    config
+        Capacity and policy.
+    maps
+        For each layer; ``None`` runs the policy alone.
+    ids
+        [B, N] token ids.
+
+    Returns
+    -------
+    Tensor
+        [B, N, vocabulary]; gradients flow into the maps.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        spec = config.layer(layer)
+        times = eviction_times(spec, q.detach(), k.detach())
+        return attend_all(spec, None if maps is None else maps[layer], q, k, v, times)
+
+    with intercepted(model, attend):
+        return model(ids, use_cache=False).logits  # type: ignore[no-any-return]

@@ -1,0 +1,181 @@
+"""`attach`: a transformers model runs with a less_cache for as long as it is attached."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..config import CacheConfig
+from ..feature_maps import FeatureMaps
+from ..manager import CacheManager
+from .cache import LessCache
+from .falcon import check_falcon, falcon_forward
+from .forward import ModelHooks, before_attention
+from .generation import wrap_generate
+from .interface import register
+from .model_check import attention_modules, check_fit, check_model, decoder_of, model_device
+
+__all__ = ["Attachment", "LessCache", "attach"]
+
+_ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The decoders that are attached now."""
+
+
+class Attachment:
+    """A model with its cache attached; a context manager that detaches at its end.
+
+    Attributes
+    ----------
+    model
+        The transformers model.
+    manager : CacheManager
+        Config, maps and backend of all its caches.
+    """
+
+    def __init__(self, model: Any, manager: CacheManager) -> None:
+        self.model = model
+        self.manager = manager
+        self._undo = contextlib.ExitStack()
+        self._attached = False
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return f"Attachment({name}, attached={self.attached}, {self.manager.config})"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still runs with the cache."""
+        return self._attached
+
+    def new_cache(self, batch_size: int | None = None) -> LessCache:
+        """An empty cache to pass as ``past_key_values``, and to keep for a later turn.
+
+        Parameters
+        ----------
+        batch_size
+            Sequences. Default: those of the first forward pass.
+        """
+        return LessCache(self.manager, self.model.config, batch_size=batch_size)
+
+    def load_cache(self, folder: str | Path) -> LessCache:
+        """Read a cache that `LessCache.save` wrote, onto the model's device.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is missing.
+        ValueError
+            If one is damaged, or was made with another config, other maps or another model.
+        """
+        device = model_device(attention_modules(self.model))
+        return LessCache.load(folder, self.manager, self.model.config, device=device)
+
+    def detach(self) -> None:
+        """Give the model back as it was; nothing happens the second time."""
+        self._undo.close()
+
+    def _apply(self, modules: list[Any]) -> None:
+        decoder = decoder_of(self.model, modules)
+        hooks = ModelHooks(decoder, self.new_cache)
+        with contextlib.ExitStack() as undo:
+            _ATTACHED.add(decoder)
+            undo.callback(_ATTACHED.discard, decoder)
+            for handle in (
+                decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
+                decoder.register_forward_hook(hooks.after, with_kwargs=True),
+            ):
+                undo.callback(handle.remove)
+            if hooks.is_falcon:
+                for module in modules:
+                    _override(undo, module, "forward", falcon_forward(module))
+            else:
+                for module in modules:
+                    hook = module.register_forward_pre_hook(before_attention, with_kwargs=True)
+                    undo.callback(hook.remove)
+                original = decoder.config._attn_implementation
+                undo.callback(setattr, decoder.config, "_attn_implementation", original)
+                decoder.config._attn_implementation = register(original)
+            if callable(getattr(self.model, "generate", None)):
+                _override(undo, self.model, "generate", wrap_generate(self.model, self.new_cache))
+            self._attached = True
+            undo.callback(setattr, self, "_attached", False)
+            # Up to here an error undoes everything; from here on detach() does.
+            self._undo = undo.pop_all()
+
+
+def attach(
+    model: Any,
+    config: CacheConfig,
+    maps: FeatureMaps | None = None,
+    backend: str = "auto",
+) -> Attachment:
+    """Let a transformers model run with a less_cache, until it is detached.
+
+    ``with attach(model, config, maps):`` detaches at the end of the block, also after an error;
+    without ``with``, call `Attachment.detach`. Every call of generate(), and every forward pass
+    that is given no cache, gets a fresh `LessCache`; pass one of `Attachment.new_cache` as
+    ``past_key_values`` to keep it for a second turn. A forward pass with ``use_cache=False`` is the
+    model's own.
+
+    Parameters
+    ----------
+    model
+        A causal language model whose attention is built as Llama's is (Llama, Mistral, Qwen2,
+        Qwen3, Phi-3, Gemma 2 and 3 and their like), or Falcon without ALiBi. Sliding-window layers
+        keep their own cache.
+    config
+        For its full-attention layers; ``CacheConfig.from_model(model.config, ...)`` makes it.
+    maps
+        φ and ψ; needed where ``config.rank`` is above 0.
+    backend
+        As of `CacheManager`.
+
+    Returns
+    -------
+    Attachment
+        The handle: a context manager with `new_cache`, `load_cache` and `detach`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no transformers model, or `config` no `CacheConfig`.
+    ValueError
+        If the model's kind is not supported, its layers are on several devices, it is attached
+        already, or config or maps do not fit it. The model is unchanged then.
+    """
+    if isinstance(model, nn.Module) and any(part in _ATTACHED for part in model.modules()):
+        raise ValueError("model: already attached; detach it first")
+    check_model(model)
+    if model.config.model_type == "falcon":
+        check_falcon(model.config)
+    modules = attention_modules(model)
+    check_fit(model, modules, config)
+    attachment = Attachment(model, CacheManager(config, maps, backend=backend))
+    attachment._apply(modules)
+    return attachment
+
+
+def _override(undo: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:
+    """Set an attribute of one object, in front of its class's; `undo` removes it again."""
+    before = vars(target).get(name)
+    if before is None:
+        undo.callback(delattr, target, name)
+    else:
+        undo.callback(setattr, target, name, before)
+    setattr(target, name, value)

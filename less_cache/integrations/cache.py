@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .._checks import check_int
-from ..config import full_attention_layers
+from ..config import CacheConfig, full_attention_layers
 from ..manager import CacheManager
 from ..state import CacheState
 
@@ -31,6 +31,11 @@ class LessLayer(CacheLayerMixin):  # type: ignore[misc]
         self.cache = cache
         self.index = index
         self.seen = 0
+
+    @property
+    def config(self) -> CacheConfig:
+        """Of the cache this layer belongs to."""
+        return self.cache.manager.config
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # After rope under autocast keys may be wider than values, which have the model's dtype.

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
 from .cache import LessCache
+from .interface import AttentionLayer
 
 
 def check_falcon(model_config: Any) -> None:
@@ -37,8 +38,25 @@ def falcon_mask(mask: Tensor | None, batch: int, length: int, device: torch.devi
     return mask[:, None, None, :]
 
 
-def falcon_forward(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A forward for `module` that attends by way of a `LessCache`, where it is given one."""
+Find = Callable[[Any, Tensor | None, int], tuple[AttentionLayer, Tensor | None] | None]
+"""(layer_past, attention_mask, new tokens) -> who attends, and its mask [B, S]; or nobody."""
+
+
+def cached_layer(module: Any) -> Find:
+    """The layer of the `LessCache` that `module` is given, where it is given one."""
+
+    def find(
+        past: Any, mask: Tensor | None, length: int
+    ) -> tuple[AttentionLayer, Tensor | None] | None:
+        if not isinstance(past, LessCache) or mask is None:
+            return None
+        return past.layers[module.layer_idx], mask[:, 0, 0, -length:].to(torch.bool)
+
+    return find
+
+
+def falcon_forward(module: Any, find: Find) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A forward for `module` that lets what `find` finds attend, and else is the module's own."""
     original = module.forward
 
     def forward(
@@ -52,7 +70,8 @@ def falcon_forward(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(layer_past, LessCache) or attention_mask is None:
+        found = find(layer_past, attention_mask, hidden_states.shape[1])
+        if found is None:
             return original(
                 hidden_states,
                 alibi,
@@ -66,8 +85,8 @@ def falcon_forward(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
             )
         query, key, value = _split_heads(module, module.query_key_value(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        mask = attention_mask[:, 0, 0, -query.shape[2] :].to(torch.bool)
-        out = layer_past.layers[module.layer_idx].attend(query, key, value, mask)
+        layer, mask = found
+        out = layer.attend(query, key, value, mask)
         return module.dense(out.transpose(1, 2).flatten(2)), None
 
     return forward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,16 +17,28 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import CacheConfig
-from .cache import LessLayer
 
 PREFIX = "less_cache_"
 """What the names of our implementations start with."""
 
 LAYER = "less_cache_layer"
-"""The keyword by which an attention module hands its `LessLayer` on."""
+"""The keyword by which an attention module hands its `AttentionLayer` on."""
 
 UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "score_mod", "block_mask")
 """Keywords of attention functions that change the logits in a way the cache does not know."""
+
+
+class AttentionLayer(Protocol):
+    """Who attends in place of an attention module: a cache's layer, or a function of ours."""
+
+    index: int
+
+    @property
+    def config(self) -> CacheConfig:
+        """The shapes and the scale that it attends with."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, Hq, S, D] from q [B, Hq, S, D], k and v [B, Hkv, S, D], mask [B, S]."""
 
 
 def register(original: str) -> str:
@@ -59,7 +71,7 @@ def register(original: str) -> str:
 
 
 def _run_layer(
-    layer: LessLayer,
+    layer: AttentionLayer,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -80,8 +92,7 @@ def _run_layer(
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{model_type}: its attention uses {name}; LessCache cannot")
-    if isinstance(layer, LessLayer):
-        _check_logits(layer.cache.manager.config, module, kwargs)
+    _check_logits(layer.config, module, kwargs)
     mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     return layer.attend(query, key, value, mask).transpose(1, 2).contiguous()
 

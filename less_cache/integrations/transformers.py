@@ -14,7 +14,7 @@ from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..manager import CacheManager
 from .cache import LessCache
-from .falcon import check_falcon, falcon_forward
+from .falcon import cached_layer, check_falcon, falcon_forward
 from .forward import ModelHooks, before_attention
 from .generation import wrap_generate
 from .interface import register
@@ -103,7 +103,7 @@ class Attachment:
                 undo.callback(handle.remove)
             if hooks.is_falcon:
                 for module in modules:
-                    _override(undo, module, "forward", falcon_forward(module))
+                    _override(undo, module, "forward", falcon_forward(module, cached_layer(module)))
             else:
                 for module in modules:
                     hook = module.register_forward_pre_hook(before_attention, with_kwargs=True)

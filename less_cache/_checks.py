@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: each error names the argument, what was given, what is allowed."""
+"""Checks of what a user hands in: an error names the argument, what was given, what is allowed."""
 
 from __future__ import annotations
 

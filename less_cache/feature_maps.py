@@ -124,7 +124,7 @@ class LayerMaps:
         Tensor
             [B, Hq, S, R].
         """
-        features = _two_layers(queries, self.tensors["phi_w1"], self.tensors["phi_w2"])
+        features = self._two_layers(queries, self.tensors["phi_w1"], self.tensors["phi_w2"])
         if self.kind == "exp":
             return features.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
         return F.gelu(features).abs()
@@ -143,22 +143,25 @@ class LayerMaps:
             [B, Hkv, S, R].
         """
         t = self.tensors
-        features = _two_layers(keys, t["psi_w1"], t["psi_w2"])
+        features = self._two_layers(keys, t["psi_w1"], t["psi_w2"])
         if self.kind == "exp":
             exponent = features + t["psi_b"].unsqueeze(1)
             return exponent.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
         u = t["psi_s1"].abs().unsqueeze(1) * F.gelu(features)
         return (u + (u @ t["psi_w3"]) * t["psi_s2"].unsqueeze(1)).abs()
 
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What follows the first layer of both maps."""
+        return F.gelu(hidden)
 
-def _two_layers(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """gelu(x w1) w2 head by head, the sum of the last product in float32 or wider."""
-    batch, heads, length, head_dim = x.shape
-    # One product per head for the whole batch: the weights are read once, not once a sequence.
-    rows = x.to(w1.dtype).transpose(0, 1).reshape(heads, batch * length, head_dim)
-    features = F.gelu(rows @ w1) @ w2
-    wide = torch.promote_types(features.dtype, torch.float32)
-    return features.to(wide).view(heads, batch, length, -1).transpose(0, 1)
+    def _two_layers(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """gelu(x w1) w2 head by head, the sum of the last product in float32 or wider."""
+        batch, heads, length, head_dim = x.shape
+        # One product per head for the whole batch: the weights are read once, not once a sequence.
+        rows = x.to(w1.dtype).transpose(0, 1).reshape(heads, batch * length, head_dim)
+        features = self.activate(rows @ w1) @ w2
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return features.to(wide).view(heads, batch, length, -1).transpose(0, 1)
 
 
 class FeatureMaps:

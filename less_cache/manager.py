@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ._checks import check_choice, check_int
-from .backends import MODULES, get_backend
+from .backends import MODULES, get_backend, runs_on_triton
 from .config import CacheConfig, LayerConfig, dtype_name
-from .feature_maps import FeatureMaps
+from .feature_maps import FeatureMaps, LayerMaps
 from .policies import Score
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
@@ -30,7 +30,8 @@ class CacheManager:
         φ and ψ of each layer; needed where ``config.rank`` is above 0, refused where it is 0.
     backend
         ``"auto"``, or one by name: ``"reference"`` is the definition, plain and slow;
-        ``"torch"`` is fast on the CPU and on a GPU.
+        ``"torch"`` is fast on the CPU and on a GPU; ``"triton"`` has kernels for a CUDA GPU, and
+        is what ``"auto"`` takes for a state that lives on one.
 
     Raises
     ------
@@ -44,6 +45,8 @@ class CacheManager:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
         check_choice("backend", backend, ("auto", *MODULES))
+        # Which backend a state on a CUDA GPU gets, by its dtype, once it is known.
+        self._on_cuda: dict[str, str] | None = {} if backend == "auto" else None
         if backend == "auto":
             custom = any(policy.score is Score.CUSTOM for policy in config.policies)
             backend = "reference" if custom else "torch"
@@ -55,11 +58,13 @@ class CacheManager:
             raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
         if maps is not None:
             maps.check_against(config)
-        self._backend = get_backend(backend)
-        self._backend.check_config(config)
+        self._backends = {backend: get_backend(backend)}
+        self._backends[backend].check_config(config)
         self.config = config
         self.maps = maps
         self.backend = backend
+        # By backend, device and dtype: states are made often, maps are converted once.
+        self._prepared: dict[tuple[str, str, str], list[LayerMaps]] = {}
 
     def __repr__(self) -> str:
         return f"CacheManager({self.config}, {self.maps}, backend={self.backend!r})"
@@ -143,13 +148,17 @@ class CacheManager:
             )
         if state.maps is not self.maps:
             raise ValueError("state: made with other feature maps than this manager's")
+        backend = self._backend_for(state)
+        if state.prepared_for != backend:
+            self._adopt(state)
         spec = state.config.layer(layer)
         layer_state = state.layers[layer]
         _check_inputs(spec, layer_state, q, k, v)
         mask = _checked_mask(layer_state, k, mask)
         if spec.policy.score is Score.NONE:
             _check_room(spec, layer_state, mask, int(k.shape[2]))
-        return self._backend.append(spec, layer_state, state.layer_maps[layer], q, k, v, mask)
+        maps = state.layer_maps[layer]
+        return self._backends[backend].append(spec, layer_state, maps, q, k, v, mask)
 
     def load(self, path: str | Path, *, device: Any = None) -> CacheState:
         """Read a snapshot that `CacheState.save` wrote, to go on with it.
@@ -161,42 +170,59 @@ class CacheManager:
         ValueError
             If it is damaged, or made with another config or other maps.
         """
-        state = CacheState.load(path, self.config, self.maps, device=device)
-        if state.is_numpy and self.backend != "reference":
-            raise ValueError(f"{path}: a NumPy state, which backend 'reference' alone takes")
-        return self._adopt(state)
+        return self._adopt(CacheState.load(path, self.config, self.maps, device=device))
 
     def _adopt(self, state: CacheState) -> CacheState:
+        if state.is_numpy and self.backend != "reference":
+            raise ValueError(
+                "state: holds NumPy arrays, which backend 'reference' alone takes; "
+                f"this one is {self.backend!r}"
+            )
+        name = self._backend_for(state)
+        backend = self._backends.setdefault(name, get_backend(name))
+        backend.check_config(state.config)
         if self.maps is not None:
             first = state.layers[0].keys
             device = None if state.is_numpy else first.device
-            state.layer_maps = [
-                self._backend.prepare_maps(maps, state.config.layer(i), device)
-                for i, maps in enumerate(self.maps)
-            ]
+            key = (name, str(device), state.config.dtype)
+            if key not in self._prepared:
+                self._prepared[key] = [
+                    backend.prepare_maps(maps, state.config.layer(i), device)
+                    for i, maps in enumerate(self.maps)
+                ]
+            state.layer_maps = list(self._prepared[key])
+        state.prepared_for = name
         return state
+
+    def _backend_for(self, state: CacheState) -> str:
+        """The backend that runs this state: "auto" prefers Triton's kernels on a CUDA GPU."""
+        if self._on_cuda is None or state.is_numpy or not state.layers[0].keys.is_cuda:
+            return self.backend
+        dtype = state.config.dtype
+        if dtype not in self._on_cuda:
+            usable = self.backend == "torch" and runs_on_triton(state.config)
+            self._on_cuda[dtype] = "triton" if usable else self.backend
+        return self._on_cuda[dtype]
 
 
 def _check_inputs(spec: LayerConfig, state: LayerState, q: Array, k: Array, v: Array) -> None:
     batch = state.keys.shape[0]
+    library = np.ndarray if isinstance(state.keys, np.ndarray) else torch.Tensor
     for name, array, heads in (
-        ("q", q, spec.query_heads),
+        # First k: it says how many tokens are new.
         ("k", k, spec.kv_heads),
+        ("q", q, spec.query_heads),
         ("v", v, spec.kv_heads),
     ):
-        if not isinstance(array, type(state.keys)) and not isinstance(array, torch.Tensor):
+        if not isinstance(array, library):
             raise TypeError(
-                f"{name}: got {type(array).__name__}, expected {type(state.keys).__name__}"
-            )
-        if isinstance(state.keys, np.ndarray) != isinstance(array, np.ndarray):
-            raise TypeError(
-                f"{name}: got {type(array).__name__}, but the state is {type(state.keys).__name__}"
+                f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
             )
         if array.ndim != 4:
             raise ValueError(
                 f"{name}: got shape {tuple(array.shape)}, expected [batch, heads, tokens, head_dim]"
             )
-        expected = (batch, heads, k.shape[2] if k.ndim == 4 else array.shape[2], spec.head_dim)
+        expected = (batch, heads, k.shape[2], spec.head_dim)
         if tuple(array.shape) != expected:
             raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {expected}")
         if array.dtype != state.keys.dtype:
@@ -223,9 +249,8 @@ def _checked_mask(state: LayerState, k: Array, mask: Array | None) -> Array | No
         raise ValueError(f"mask: on device {mask.device}, expected {k.device}")
     if mask.dtype in (bool, torch.bool):
         return mask
-    integer = (
-        mask.dtype.kind in "iu" if numpy else not (mask.is_floating_point() or mask.is_complex())
-    )
+    kinds: Any = mask.dtype
+    integer = kinds.kind in "iu" if numpy else not (kinds.is_floating_point or kinds.is_complex)
     if not integer:
         raise TypeError(
             f"mask: got dtype {mask.dtype} (it could hold NaN), expected booleans or 0 and 1"
@@ -243,6 +268,8 @@ def _check_room(spec: LayerConfig, state: LayerState, mask: Array | None, new_to
             ((state.length + incoming) <= spec.capacity).all(),
             f"FullCache: more tokens than capacity = {spec.capacity}",
         )
+        # Nobody counts while compiled: the next call that is not has to ask the device.
+        state.tokens_bound = spec.capacity
         return
     if state.tokens_bound + new_tokens > spec.capacity:
         state.tokens_bound = int(state.length.max())
@@ -250,6 +277,7 @@ def _check_room(spec: LayerConfig, state: LayerState, mask: Array | None, new_to
         total = int((state.length + incoming).max())
         if total > spec.capacity:
             raise ValueError(
-                f"k: {total} tokens in all, but {spec.policy} holds at most capacity = {spec.capacity}"
+                f"k: {total} tokens in all, but {spec.policy} holds at most "
+                f"capacity = {spec.capacity}"
             )
     state.tokens_bound += new_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -19,12 +18,14 @@ from .feature_maps import FeatureMaps
 WEIGHTS = "less_maps.safetensors"
 CARD = "less_maps.json"
 FORMAT_VERSION = 1
+CARD_FIELDS = ("kind", "num_layers", "model_id", "training")
 
 
 def save_folder(maps: FeatureMaps, folder: Path) -> None:
     """Write `WEIGHTS` and `CARD` into `folder`, each by way of a temporary name."""
     tensors = {
-        f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
+        # A copy: layers may share a tensor, which safetensors does not take.
+        f"layers.{i}.{name}": tensor.detach().cpu().contiguous().clone()
         for i, layer in enumerate(maps)
         for name, tensor in layer.tensors.items()
     }
@@ -66,6 +67,13 @@ def load_folder(folder: Path) -> FeatureMaps:
         tensors = load_file(str(folder / WEIGHTS))
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: damaged or truncated: {error}") from None
+    if missing := [name for name in CARD_FIELDS if name not in card]:
+        raise ValueError(f"{folder / CARD}: lacks {missing}")
+    if card["num_layers"] not in range(1, len(tensors) + 1):
+        raise ValueError(
+            f"{folder}: {CARD} says num_layers = {card['num_layers']!r}, "
+            f"{WEIGHTS} has {len(tensors)} tensors in all"
+        )
     layers: list[dict[str, Any]] = [{} for _ in range(card["num_layers"])]
     for key, tensor in tensors.items():
         match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
@@ -130,7 +138,8 @@ def load_official(folder: Path) -> FeatureMaps:
     )
     if not numbers or numbers != list(range(len(numbers))):
         raise FileNotFoundError(
-            f"{folder}: has layer files {numbers}, expected layer_0.pth, layer_1.pth, ... without a gap"
+            f"{folder}: has layer files {numbers}, "
+            "expected layer_0.pth, layer_1.pth, ... without a gap"
         )
     layers = [_official_layer(folder / f"layer_{i}.pth") for i in numbers]
     return FeatureMaps.from_tensors(
@@ -142,8 +151,8 @@ def _official_layer(path: Path) -> dict[str, torch.Tensor]:
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # A damaged file may end in any error of the unpickler's.
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: damaged, or holds more than tensors: {reason}") from None
     state = checkpoint.get("model_state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
@@ -164,6 +173,8 @@ def _official_layer(path: Path) -> dict[str, torch.Tensor]:
         return {name: value.contiguous() for name, value in zip(names, values, strict=True)}
     except KeyError as missing:
         raise ValueError(f"{path}: lacks {missing}, which every LESS checkpoint has") from None
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: a parameter is no tensor of its shape: {error}") from None
 
 
 def _numpy_globals() -> list[Any]:

@@ -75,7 +75,7 @@ class Policy:
         return max(capacity - 1 - self.sinks, 0)
 
     def resolve(self, capacity: int) -> Policy:
-        """This policy with every number filled in for `capacity` slots.
+        """Fill in every number for `capacity` slots.
 
         Raises
         ------
@@ -244,7 +244,7 @@ class TOVA(H2O):
         super().__post_init__()
         if self.recent is None or self.recent < 1:
             raise ValueError(
-                f"recent: got {self.recent!r}; TOVA protects at least the current token, so 1 or more"
+                f"recent: got {self.recent!r}, expected 1 or more: TOVA keeps the current token"
             )
 
     @property

@@ -53,6 +53,8 @@ def load_snapshot(
         raise ValueError(
             f"{path}: not a cache snapshot: format {header.get('format')!r}, expected {FORMAT!r}"
         )
+    if missing := sorted({"config", "maps", "library", "tokens_bound"} - set(header)):
+        raise ValueError(f"{path}: its header lacks {missing}")
     saved = CacheConfig.from_dict(json.loads(header["config"]))
     if config is not None and saved != config.with_dtype(saved.dtype):
         raise ValueError(f"{path}: made with another config: {differences(saved, config)}")
@@ -82,6 +84,11 @@ def _read(
                 found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise ValueError(
                     f"{path}: layers.{i}.{name}: found {found}, expected {tuple(array.shape)}"
+                )
+            kind = torch.as_tensor(array).dtype
+            if tensor.dtype != kind:
+                raise ValueError(
+                    f"{path}: layers.{i}.{name}: found {tensor.dtype}, expected {kind}"
                 )
             array[...] = np.asarray(tensor) if numpy else tensor
         layer.tokens_bound = bound

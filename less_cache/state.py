@@ -89,7 +89,9 @@ class CacheState:
         self.config = config
         self.layers = layers
         self.maps = maps
-        self.layer_maps: list[LayerMaps | None] = list(maps) if maps else [None] * len(layers)
+        # As the backend of that name wants them; the manager prepares them.
+        self.layer_maps: list[LayerMaps | None] = [None] * len(layers)
+        self.prepared_for: str | None = None
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -194,9 +196,7 @@ class CacheState:
         for layer in self.layers:
             arrays = {name: array.to(device, copy=True) for name, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
-        moved = self._like(layers)
-        moved.layer_maps = [m and m.to(device) for m in self.layer_maps]
-        return moved
+        return CacheState(self.config, layers, self.maps)
 
     def save(self, path: str | Path) -> None:
         """Write a snapshot: safetensors with the config inside, by way of a temporary name."""
@@ -239,6 +239,7 @@ class CacheState:
     def _like(self, layers: list[LayerState]) -> CacheState:
         state = CacheState(self.config, layers, self.maps)
         state.layer_maps = self.layer_maps
+        state.prepared_for = self.prepared_for
         return state
 
     def _row_index(self, name: str, rows: Any) -> Array:
@@ -249,7 +250,8 @@ class CacheState:
             raise ValueError(f"{name}: got shape {given.shape}, expected one dimension, not empty")
         if given.min() < 0 or given.max() >= self.batch_size:
             raise ValueError(
-                f"{name}: got rows {given.min()} to {given.max()}, expected 0 to {self.batch_size - 1}"
+                f"{name}: got rows {given.min()} to {given.max()}, "
+                f"expected 0 to {self.batch_size - 1}"
             )
         if self.is_numpy:
             return given

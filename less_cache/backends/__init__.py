@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, Protocol
 
 from .._checks import check_choice
@@ -15,6 +16,7 @@ Array = Any
 MODULES = {
     "reference": ".reference",
     "torch": ".torch_backend",
+    "triton": ".triton",
 }
 """By name: the module that holds the backend, imported when asked for."""
 
@@ -69,3 +71,14 @@ def get_backend(name: str) -> Backend:
     check_choice("backend", name, MODULES)
     module: Any = importlib.import_module(MODULES[name], __package__)
     return module  # type: ignore[no-any-return]
+
+
+def runs_on_triton(config: CacheConfig) -> bool:
+    """Whether Triton is installed, and its backend takes this config."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        get_backend("triton").check_config(config)
+    except ValueError:
+        return False
+    return True

@@ -31,7 +31,8 @@ def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
     wide = maps.to(device, getattr(torch, layer.score_dtype))
     if device is not None:
         return wide
-    return LayerMaps(maps.kind, {name: t.detach().numpy() for name, t in wide.tensors.items()})
+    arrays: dict[str, Any] = {name: t.detach().numpy() for name, t in wide.tensors.items()}
+    return LayerMaps(maps.kind, arrays)
 
 
 @dataclass
@@ -168,20 +169,21 @@ def append_head(
         logits = layer.softcap * xp.tanh(logits / layer.softcap)
     logits = xp.where(visible, logits, -math.inf)
     peak = xp.max(logits, axis=-1, keepdims=True)
-    low_rank = xp.zeros_like(peak)
     if maps is not None:
         features = phi(xp, maps, q)
         low_rank = features @ union.z[:, None]
         # The running maximum also covers log φ(q)z; a zero must not reach the logarithm.
         tiny = xp.where(low_rank > 0, low_rank, xp.ones_like(low_rank))
         peak = xp.where(low_rank > 0, xp.maximum(peak, xp.log(tiny)), peak)
+        # An empty state adds nothing, and must not meet an exp(-peak) that overflows.
+        lift = xp.exp(xp.where(low_rank > 0, -peak, xp.full_like(peak, -math.inf)))
     weights = xp.exp(logits - peak)
     pairs_mass = xp.sum(weights, axis=-1, keepdims=True)
     numerator = weights @ union.values
     denominator = pairs_mass
     if maps is not None:
-        numerator = numerator + (features @ union.H) * xp.exp(-peak)
-        denominator = denominator + low_rank * xp.exp(-peak)
+        numerator = numerator + (features @ union.H) * lift
+        denominator = denominator + low_rank * lift
     out = numerator / denominator
 
     # 3. Scores, from the softmax over the kept pairs alone.
@@ -200,7 +202,8 @@ def append_head(
 def evict(xp: Any, layer: LayerConfig, held: Head, maps: dict[str, Any] | None, seen: int) -> Head:
     """Merge the unprotected pair with the least (score, position) into H and z, and drop it."""
     slot = victim(xp, layer.policy, held.scores, held.positions, seen)
-    others = xp.arange(held.keys.shape[0], device=array_api_compat.device(held.keys)) != slot
+    slots = xp.arange(held.keys.shape[0], device=array_api_compat.device(held.keys))
+    others = slots != slot
     left = held.keep(others)
     if maps is not None:
         features = psi(xp, maps, held.keys[slot, :][None, :])
@@ -248,7 +251,7 @@ def psi(xp: Any, maps: dict[str, Any], k: Array) -> Array:
 
 
 def gelu(xp: Any, x: Array) -> Array:
-    """x Φ(x), Φ the standard normal distribution function: the exact form, not the tanh one."""
+    """Compute x Φ(x), Φ the normal distribution function: the exact form, not the tanh one."""
     scaled = x / math.sqrt(2.0)
     if isinstance(x, torch.Tensor):
         erf = torch.erf(scaled)

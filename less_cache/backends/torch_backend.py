@@ -22,6 +22,7 @@ from .torch_common import (
     choose_slot,
     initial_scores,
     merge,
+    pair_logits,
     persistent_bits,
     popcount,
     take_slot,
@@ -102,20 +103,21 @@ def step(
 
     # 2. Attend.
     grouped = q.view(batch, kv_heads, layer.group, layer.head_dim)
-    bias = torch.where(state.positions != EMPTY, 0.0, float("-inf")).to(state.scores.dtype)
-    out, weights, mass = attend(
-        layer, state, maps, q, grouped, state.keys, state.values, bias.unsqueeze(2)
-    )
+    logits = pair_logits(layer, grouped, state.keys, state.scores.dtype)
+    # Empty slots have position -1: they get the lowest number, in fewer passes than by a mask.
+    logits.add_(state.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
+    out, probabilities = attend(state, maps, q, logits, state.values)
     out = out.to(q.dtype).view_as(q)
     if mask is not None:
         out = out.masked_fill(~mask.view(batch, 1, 1, 1), 0)
 
     # 3. Scores, from the softmax over the pairs alone.
     if layer.policy.score is Score.ATTENTION:
-        _write(state.scores, state.scores * layer.policy.decay + (weights / mass).sum(2), incoming)
+        faded = state.scores if layer.policy.decay == 1 else state.scores * layer.policy.decay
+        _write(state.scores, faded + probabilities.sum(2), incoming)
     elif state.history is not None:
         held = state.positions != EMPTY
-        persistent = persistent_bits((weights / mass).mean(2), held.sum(2, keepdim=True), held)
+        persistent = persistent_bits(probabilities.mean(2), held.sum(2, keepdim=True), held)
         keep = 2**layer.policy.history_window - 1
         _write(state.history, ((state.history << 1) | persistent) & keep, incoming)
         _write(state.scores, popcount(state.history).to(state.scores.dtype), incoming)

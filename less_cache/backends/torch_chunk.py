@@ -6,6 +6,8 @@ logits, `BLOCK_BYTES` of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ from .torch_common import (
     take_slot,
 )
 
+Attention = Callable[..., tuple[Tensor, Tensor]]
+
 BLOCK_BYTES = 64 * 2**20
 """What one block's logits may take."""
 
@@ -38,11 +42,20 @@ def append(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    attention: Attention | None = None,
 ) -> Tensor:
-    """`CacheManager.append` for S > 1 tokens; see `Backend.append`."""
+    """`CacheManager.append` for S > 1 tokens; see `Backend.append`.
+
+    Another backend may bring its own `attention`, which takes and gives what `_attend_in_blocks`
+    does.
+    """
     batch, kv_heads, new_tokens = k.shape[:3]
     if mask is None:
         mask = torch.ones(batch, new_tokens, dtype=torch.bool, device=k.device)
+    else:
+        # Padding may hold anything, NaN too, which no bias of -inf would hide.
+        padding = ~mask.view(batch, 1, new_tokens, 1)
+        q, k, v = (array.masked_fill(padding, 0) for array in (q, k, v))
     ranks = mask.cumsum(1, dtype=torch.int32)
     incoming = ranks[:, -1]
 
@@ -56,7 +69,8 @@ def append(
     positions = torch.cat([state.positions, new_positions], 2)
     keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
     weight = _query_weights(layer, mask, ranks, incoming, state.scores.dtype)
-    out, gained = _attend_in_blocks(layer, state, maps, q, keys, values, positions, weight)
+    attend_new = attention or _attend_in_blocks
+    out, gained = attend_new(layer, state, maps, q, keys, values, positions, weight)
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 
     # 3. Scores.
@@ -129,7 +143,9 @@ def _attend_in_blocks(
     wide = state.scores.dtype
     out = torch.empty_like(q)
     gained = torch.zeros(positions.shape, dtype=wide, device=q.device)
-    bias = torch.where(positions != EMPTY, 0.0, -INFINITY).to(wide).unsqueeze(2)
+    # The lowest number, not -inf, so that padding which sees nothing has a softmax all the same.
+    lowest = torch.finfo(wide).min
+    bias = torch.zeros_like(gained).masked_fill_(positions == EMPTY, lowest).unsqueeze(2)
     row_bytes = batch * query_heads * keys.shape[2] * wide.itemsize
     block = max(1, min(new_tokens, BLOCK_BYTES // row_bytes))
     for start in range(0, new_tokens, block):
@@ -138,22 +154,14 @@ def _attend_in_blocks(
         queries = q[:, :, start:stop]
         shape = (batch, layer.kv_heads, layer.group, stop - start)
         visible = bias[..., :span] + _causal(start, stop, capacity, q.device, wide)
-        part, weights, mass = attend(
-            layer,
-            state,
-            maps,
-            queries,
-            queries.reshape(batch, layer.kv_heads, -1, head_dim),
-            keys[:, :, :span],
-            values[:, :, :span],
-            visible.repeat(1, 1, layer.group, 1) if layer.group > 1 else visible,
-        )
+        grouped = queries.reshape(batch, layer.kv_heads, -1, head_dim)
+        logits = pair_logits(layer, grouped, keys[:, :, :span], wide)
+        logits.add_(visible.repeat(1, 1, layer.group, 1) if layer.group > 1 else visible)
+        part, probabilities = attend(state, maps, queries, logits, values[:, :, :span])
         out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
         if weight is not None:
-            share = weight[:, None, None, start:stop] / mass.view(shape)
-            # A query that sees nothing has no mass, and no weight either: 0 / 0.
-            share = share.nan_to_num_(0.0, 0.0, 0.0).reshape(batch, layer.kv_heads, 1, -1)
-            gained[:, :, :span] += (share @ weights).squeeze(2)
+            share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)
+            gained[:, :, :span] += (share @ probabilities).squeeze(2)
     return out, gained
 
 

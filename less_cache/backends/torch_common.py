@@ -33,17 +33,19 @@ def protected_pairs(layer: LayerConfig, positions: Tensor, seen: Tensor) -> Tens
 def choose_slot(layer: LayerConfig, state: LayerState) -> Tensor:
     """The slot a new pair takes: the first empty one, else the victim's. [B, Hkv, 1] int64."""
     positions = state.positions
-    empty = positions == EMPTY
     if layer.policy.score is Score.NONE:
-        return empty.to(torch.int32).argmax(2, keepdim=True)
+        return positions.argmin(2, keepdim=True)
     protected = protected_pairs(layer, positions, state.length)
     if layer.policy.score is Score.POSITION:
         # The score is the position itself: no ties, and one pass less.
-        ranked = positions.masked_fill(protected & ~empty, torch.iinfo(positions.dtype).max)
+        held = positions != EMPTY
+        ranked = positions.masked_fill(protected & held, torch.iinfo(positions.dtype).max)
         return ranked.argmin(2, keepdim=True)
-    scores = state.scores.masked_fill(protected, INFINITY).masked_fill(empty, -INFINITY)
-    ties = scores == scores.amin(2, keepdim=True)
-    oldest = torch.where(ties, positions, torch.iinfo(positions.dtype).max)
+    ranked = state.scores.masked_fill(protected, INFINITY)
+    least = ranked.amin(2, keepdim=True)
+    # Where a slot is empty, every pair may stay: the least position then is the empty slot's.
+    least.masked_fill_(positions.amin(2, keepdim=True) == EMPTY, INFINITY)
+    oldest = positions.masked_fill(ranked > least, torch.iinfo(positions.dtype).max)
     return oldest.argmin(2, keepdim=True)
 
 
@@ -68,15 +70,17 @@ def merge(
     evicted
         [B, Hkv, N], which of them leave.
     """
-    features = maps.psi(keys).masked_fill(~evicted.unsqueeze(3), 0)
+    stays = ~evicted.unsqueeze(3)
+    features = maps.psi(keys).masked_fill_(stays, 0)
     # A slot that leaves nothing may hold anything, and 0 * inf is no 0.
-    values = values.to(features.dtype).masked_fill(~evicted.unsqueeze(3), 0)
+    values = values.to(features.dtype).masked_fill(stays, 0)
+    # In place, with sums in the features' dtype even where the state's is narrower.
     if keys.shape[2] == 1:
-        gained = features.transpose(2, 3) * values
+        state.H.addcmul_(features.transpose(2, 3), values)
+        state.z.add_(features.squeeze(2))
     else:
-        gained = features.transpose(2, 3) @ values
-    state.H.copy_(state.H + gained)
-    state.z.copy_(state.z + features.sum(2))
+        state.H.add_(features.transpose(2, 3) @ values)
+        state.z.add_(features.sum(2))
 
 
 def initial_scores(layer: LayerConfig, state: LayerState, k: Tensor, positions: Tensor) -> Tensor:
@@ -102,61 +106,53 @@ def initial_scores(layer: LayerConfig, state: LayerState, k: Tensor, positions: 
 
 
 def attend(
-    layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
-    q: Tensor,
-    grouped: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out = (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), s = q·k·scale, under one maximum.
+    state: LayerState, maps: LayerMaps | None, q: Tensor, logits: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute out = (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), s being the logits.
 
     Parameters
     ----------
-    layer, state, maps
-        Scale and softcap; H and z; φ.
+    state, maps
+        H and z; φ.
     q
         [B, Hq, S, D], for φ.
-    grouped
-        The same queries as [B, Hkv, G * S, D], a group's heads one after another.
-    keys, values
+    logits
+        [B, Hkv, G * S, N], a group's heads one after another, in the scores' dtype. What is not
+        visible is very low, but every row has a finite number: padding may see nothing at all.
+    values
         [B, Hkv, N, D].
-    bias
-        Broadcast to [B, Hkv, G * S, N]: 0 where visible, -inf where not.
 
     Returns
     -------
     out
         [B, Hkv, G * S, D], in the scores' dtype.
-    weights
-        [B, Hkv, G * S, N], exp(s - maximum).
-    mass
-        [B, Hkv, G * S, 1], their sum over N: ``weights / mass`` is the softmax over the pairs.
+    probabilities
+        [B, Hkv, G * S, N], the softmax over the pairs alone.
     """
-    wide = state.scores.dtype
-    logits = pair_logits(layer, grouped, keys, wide).add_(bias)
-    # Padding may see nothing at all; its row must stay finite, whatever it says.
-    peak = logits.amax(3, keepdim=True).clamp_min_(torch.finfo(wide).min)
-    weights = logits.sub_(peak).exp_()
-    mass = weights.sum(3, keepdim=True)
-    numerator = (weights.to(values.dtype) @ values).to(wide)
+    wide = logits.dtype
+    probabilities = logits.softmax(3)
+    pairs_mean = (probabilities.to(values.dtype) @ values).to(wide)
     if maps is None:
-        return numerator / mass, weights, mass
-    features = maps.phi(q).reshape(*grouped.shape[:3], -1)
+        return pairs_mean, probabilities
+    features = maps.phi(q).reshape(*logits.shape[:3], -1)
     low_rank = features @ state.z.to(wide).unsqueeze(3)
-    # Both sums carry exp(-maximum); the maximum must also cover log φ(q)z.
-    excess = (low_rank.log() - peak).clamp_min_(0)
-    shrink = torch.exp(-excess)
-    lift = torch.exp(-peak - excess)
-    numerator = numerator * shrink + (features @ state.H.to(wide)) * lift
-    return numerator / (mass * shrink + low_rank * lift), weights, mass
+    # The largest probability is exp(maximum) / Σ exp(s), which gives the sum away.
+    log_mass = logits.amax(3, keepdim=True) - probabilities.amax(3, keepdim=True).log()
+    # A mean of two means: no exponential is left that could overflow. An empty state has
+    # log 0 = -inf, and the pairs have all the weight.
+    pairs_share = torch.sigmoid(log_mass - low_rank.log())
+    low_rank_mean = (features @ state.H.to(wide)) / low_rank.clamp_min(torch.finfo(wide).tiny)
+    return torch.lerp(low_rank_mean, pairs_mean, pairs_share), probabilities
 
 
 def pair_logits(layer: LayerConfig, grouped: Tensor, keys: Tensor, wide: torch.dtype) -> Tensor:
     """q·k·scale, soft-capped where the model does so: [B, Hkv, G * S, N]."""
-    logits = (grouped @ keys.transpose(2, 3)).to(wide).mul_(layer.scale)
+    if grouped.shape[2] == 1:
+        # For a single query, a CPU reads the keys up to three times as fast when they come first.
+        products = (keys @ grouped.contiguous().transpose(2, 3)).transpose(2, 3)
+    else:
+        products = grouped @ keys.transpose(2, 3)
+    logits = products.to(wide).mul_(layer.scale)
     if layer.softcap is not None:
         logits = logits.div_(layer.softcap).tanh_().mul_(layer.softcap)
     return logits

@@ -14,7 +14,12 @@ from .interception import intercepted
 
 
 def small_cache_logits(
-    model: Any, config: CacheConfig, maps: Sequence[LayerMaps] | None, ids: Tensor
+    model: Any,
+    config: CacheConfig,
+    maps: Sequence[LayerMaps] | None,
+    ids: Tensor,
+    *,
+    recompute: bool = True,
 ) -> Tensor:
     """The model's logits with a small cache, as if it had decoded token by token.
 
@@ -28,6 +33,8 @@ def small_cache_logits(
         For each layer; ``None`` runs the policy alone.
     ids
         [B, N] token ids.
+    recompute
+        As of `teacher_forced.attend_all`.
 
     Returns
     -------
@@ -38,7 +45,8 @@ def small_cache_logits(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spec = config.layer(layer)
         times = eviction_times(spec, q.detach(), k.detach())
-        return attend_all(spec, None if maps is None else maps[layer], q, k, v, times)
+        used = None if maps is None else maps[layer]
+        return attend_all(spec, used, q, k, v, times, recompute=recompute)
 
     with intercepted(model, attend):
         return model(ids, use_cache=False).logits  # type: ignore[no-any-return]

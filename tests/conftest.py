@@ -1,0 +1,22 @@
+"""What all tests share: the same examples in every run, and one thread of arithmetic."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# Where there is no GPU, Triton's kernels run under its interpreter: it reads this when imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile(
+    "less_cache",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.load_profile("less_cache")
+
+# Small shapes: a team of threads costs more than it gives.
+torch.set_num_threads(1)

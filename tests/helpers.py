@@ -1,0 +1,168 @@
+"""Inputs, maps and comparisons that several test files need."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+import less_cache as lc
+from less_cache.feature_maps import tensor_shapes
+
+POLICIES = (
+    lc.FullCache(),
+    lc.SinkWindow(sinks=2),
+    lc.H2O(),
+    lc.TOVA(),
+    lc.Scissorhands(window=5),
+    lc.KeyNorm(sinks=1, recent=2),
+    lc.DecayedH2O(factor=0.9),
+)
+
+
+def policy_id(policy: lc.Policy) -> str:
+    return type(policy).__name__
+
+
+def small_config(**changes: Any) -> lc.CacheConfig:
+    """Two layers of two KV heads, six slots and rank 2, but for `changes`."""
+    parameters: dict[str, Any] = {
+        "num_layers": 2,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 4,
+        "capacity": 6,
+        "policy": lc.H2O(),
+        "rank": 2,
+    }
+    parameters.update(changes)
+    return lc.CacheConfig(**parameters)
+
+
+def random_maps(
+    config: lc.CacheConfig, kind: str = "exp", seed: int = 0, hidden: int = 6
+) -> lc.FeatureMaps | None:
+    """Maps whose state weighs about as much as the pairs do; ``None`` for rank 0."""
+    if config.rank == 0:
+        return None
+    rng = np.random.default_rng(seed)
+    shapes = tensor_shapes(
+        kind,
+        query_heads=config.query_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        hidden=hidden,
+        rank=config.rank,
+    )
+    layers = []
+    for _ in range(config.num_layers):
+        tensors = {name: rng.normal(size=shape) * 0.5 for name, shape in shapes.items()}
+        if kind == "exp":
+            tensors["psi_b"] -= 1.0
+        layers.append({name: value.astype(np.float32) for name, value in tensors.items()})
+    return lc.FeatureMaps.from_tensors(layers)
+
+
+def random_inputs(
+    config: lc.CacheConfig, batch: int, tokens: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v in float64."""
+    heads = (config.query_heads, config.kv_heads, config.kv_heads)
+    q, k, v = (rng.normal(size=(batch, h, tokens, config.head_dim)) for h in heads)
+    return q, k, v
+
+
+def torch_inputs(
+    config: lc.CacheConfig, batch: int, tokens: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v of the config's dtype."""
+    dtype = getattr(torch, config.dtype)
+    arrays = random_inputs(config, batch, tokens, np.random.default_rng(seed))
+    q, k, v = (torch.as_tensor(array).to(dtype) for array in arrays)
+    return q, k, v
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """float64 for numbers with a point, whatever the library; the dtype's own for integers."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.double() if array.is_floating_point() else array).numpy()
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def bits_of(state: lc.CacheState) -> list[dict[str, bytes]]:
+    """Every array of a state as bytes."""
+    return [
+        {
+            name: (
+                array.detach().cpu().contiguous().view(torch.uint8).numpy()
+                if isinstance(array, torch.Tensor)
+                else np.ascontiguousarray(array)
+            ).tobytes()
+            for name, array in layer.arrays().items()
+        }
+        for layer in state.layers
+    ]
+
+
+@dataclasses.dataclass
+class Held:
+    """One layer's state in NumPy, the slots in order of position, so that backends compare."""
+
+    positions: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+    history: np.ndarray | None
+    H: np.ndarray
+    z: np.ndarray
+    length: np.ndarray
+
+
+def held_by(layer: lc.LayerState) -> Held:
+    """What a layer holds, empty slots (which may hold anything) set to zero and put first."""
+    arrays = {name: as_numpy(array) for name, array in layer.arrays().items()}
+    positions = arrays["positions"]
+    order = np.argsort(positions, axis=2, kind="stable")
+    empty = np.take_along_axis(positions, order, 2) < 0
+
+    def sorted_slots(name: str) -> np.ndarray:
+        array = arrays[name]
+        if array.ndim == 4:
+            taken = np.take_along_axis(array, order[..., None], 2)
+            return np.where(empty[..., None], 0, taken)
+        return np.where(empty, 0, np.take_along_axis(array, order, 2))
+
+    return Held(
+        positions=np.take_along_axis(positions, order, 2),
+        keys=sorted_slots("keys"),
+        values=sorted_slots("values"),
+        scores=sorted_slots("scores"),
+        history=sorted_slots("history") if "history" in arrays else None,
+        H=arrays["H"],
+        z=arrays["z"],
+        length=arrays["length"],
+    )
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, bound: float, what: str) -> None:
+    """Within `bound`, absolutely below 1 and relatively above."""
+    assert np.isfinite(actual).all(), f"{what}: not finite"
+    error = np.abs(actual - expected) / np.maximum(1.0, np.abs(expected))
+    worst = float(error.max()) if error.size else 0.0
+    assert worst <= bound, f"{what}: off by {worst:.3g}, at most {bound:.3g} is allowed"
+
+
+def assert_same_state(actual: Held, expected: Held, bound: float) -> None:
+    """Equal sets, pairs and lengths; scores, H and z within `bound`."""
+    np.testing.assert_array_equal(actual.positions, expected.positions)
+    np.testing.assert_array_equal(actual.length, expected.length)
+    np.testing.assert_array_equal(actual.keys, expected.keys)
+    np.testing.assert_array_equal(actual.values, expected.values)
+    if expected.history is not None:
+        np.testing.assert_array_equal(actual.history, expected.history)
+    assert_close(actual.scores, expected.scores, bound, "scores")
+    assert_close(actual.H, expected.H, bound, "H")
+    assert_close(actual.z, expected.z, bound, "z")

@@ -1,0 +1,139 @@
+"""`CacheState`: allocate, reset, move rows, count bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.state import EMPTY, allocate
+from tests.helpers import as_numpy, bits_of, random_inputs, random_maps, small_config
+
+
+@pytest.fixture(params=["torch", "numpy"])
+def used(request):
+    """A manager and a state of three rows of different lengths."""
+    config = small_config(policy=[lc.H2O(), lc.Scissorhands(window=4)], capacity=[5, 7])
+    manager = lc.CacheManager(config, random_maps(config), backend="reference")
+    state = manager.init(3, dtype=np.float32 if request.param == "numpy" else None)
+    rng = np.random.default_rng(0)
+    mask = np.arange(9)[None, :] >= np.array([[0], [4], [9]])
+    for layer in range(2):
+        arrays = [array.astype(np.float32) for array in random_inputs(config, 3, 9, rng)]
+        given = [*arrays, mask]
+        if request.param == "torch":
+            given = [torch.as_tensor(array) for array in given]
+        manager.append(state, layer, *given)
+    return manager, state
+
+
+def arrays_of(state):
+    return [
+        {name: as_numpy(array).copy() for name, array in layer.arrays().items()}
+        for layer in state.layers
+    ]
+
+
+def assert_rows(state, before, rows):
+    for layer, old in zip(arrays_of(state), before, strict=True):
+        assert layer.keys() == old.keys()
+        for name, array in layer.items():
+            np.testing.assert_array_equal(array, old[name][rows], err_msg=name)
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_new_layer_is_empty(numpy):
+    config = small_config(policy=lc.Scissorhands(), dtype="float16")
+    layer = allocate(config.layer(0), 3, numpy=numpy)
+    assert tuple(layer.keys.shape) == tuple(layer.values.shape) == (3, 2, 6, 4)
+    assert tuple(layer.scores.shape) == tuple(layer.positions.shape) == (3, 2, 6)
+    assert tuple(layer.history.shape) == (3, 2, 6)
+    assert tuple(layer.H.shape) == (3, 2, 2, 4)
+    assert tuple(layer.z.shape) == (3, 2, 2)
+    assert tuple(layer.length.shape) == (3,)
+    for name, array in layer.arrays().items():
+        assert (as_numpy(array) == (EMPTY if name == "positions" else 0)).all(), name
+    assert isinstance(layer.keys, np.ndarray) == numpy
+
+
+def test_only_a_policy_that_looks_back_has_a_history():
+    state = lc.CacheManager(small_config(policy=[lc.H2O(), lc.Scissorhands()], rank=0)).init(1)
+    assert state.layers[0].history is None
+    assert "history" not in state.layers[0].arrays()
+    assert state.layers[1].history is not None
+
+
+def test_bytes_are_those_of_all_arrays(used):
+    manager, state = used
+    total = sum(a.nbytes for layer in state.layers for a in layer.arrays().values())
+    assert state.nbytes == total == 3 * manager.config.bytes_per_sequence()
+    assert state.layers[0].nbytes + state.layers[1].nbytes == state.nbytes
+
+
+def test_lengths_and_sizes_are_told(used):
+    _, state = used
+    assert as_numpy(state.length).tolist() == [9, 5, 0]
+    assert state.batch_size == 3
+    assert repr(state).startswith("CacheState(batch_size=3, num_layers=2")
+
+
+def test_reset_forgets_everything_in_place(used):
+    manager, state = used
+    arrays = [layer.arrays() for layer in state.layers]
+    state.reset()
+    new = manager.init(3, dtype=np.float32 if state.is_numpy else None)
+    assert bits_of(state) == bits_of(new)
+    assert [layer.tokens_bound for layer in state.layers] == [0, 0]
+    for old, layer in zip(arrays, state.layers, strict=True):
+        assert all(layer.arrays()[name] is array for name, array in old.items())
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 1, 0], [1, 1, 1], [1, 2, 0], [2, 2, 0]])
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor], ids=lambda m: m.__name__)
+def test_reorder_moves_rows_in_place(used, rows, make):
+    _, state = used
+    before = arrays_of(state)
+    arrays = [layer.arrays() for layer in state.layers]
+    state.reorder(make(rows))
+    assert_rows(state, before, rows)
+    for old, layer in zip(arrays, state.layers, strict=True):
+        assert all(layer.arrays()[name] is array for name, array in old.items())
+
+
+@pytest.mark.parametrize("rows", [[0], [2, 0], [1, 1, 0, 2, 2]])
+def test_select_makes_a_state_of_those_rows(used, rows):
+    manager, state = used
+    before, bits = arrays_of(state), bits_of(state)
+    chosen = state.select(rows)
+    assert_rows(chosen, before, rows)
+    assert chosen.batch_size == len(rows)
+    assert chosen.config is state.config
+    chosen.reset()
+    assert bits_of(state) == bits, "a selected state shares no memory with its origin"
+    assert chosen.maps is manager.maps
+
+
+def test_repeat_puts_copies_of_a_row_together(used):
+    _, state = used
+    before = arrays_of(state)
+    assert_rows(state.repeat(2), before, [0, 0, 1, 1, 2, 2])
+    assert_rows(state.repeat(1), before, [0, 1, 2])
+    assert state.repeat(1).layers[0].keys is not state.layers[0].keys
+
+
+def test_to_copies_a_torch_state_and_refuses_a_numpy_one(used):
+    manager, state = used
+    if state.is_numpy:
+        with pytest.raises(TypeError, match=r"^device: "):
+            state.to("cpu")
+        return
+    bits = bits_of(state)
+    copy = state.to("cpu")
+    assert bits_of(copy) == bits
+    inputs = [torch.ones(3, heads, 1, 4) for heads in (4, 2, 2)]
+    out = manager.append(copy, 0, *inputs)
+    assert bits_of(state) == bits, "a copy shares no memory with its origin"
+    assert torch.equal(manager.append(state, 0, *inputs), out)
+    assert state.to("meta").layers[0].keys.device.type == "meta"
+    assert [layer.tokens_bound for layer in copy.layers] == [
+        layer.tokens_bound for layer in state.layers
+    ]

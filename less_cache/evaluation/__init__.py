@@ -1,0 +1,1 @@
+"""Judging a small cache on held-out text: perplexity, generation, reports."""

@@ -1,0 +1,180 @@
+"""Full cache, policy alone, Baseline+ and LESS, side by side: what a LESS cache must win."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..config import CacheConfig
+from ..feature_maps import FeatureMaps
+from .generation import agreement
+from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
+
+FULL, POLICY, BASELINE_PLUS = "full cache", "policy alone", "Baseline+"
+BINS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison.
+
+    Parameters
+    ----------
+    name
+        Of the contestant.
+    capacity
+        Slots a head; of the full cache, the windows' length.
+    bytes_per_sequence
+        What a sequence of the windows' length takes.
+    perplexity, second_half
+        Over all positions, and over the second half of each window.
+    recovery
+        Of the gap between policy and full cache; ``None`` for these two.
+    accepted
+        Mean accepted prefix of greedy continuations, in tokens; ``None`` where not asked for.
+    positions, losses
+        Mean loss in nats a token, by position.
+    """
+
+    name: str
+    capacity: int
+    bytes_per_sequence: int
+    perplexity: float
+    second_half: float
+    recovery: Recovery | None
+    accepted: float | None
+    positions: list[float]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All lines, and what they were measured on."""
+
+    rows: list[Row]
+    facts: dict[str, Any]
+
+    def row(self, name: str) -> Row:
+        """The line of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def contestants_for(
+    config: CacheConfig, maps: Mapping[str, FeatureMaps], length: int
+) -> list[Contestant]:
+    """Full, policy alone, Baseline+ at equal bytes, and LESS with each of the given maps.
+
+    Parameters
+    ----------
+    config
+        Of the LESS cache.
+    maps
+        By the name that the table uses.
+    length
+        The windows'; no capacity may exceed it.
+    """
+    if max(config.capacities) >= length:
+        raise ValueError(
+            f"capacity: got {max(config.capacities)}, expected fewer than the windows' "
+            f"length = {length}: nothing would be evicted"
+        )
+    return [
+        Contestant(FULL),
+        Contestant(POLICY, config.replace(rank=0, hidden=None)),
+        Contestant(BASELINE_PLUS, config.baseline_plus().replace(hidden=None)),
+        *(Contestant(name, config, entry) for name, entry in maps.items()),
+    ]
+
+
+def compare(
+    model: Any,
+    windows: Sequence[Window],
+    config: CacheConfig,
+    maps: Mapping[str, FeatureMaps],
+    *,
+    prompts: Tensor | None = None,
+    new_tokens: int = 64,
+    batch: int = 4,
+    progress: bool = True,
+) -> Comparison:
+    """Measure everything that the table shows.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `attach` takes.
+    windows
+        The text, all of one length.
+    config
+        Of the LESS cache.
+    maps
+        By the name that the table uses.
+    prompts
+        [n, S] token ids whose greedy continuations are compared. Default: none are.
+    new_tokens
+        Length of the continuations.
+    batch
+        Windows at a time.
+    progress
+        Show bars.
+    """
+    length = len(windows[0].ids)
+    contestants = contestants_for(config, maps, length)
+    scores: dict[str, Scores] = {}
+    for contestant in contestants:
+        scores[contestant.name] = score(model, windows, contestant, batch=batch, progress=progress)
+    accepted: dict[str, float] = {}
+    if prompts is not None:
+        accepted = agreement(model, prompts, contestants[1:], new_tokens=new_tokens)
+        accepted[FULL] = float(new_tokens)
+    rows = []
+    for contestant in contestants:
+        found = scores[contestant.name]
+        shape = contestant.config
+        if shape is None:
+            pair = 2 * config.head_dim * model.dtype.itemsize
+            cost = config.num_layers * config.kv_heads * pair * length
+            capacity = length
+        else:
+            cost = shape.bytes_per_sequence(model.dtype)
+            capacity = max(shape.capacities)
+        regained = None
+        if contestant.name not in (FULL, POLICY):
+            regained = recovery(scores[FULL], scores[POLICY], found)
+        positions, losses = found.by_position(BINS)
+        rows.append(
+            Row(
+                name=contestant.name,
+                capacity=capacity,
+                bytes_per_sequence=cost,
+                perplexity=found.perplexity(),
+                second_half=found.perplexity(second_half=True),
+                recovery=regained,
+                accepted=accepted.get(contestant.name),
+                positions=positions,
+                losses=losses,
+            )
+        )
+    facts = {
+        "policy": config.policies[0].to_dict(),
+        "capacity": list(config.capacities),
+        "rank": config.rank,
+        "window": length,
+        "windows": len(windows),
+        "documents": sorted({window.document for window in windows}),
+        "tokens_scored": sum(len(losses) for losses in scores[FULL].losses),
+        "new_tokens": new_tokens if prompts is not None else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {
+            "less_cache": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return Comparison(rows, facts)

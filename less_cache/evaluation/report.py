@@ -1,0 +1,121 @@
+"""A comparison as a table in the terminal, as JSON, and as pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .._files import replaced, write_text
+from .comparison import FULL, POLICY, Comparison, Row
+
+COLOURS = {"muted": "#8a8f98", "bad": "#c4572e", "plus": "#d9a441", "good": "#2f7d6b"}
+
+
+def as_table(comparison: Comparison, title: str) -> Table:
+    """The comparison for the terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("cache")
+    for column in ("slots", "bytes a sequence", "perplexity", "2nd half", "gap recovered"):
+        table.add_column(column, justify="right")
+    accepted = any(row.accepted is not None for row in comparison.rows)
+    if accepted:
+        table.add_column("accepted prefix", justify="right")
+    for row in comparison.rows:
+        cells = [
+            row.name,
+            str(row.capacity),
+            f"{row.bytes_per_sequence:,}",
+            f"{row.perplexity:.2f}",
+            f"{row.second_half:.2f}",
+            gap_text(row),
+        ]
+        if accepted:
+            cells.append("" if row.accepted is None else f"{row.accepted:.1f}")
+        table.add_row(*cells)
+    return table
+
+
+def gap_text(row: Row) -> str:
+    """The recovered share with its interval, as text."""
+    if row.recovery is None:
+        return ""
+    share = row.recovery
+    return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON-ready data."""
+    return {
+        **comparison.facts,
+        "caches": [dataclasses.asdict(row) for row in comparison.rows],
+    }
+
+
+def save_report(comparison: Comparison, folder: Path, title: str) -> None:
+    """Write ``comparison.json``, ``positions.png`` and ``recovery.png`` into a folder."""
+    write_text(folder / "comparison.json", json.dumps(as_json(comparison), indent=2) + "\n")
+    for name, draw in (("positions", draw_positions), ("recovery", draw_recovery)):
+        with replaced(folder / f"{name}.png") as temporary:
+            draw(comparison, title).savefig(temporary, format="png", dpi=130)
+
+
+def _colour(name: str) -> str:
+    if name == FULL:
+        return COLOURS["muted"]
+    if name == POLICY:
+        return COLOURS["bad"]
+    return COLOURS["good"] if name.startswith("LESS") else COLOURS["plus"]
+
+
+def draw_positions(comparison: Comparison, title: str) -> Any:
+    """Loss by position: where in a text a small cache hurts, and where LESS helps."""
+    figure, axes = _figure(title)
+    full = comparison.row(FULL)
+    dashes = iter(("-", "--", ":", "-."))
+    for row in comparison.rows:
+        if row.name == FULL:
+            continue
+        extra = [a - b for a, b in zip(row.losses, full.losses, strict=True)]
+        style = next(dashes) if row.name.startswith("LESS") else "-"
+        axes.plot(row.positions, extra, style, color=_colour(row.name), label=row.name, lw=2)
+    axes.axhline(0, color=COLOURS["muted"], lw=1)
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("loss above the full cache (nats a token)")
+    axes.set_xlim(0, None)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_recovery(comparison: Comparison, title: str) -> Any:
+    """The share of the gap that each cache wins back, with its interval."""
+    figure, axes = _figure(title)
+    rows = [row for row in comparison.rows if row.recovery is not None]
+    for place, row in enumerate(rows):
+        share = row.recovery
+        if share is None:
+            continue
+        axes.barh(place, share.share, color=_colour(row.name), height=0.6)
+        axes.plot([share.low, share.high], [place, place], color="black", lw=1.5)
+        axes.text(max(share.high, 0) + 0.01, place, f"{share.share:.0%}", va="center")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(0, color=COLOURS["muted"], lw=1)
+    axes.set_xlabel("share of the perplexity gap recovered (line: 95 % interval over documents)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.margins(x=0.15)
+    return figure
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes

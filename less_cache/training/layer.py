@@ -1,0 +1,227 @@
+"""Fitting one layer's φ and ψ by the error after the output projection."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..config import CacheConfig, LayerConfig
+from ..feature_maps import FeatureMaps, LayerMaps
+from ..teacher_forced import attend
+from .collect import LayerData
+from .recipe import Recipe, generator
+from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+
+SAVE_EVERY_SECONDS = 60.0
+VALIDATION_ROWS = 128
+
+
+@dataclass(frozen=True)
+class DroppingMaps(LayerMaps):
+    """Maps that drop a share of their hidden activations, as the paper does while training.
+
+    Parameters
+    ----------
+    share
+        Above 0, below 1.
+    draws
+        Source of the random numbers.
+    """
+
+    share: float
+    draws: torch.Generator
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        keep = torch.rand(hidden.shape, generator=self.draws) >= self.share
+        return F.gelu(hidden * keep.to(hidden.device) / (1 - self.share))
+
+
+def fit_layer(
+    spec: LayerConfig,
+    data: LayerData,
+    recipe: Recipe,
+    folder: Path,
+    layer: int,
+    *,
+    progress: bool = True,
+) -> LayerMaps:
+    """Fit one layer's maps, or go on where a killed run stopped.
+
+    The loss is the mean squared error of the layer's output, after its output projection, against
+    the full cache's, over query rows past the budget; it is reported as a share of the error that
+    the policy makes alone.
+
+    Parameters
+    ----------
+    spec
+        The layer's shapes, with the rank of the maps.
+    data
+        Of this layer; the last `recipe.validation` of its sequences are for validation.
+    recipe
+        The numbers.
+    folder
+        For the checkpoint and the log of this layer.
+    layer
+        Its number; seeds depend on it.
+    progress
+        Show a bar.
+
+    Returns
+    -------
+    LayerMaps
+        The maps of the epoch with the least validation error.
+
+    Raises
+    ------
+    ValueError
+        If there are too few sequences, or none is longer than the capacity.
+    """
+    fit = _Fit(spec, data, recipe, layer)
+    path = folder / "checkpoint.safetensors"
+    step = fit.restore(path)
+    log = Log(folder / "log.jsonl", step)
+    total = recipe.epochs * fit.steps_per_epoch
+    saved = time.monotonic()
+    bar = tqdm(
+        total=total, initial=step, desc=f"layer {layer}: fit", unit="step", disable=not progress
+    )
+    with bar:
+        while step < total and not fit.finished:
+            loss = fit.step(step)
+            step += 1
+            bar.update()
+            if step % fit.steps_per_epoch == 0:
+                error = fit.validate()
+                log.write(
+                    step=step, epoch=step // fit.steps_per_epoch, train=loss, validation=error
+                )
+                bar.set_postfix(error=f"{error:.3f}", best=f"{fit.best_error:.3f}")
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                fit.save(path, step)
+                saved = time.monotonic()
+    fit.save(path, step)
+    return LayerMaps(recipe.kind, fit.best)
+
+
+class _Fit:
+    """One layer's fit between two steps: parameters, optimiser, best so far."""
+
+    def __init__(self, spec: LayerConfig, data: LayerData, recipe: Recipe, layer: int) -> None:
+        count, _, tokens, _ = data.k.shape
+        self.validation = max(1, round(count * recipe.validation))
+        self.training = count - self.validation
+        if self.training < recipe.batch:
+            raise ValueError(
+                f"tokens: got {count} sequences, expected at least {recipe.batch + self.validation}"
+            )
+        if tokens <= spec.capacity:
+            raise ValueError(
+                f"tokens: sequences of {tokens} lose nothing to a capacity of {spec.capacity}; "
+                "expected longer ones"
+            )
+        self.spec, self.data, self.recipe, self.layer = spec, data, recipe, layer
+        self.past = torch.arange(spec.capacity, tokens)
+        self.steps_per_epoch = self.training // recipe.batch
+        shapes = CacheConfig(
+            num_layers=1,
+            query_heads=spec.query_heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            capacity=spec.capacity,
+            policy=spec.policy,
+            rank=spec.rank,
+        )
+        draws = generator(recipe.seed, layer, "weights")
+        maps = FeatureMaps.initialise(
+            shapes, kind=recipe.kind, hidden=recipe.hidden, generator=draws
+        )
+        self.tensors = {name: t.requires_grad_() for name, t in maps[0].tensors.items()}
+        self.optimizer = torch.optim.Adam(self.tensors.values(), lr=recipe.learning_rate)
+        self.best = {name: t.detach().clone() for name, t in self.tensors.items()}
+        self.best_error = float("inf")
+        self.stale = 0
+        stride = max(1, len(self.past) // VALIDATION_ROWS)
+        self.validation_rows = self.past[::stride]
+        self.policy_error = self._error(None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether validation has not improved for too long."""
+        return self.recipe.patience is not None and self.stale >= self.recipe.patience
+
+    def step(self, step: int) -> float:
+        """One step of Adam; the loss, as a share of the policy's error on validation."""
+        recipe = self.recipe
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(
+            self.training, generator=generator(recipe.seed, self.layer, "order", epoch)
+        )
+        chosen = order[within * recipe.batch : (within + 1) * recipe.batch]
+        draws = generator(recipe.seed, self.layer, "step", step)
+        rows = self.past
+        if recipe.rows is not None:
+            rows = self.past[torch.randperm(len(self.past), generator=draws)[: recipe.rows]]
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(step, self.steps_per_epoch)
+        maps = LayerMaps(recipe.kind, self.tensors)
+        if recipe.dropout:
+            maps = DroppingMaps(maps.kind, maps.tensors, recipe.dropout, draws)
+        self.optimizer.zero_grad()
+        loss = self._loss(maps, chosen, rows) / self.policy_error
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def validate(self) -> float:
+        """The validation error as a share of the policy's; the best maps are kept."""
+        error = self._error(LayerMaps(self.recipe.kind, self.tensors)) / self.policy_error
+        self.stale += 1
+        if error < self.best_error:
+            self.best_error, self.stale = error, 0
+            self.best = {name: t.detach().clone() for name, t in self.tensors.items()}
+        return error
+
+    def _error(self, maps: LayerMaps | None) -> float:
+        with torch.no_grad():
+            losses = [
+                float(self._loss(maps, torch.tensor([index]), self.validation_rows))
+                for index in range(self.training, self.training + self.validation)
+            ]
+        return sum(losses) / len(losses)
+
+    def _loss(self, maps: LayerMaps | None, chosen: Tensor, rows: Tensor) -> Tensor:
+        data = self.data
+        q, k, v, out = (t[chosen].float() for t in (data.q, data.k, data.v, data.out))
+        found = attend(self.spec, maps, q, k, v, data.times[chosen], rows)
+        return data.project(found - out[:, :, rows]).square().mean()
+
+    def save(self, path: Path, step: int) -> None:
+        """Write everything that `restore` needs."""
+        tensors = {
+            **{f"now.{name}": t for name, t in self.tensors.items()},
+            **{f"best.{name}": t for name, t in self.best.items()},
+            **optimizer_tensors(self.optimizer),
+        }
+        done = step >= self.recipe.epochs * self.steps_per_epoch or self.finished
+        facts = {"step": step, "best_error": self.best_error, "stale": self.stale, "done": done}
+        save_checkpoint(path, tensors, facts)
+
+    def restore(self, path: Path) -> int:
+        """The step to go on with; 0 where there is no checkpoint."""
+        found = load_checkpoint(path)
+        if found is None:
+            return 0
+        tensors, facts = found
+        with torch.no_grad():
+            for name, parameter in self.tensors.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                self.best[name] = tensors[f"best.{name}"]
+        load_optimizer(self.optimizer, tensors)
+        self.best_error, self.stale = facts["best_error"], facts["stale"]
+        return int(facts["step"])

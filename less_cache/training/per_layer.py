@@ -1,0 +1,180 @@
+"""Training layer by layer: collect a layer's data, fit its maps, go to the next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import CacheConfig
+from ..feature_maps import FeatureMaps, LayerMaps
+from .collect import collect_layer
+from .layer import fit_layer
+from .recipe import Recipe
+from .runs import Log, claim, digest_tokens, load_checkpoint, save_checkpoint
+
+
+def train(
+    model: Any,
+    tokens: Tensor,
+    config: CacheConfig,
+    recipe: Recipe,
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    data_on_disk: bool = False,
+    batch: int = 4,
+    model_id: str | None = None,
+    progress: bool = True,
+) -> FeatureMaps | None:
+    """Fit the maps of a model, each layer on its own.
+
+    A run that was killed goes on when it is started again with the same arguments, to the same
+    result bit for bit on the CPU. Layers may be spread over processes or machines by `layers`,
+    each with a folder of its own or a shared one; `merge` puts them together.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `attach` takes.
+    tokens
+        [n, N] token ids.
+    config
+        Capacity, policy and rank that the maps are for.
+    recipe
+        How they are fitted.
+    out
+        Folder of the run: checkpoints, logs, and the finished maps.
+    layers
+        Which layers to fit. Default: all.
+    data_on_disk
+        Keep a layer's data in files of `out` rather than in memory.
+    batch
+        Sequences a forward pass while data is collected.
+    model_id
+        Name of the model, kept with the maps.
+    progress
+        Show bars.
+
+    Returns
+    -------
+    FeatureMaps or None
+        The maps, also written to `out`; ``None`` where other layers are still missing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If config and model do not fit, the tokens are too few or too short, or `out` holds a run
+        with other settings.
+    """
+    if config.rank == 0:
+        raise ValueError("config: rank is 0, expected a rank above 0: there is nothing to fit")
+    chosen = list(range(config.num_layers)) if layers is None else list(layers)
+    for layer in chosen:
+        config.layer(layer)
+    claim(out, run_settings(config, recipe, tokens, model_id))
+    for layer in chosen:
+        folder = layer_folder(out, layer)
+        if (folder / "maps.safetensors").exists():
+            continue
+        spec = config.layer(layer)
+        scratch = folder / "data" if data_on_disk else None
+        data = collect_layer(
+            model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
+        )
+        maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
+        save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
+        if scratch is not None:
+            shutil.rmtree(scratch)
+    if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
+        return merge([out], out)
+    return None
+
+
+def run_settings(
+    config: CacheConfig, recipe: Recipe, tokens: Tensor, model_id: str | None
+) -> dict[str, Any]:
+    """What makes two runs the same, as JSON-ready data."""
+    return {
+        "model_id": model_id,
+        "config": config.to_dict(),
+        "recipe": recipe.to_dict(),
+        "sequences": list(tokens.shape),
+        "data_sha256": digest_tokens(tokens),
+        "torch": torch.__version__,
+    }
+
+
+def layer_folder(out: Path, layer: int) -> Path:
+    """Where a run keeps what belongs to one layer."""
+    return out / "layers" / f"{layer:03d}"
+
+
+def merge(folders: Sequence[Path], out: Path) -> FeatureMaps:
+    """Put the layers of one training, fitted in several runs, together.
+
+    Parameters
+    ----------
+    folders
+        The runs' folders.
+    out
+        Where the maps are written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is no run, or a layer is in none of them.
+    ValueError
+        If the runs' settings differ.
+    """
+    import json
+
+    runs = []
+    for folder in folders:
+        path = folder / "run.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"folders: {folder} holds no run.json, so it is no run's folder"
+            )
+        runs.append(json.loads(path.read_text(encoding="utf-8")))
+    settings = runs[0]
+    for folder, run in zip(folders, runs, strict=True):
+        if wrong := sorted(k for k in settings if run.get(k) != settings[k]):
+            raise ValueError(f"folders: {folder} and {folders[0]} differ in {', '.join(wrong)}")
+    layers, errors = [], []
+    for layer in range(settings["config"]["num_layers"]):
+        holders = [
+            layer_folder(folder, layer)
+            for folder in folders
+            if (layer_folder(folder, layer) / "maps.safetensors").exists()
+        ]
+        if not holders:
+            raise FileNotFoundError(
+                f"folders: layer {layer} is in none of {list(map(str, folders))}"
+            )
+        layers.append(
+            LayerMaps(settings["recipe"]["kind"], load_file(str(holders[0] / "maps.safetensors")))
+        )
+        found = load_checkpoint(holders[0] / "checkpoint.safetensors")
+        errors.append(found[1]["best_error"] if found else None)
+    record = {
+        "method": "per layer",
+        **{k: v for k, v in settings.items() if k != "model_id"},
+        "validation_error_share": errors,
+    }
+    maps = FeatureMaps(layers, model_id=settings["model_id"], record=record)
+    maps.save_pretrained(out)
+    return maps
+
+
+def learning_curves(out: Path) -> dict[int, list[dict[str, Any]]]:
+    """The logs of a run's layers, by layer."""
+    return {
+        int(path.parent.name): Log(path, upto=2**62).read()
+        for path in sorted((out / "layers").glob("*/log.jsonl"))
+    }

@@ -1,0 +1,111 @@
+"""How feature maps are fitted: numbers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._checks import check_choice, check_int, check_real
+from ..feature_maps import LAST_LAYERS
+
+SCHEDULES = ("halving", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one layer's maps are fitted. The defaults are the paper's.
+
+    Parameters
+    ----------
+    kind
+        Of the maps, see `feature_maps`.
+    hidden
+        Their hidden size.
+    epochs
+        Passes over the training sequences.
+    batch
+        Sequences a step.
+    rows
+        Query rows drawn from each batch; ``None``: all past the budget, as the paper does.
+    learning_rate
+        Adam's, at the start.
+    schedule
+        ``"halving"``: halved every `halve_every` epochs; ``"cosine"``: falls to zero at the end.
+    halve_every
+        Epochs.
+    dropout
+        Share of hidden activations dropped.
+    validation
+        Share of the sequences that are kept for validation, the last ones.
+    patience
+        Epochs without a better validation error after which a layer stops; ``None``: never.
+    seed
+        Of weights, order, rows and dropout.
+    """
+
+    kind: str = "paper"
+    hidden: int = 512
+    epochs: int = 40
+    batch: int = 2
+    rows: int | None = None
+    learning_rate: float = 1e-3
+    schedule: str = "halving"
+    halve_every: int = 10
+    dropout: float = 0.3
+    validation: float = 0.1
+    patience: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, LAST_LAYERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        for name in ("hidden", "epochs", "batch", "halve_every"):
+            check_int(name, getattr(self, name), minimum=1)
+        for name in ("rows", "patience"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), minimum=1)
+        check_int("seed", self.seed, minimum=0)
+        check_real("learning_rate", self.learning_rate, above=0.0)
+        if self.dropout != 0:
+            check_real("dropout", self.dropout, above=0.0, maximum=0.9)
+        check_real("validation", self.validation, above=0.0, maximum=0.5)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate at a step, counted from 0."""
+        if self.schedule == "cosine":
+            progress = step / (self.epochs * steps_per_epoch)
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * 0.5 ** (step // steps_per_epoch // self.halve_every)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "fast": Recipe(
+        kind="exp",
+        hidden=256,
+        epochs=10,
+        rows=96,
+        learning_rate=3e-3,
+        schedule="cosine",
+        dropout=0.0,
+    ),
+}
+"""By name: the paper's, and one that reaches a lower error in a fraction of the time."""
+
+
+def generator(*key: Any) -> torch.Generator:
+    """A generator seeded by a key, so that no draw depends on the draws before it.
+
+    A run that was killed thus goes on exactly as it would have, without a stored generator.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,35 @@
+"""A tiny model and text with structure, so that maps have something to learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.training import Recipe
+from tests.integrations.models import build
+
+
+@pytest.fixture
+def model():
+    return build("llama")
+
+
+@pytest.fixture
+def tokens():
+    draws = torch.Generator().manual_seed(3)
+    return torch.randint(3, 97, (10, 48), generator=draws)
+
+
+@pytest.fixture
+def config(model):
+    return lc.CacheConfig.from_model(
+        model.config, capacity=8, policy=lc.H2O(), rank=4, dtype=torch.float32
+    )
+
+
+@pytest.fixture
+def recipe():
+    return Recipe(
+        kind="exp", hidden=8, epochs=3, rows=16, learning_rate=3e-3, schedule="cosine", dropout=0.2
+    )

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.training import DistillRecipe, distill
+from less_cache.training.end_to_end import _Distillation
+
+RECIPE = DistillRecipe(steps=6, batch=2, validation=2, validate_every=3, learning_rate=3e-3)
+
+
+@pytest.fixture
+def start(config):
+    return lc.FeatureMaps.initialise(config, hidden=8)
+
+
+def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recipe = DistillRecipe(steps=30, batch=4, validation=2, validate_every=10, learning_rate=1e-2)
+    maps = distill(model, tokens, config, start, recipe, tmp_path, progress=False)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["validation"] < 0.95 * log[0]["validation"]
+    assert maps.record["validation_loss"] == min(entry["validation"] for entry in log)
+    assert lc.FeatureMaps.from_pretrained(tmp_path).digest == maps.digest
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_killed_run_goes_on_to_the_same_result(
+    model, tokens, config, start, tmp_path, monkeypatch, steps
+):
+    whole = distill(model, tokens, config, start, RECIPE, tmp_path / "whole", progress=False)
+    original = _Distillation.step
+    with monkeypatch.context() as patch:
+        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0, raising=True)
+
+        def step(self, number):
+            if number == steps:
+                raise KeyboardInterrupt
+            return original(self, number)
+
+        patch.setattr(_Distillation, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
+    resumed = distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
+    assert resumed.digest == whole.digest
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_refuses_what_cannot_be_distilled(model, tokens, config, start, tmp_path):
+    with pytest.raises(ValueError, match="sequences"):
+        distill(model, tokens[:3], config, start, RECIPE, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="lose nothing"):
+        distill(model, tokens[:, :8], config, start, RECIPE, tmp_path, progress=False)
+    other = config.replace(rank=5)
+    with pytest.raises(ValueError, match="rank"):
+        distill(model, tokens, other, start, RECIPE, tmp_path, progress=False)

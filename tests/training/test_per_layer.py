@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.training import layer as fitting
+from less_cache.training import merge, train
+from less_cache.training.per_layer import learning_curves
+
+
+def same(first: lc.FeatureMaps, second: lc.FeatureMaps) -> bool:
+    return first.digest == second.digest
+
+
+def killed_after(monkeypatch, steps):
+    """Let the process die after so many steps, with a checkpoint of each."""
+    monkeypatch.setattr(fitting, "SAVE_EVERY_SECONDS", -1.0)
+    original, count = fitting._Fit.step, 0
+
+    def step(self, number):
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    monkeypatch.setattr(fitting._Fit, "step", step)
+
+
+def test_maps_beat_the_policy_and_are_saved(model, tokens, config, recipe, tmp_path):
+    longer = dataclasses.replace(recipe, epochs=40, dropout=0.0)
+    maps = train(model, tokens, config, longer, tmp_path, model_id="tiny", progress=False)
+    assert all(share < 0.8 for share in maps.record["validation_error_share"])
+    read = lc.FeatureMaps.from_pretrained(tmp_path)
+    assert same(read, maps)
+    assert read.model_id == "tiny"
+    assert read.record["recipe"]["epochs"] == 40
+    curves = learning_curves(tmp_path)
+    assert [entry["epoch"] for entry in curves[1]] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 13])
+def test_a_killed_run_goes_on_to_the_same_result(
+    model, tokens, config, recipe, tmp_path, monkeypatch, steps
+):
+    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        killed_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
+    resumed = train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
+    assert same(whole, resumed)
+    assert learning_curves(tmp_path / "whole") == learning_curves(tmp_path / "killed")
+
+
+def test_layers_in_separate_runs_merge_to_the_same(model, tokens, config, recipe, tmp_path):
+    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
+    parts = [tmp_path / "first", tmp_path / "second"]
+    for number, part in enumerate(parts):
+        assert train(model, tokens, config, recipe, part, layers=[number], progress=False) is None
+    assert same(whole, merge(parts, tmp_path / "merged"))
+
+
+def test_merge_refuses_a_missing_layer_and_other_settings(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path / "a", layers=[0], progress=False)
+    with pytest.raises(FileNotFoundError, match="layer 1"):
+        merge([tmp_path / "a"], tmp_path / "out")
+    other = dataclasses.replace(recipe, seed=1)
+    train(model, tokens, config, other, tmp_path / "b", layers=[1], progress=False)
+    with pytest.raises(ValueError, match="recipe"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+        merge([tmp_path], tmp_path / "out")
+
+
+def test_data_on_disk_gives_the_same_and_is_cleared(model, tokens, config, recipe, tmp_path):
+    memory = train(model, tokens, config, recipe, tmp_path / "memory", progress=False)
+    disk = train(
+        model, tokens, config, recipe, tmp_path / "disk", data_on_disk=True, progress=False
+    )
+    assert same(memory, disk)
+    assert not list((tmp_path / "disk").rglob("*.bin"))
+
+
+def test_the_papers_recipe_runs(model, tokens, config, tmp_path):
+    from less_cache.training import RECIPES
+
+    recipe = dataclasses.replace(RECIPES["paper"], epochs=2, hidden=8)
+    maps = train(model, tokens, config, recipe, tmp_path, progress=False)
+    assert maps.kind == "paper"
+
+
+def test_patience_stops_early(model, tokens, config, recipe, tmp_path):
+    hopeless = dataclasses.replace(recipe, epochs=50, learning_rate=10.0, patience=2)
+    train(model, tokens, config, hopeless, tmp_path, layers=[0], progress=False)
+    assert len(learning_curves(tmp_path)[0]) < 50
+
+
+def test_the_model_is_given_back_as_it_was(model, tokens, config, recipe, tmp_path):
+    before = model(tokens[:1]).logits
+    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+    torch.testing.assert_close(model(tokens[:1]).logits, before, rtol=0, atol=0)
+
+
+def test_refuses_another_runs_folder(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+    with pytest.raises(ValueError, match="recipe"):
+        train(model, tokens, config, dataclasses.replace(recipe, seed=9), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="data_sha256"):
+        train(model, tokens + 0 * tokens.flip(0) - (tokens > 50).long(), config, recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": slice(0, 2)}, "sequences"),
+        ({"columns": 8}, "lose nothing"),
+        ({"rank": 0}, "rank"),
+        ({"layers": [7]}, "layer"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_refuses_what_cannot_be_fitted(model, tokens, config, recipe, tmp_path, change, message):
+    tokens = tokens[change.get("tokens", slice(None)), : change.get("columns", 48)]
+    config = config.replace(rank=change.get("rank", 4))
+    with pytest.raises(ValueError, match=message):
+        train(
+            model,
+            tokens,
+            config,
+            recipe,
+            tmp_path,
+            layers=change.get("layers"),
+            progress=False,
+        )
+
+
+def test_a_damaged_checkpoint_is_refused(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+    folder = tmp_path / "layers" / "000"
+    (folder / "maps.safetensors").unlink()
+    path = folder / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+
+
+def test_run_settings_are_json(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["sequences"] == [10, 48]
+    assert lc.CacheConfig.from_dict(run["config"]) == config

@@ -1,0 +1,218 @@
+"""Compile every kernel variant the library would launch, for GPUs that are not here.
+
+The library's own launch code runs on tensors without data (torch's meta device); what it would
+have launched is compiled down to machine code for sm_80, sm_90 and sm_100, and the resources are
+read from the compiler's report::
+
+    python -m less_cache.backends.triton.compile_gate          # a selection, as the tests do
+    python -m less_cache.backends.triton.compile_gate --all    # the whole matrix
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import INTERPRETED, Launch, recording
+from .variants import Variant, every_variant, launches_of, selected_variants
+
+CAPABILITIES = (80, 90, 100)
+SPILL_FREE_HEAD_DIM = 128
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one program may take."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes, by the compiler's own report."""
+
+    kernel: str
+    variant: str
+    capability: int
+    warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def signature(wanted: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and alignments of a launch, as `ASTSource` takes them."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(wanted.kernel.arg_names):
+        if name in wanted.constants:
+            types[name], constants[name] = "constexpr", wanted.constants[name]
+            continue
+        value = wanted.arguments[name]
+        if value is None:
+            types[name], constants[name] = "constexpr", None
+        elif isinstance(value, Tensor):
+            types[name] = "*" + _type_name(value.dtype)
+            hints[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1:
+            types[name], constants[name] = "constexpr", 1
+        else:
+            types[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, hints
+
+
+def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resources:
+    """Compile one launch for one GPU and read what it takes.
+
+    Parameters
+    ----------
+    wanted
+        From `recording`.
+    capability
+        80, 90 or 100.
+    variant
+        A name for the report.
+
+    Raises
+    ------
+    RuntimeError
+        If it runs under the interpreter, which has no compiler.
+    """
+    if INTERPRETED:
+        raise RuntimeError("compile_gate: TRITON_INTERPRET is set; the compiler needs it unset")
+    types, constants, hints = signature(wanted)
+    names = wanted.kernel.arg_names
+    source = ASTSource(
+        wanted.kernel,
+        types,
+        {(names.index(name),): value for name, value in constants.items()},
+        hints,
+    )
+    options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = _read_usage(compiled.asm["cubin"])
+    return Resources(
+        kernel=wanted.kernel.__name__,
+        variant=variant,
+        capability=capability,
+        warps=wanted.warps,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def compile_variant(variant: Variant, capability: int) -> list[Resources]:
+    """Compile all kernels that one variant's calls would launch."""
+    with recording() as launches:
+        launches_of(variant)
+    return [compile_launch(wanted, capability, str(variant)) for wanted in launches]
+
+
+def compile_all(
+    variants: list[Variant], capabilities: tuple[int, ...], processes: int
+) -> Iterator[Resources]:
+    """Compile all variants for all GPUs, kernels that several share only once each."""
+    jobs: list[tuple[Variant, int, tuple[int, ...]]] = []
+    known = set()
+    for variant in variants:
+        with recording() as launches:
+            launches_of(variant)
+        fresh = []
+        for index, wanted in enumerate(launches):
+            key = repr((wanted.kernel.__name__, wanted.warps, wanted.stages, signature(wanted)))
+            if key not in known:
+                known.add(key)
+                fresh.append(index)
+        jobs += [(variant, capability, tuple(fresh)) for capability in capabilities if fresh]
+    with ProcessPoolExecutor(processes) as pool:
+        for found in pool.map(_compile_job, jobs):
+            yield from found
+
+
+def problems(found: Resources, head_dim: int) -> list[str]:
+    """What is not as it must be: registers spilled at usual head sizes, too much shared memory."""
+    wrong = []
+    if head_dim <= SPILL_FREE_HEAD_DIM and found.spilled_bytes:
+        wrong.append(f"{found.spilled_bytes} bytes of registers spilled")
+    if found.shared_bytes > SHARED_LIMITS[found.capability]:
+        wrong.append(f"{found.shared_bytes} bytes of shared memory")
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print one line a kernel, and return 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="the whole matrix, not a selection")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
+    parser.add_argument("--json", type=Path, help="also write the report there")
+    options = parser.parse_args(arguments)
+    variants = every_variant() if options.all else selected_variants()
+    head_dims = {str(variant): variant.head_dim for variant in variants}
+    capabilities = tuple(options.capability or CAPABILITIES)
+    start = time.monotonic()
+    report, failed = [], 0
+    for found in compile_all(variants, capabilities, options.processes):
+        wrong = problems(found, head_dims[found.variant])
+        failed += bool(wrong)
+        report.append(asdict(found))
+        print(
+            f"{found.kernel:16} sm_{found.capability:<4} registers {found.registers:3} "
+            f"spilled {found.spilled_bytes:5} shared {found.shared_bytes:6} "
+            f"{found.variant} {'; '.join(wrong)}",
+            flush=True,
+        )
+    print(f"{len(report)} kernels, {failed} wrong, {time.monotonic() - start:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(failed > 0)
+
+
+def _compile_job(job: tuple[Variant, int, tuple[int, ...]]) -> list[Resources]:
+    variant, capability, wanted = job
+    with recording() as launches:
+        launches_of(variant)
+    return [compile_launch(launches[i], capability, str(variant)) for i in wanted]
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    names = {
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.int32: "i32",
+        torch.int64: "i64",
+        torch.uint8: "u8",
+    }
+    return names[dtype]
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory, which is where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

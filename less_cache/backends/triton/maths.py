@@ -1,0 +1,139 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: RET505 (Triton compiles these forms, and not their short ones)
+"""Functions that several kernels call."""
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+EXPONENT_LIMIT: tl.constexpr = tl.constexpr(30.0)
+INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+LAST_POSITION: tl.constexpr = tl.constexpr(2**31 - 1)
+
+# The values of `policies.Score`, and the kinds of feature maps, as kernels know them.
+NONE: tl.constexpr = tl.constexpr(0)
+POSITION: tl.constexpr = tl.constexpr(1)
+KEY_NORM: tl.constexpr = tl.constexpr(2)
+ATTENTION: tl.constexpr = tl.constexpr(3)
+HISTORY: tl.constexpr = tl.constexpr(4)
+NO_MAPS: tl.constexpr = tl.constexpr(0)
+PAPER: tl.constexpr = tl.constexpr(1)
+EXP: tl.constexpr = tl.constexpr(2)
+
+
+if INTERPRETED:
+
+    def bound(number):
+        """A loop's bound as the interpreter's ``range`` wants it."""
+        return int(number.handle.data.item())
+
+else:
+
+    @triton.jit
+    def bound(number):
+        """A loop's bound: the number itself."""
+        return number
+
+
+@triton.jit
+def gelu(x):
+    """Gelu: x Φ(x) = x (1 + erf(x / √2)) / 2."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def capped(x, SOFTCAP: tl.constexpr):
+    """Soft cap c tanh(x / c), x where c = 0; tanh y = sign(y) (1 - e) / (1 + e), e = exp(-2|y|)."""
+    if SOFTCAP > 0:
+        e = tl.exp(-2.0 / SOFTCAP * tl.abs(x))
+        t = SOFTCAP * (1.0 - e) / (1.0 + e)
+        return tl.where(x < 0, -t, t)
+    else:
+        return x
+
+
+@triton.jit
+def popcount(bits):
+    """How many bits of each non-negative int64 are set."""
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    bits = bits + (bits >> 8)
+    bits = bits + (bits >> 16)
+    return (bits + (bits >> 32)) & 0x7F
+
+
+@triton.jit
+def two_layers(
+    x,
+    w1,
+    w2,
+    HEAD_DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Products gelu(x W1) W2 for x [BLOCK_B, BLOCK_D], W1 [D, hidden], W2 [hidden, R].
+
+    The hidden numbers are formed BLOCK_H at a time and never stored.
+    """
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    x = x.to(DOT)
+    features = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    for start in tl.range(0, HIDDEN, BLOCK_H):
+        hidden = start + tl.arange(0, BLOCK_H)
+        real = hidden < HIDDEN
+        first = tl.load(
+            w1 + d[:, None] * HIDDEN + hidden[None, :],
+            mask=(d[:, None] < HEAD_DIM) & real[None, :],
+            other=0.0,
+        ).to(DOT)
+        second = tl.load(
+            w2 + hidden[:, None] * RANK + r[None, :],
+            mask=real[:, None] & (r[None, :] < RANK),
+            other=0.0,
+        ).to(DOT)
+        activated = gelu(tl.dot(x, first, input_precision="ieee")).to(DOT)
+        features += tl.dot(activated, second, input_precision="ieee")
+    return features
+
+
+@triton.jit
+def last_of_phi(features, KIND: tl.constexpr):
+    """φ from what its two layers give: |gelu(f)|, or exp(clamp(f, ±30)) of the kind "exp"."""
+    if KIND == EXP:
+        return tl.exp(tl.minimum(tl.maximum(features, -EXPONENT_LIMIT), EXPONENT_LIMIT))
+    else:
+        return tl.abs(gelu(features))
+
+
+@triton.jit
+def last_of_psi(
+    features,
+    w3,
+    s1,
+    s2,
+    b,
+    KIND: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """ψ from its two layers: |u + (u W3) s2|, u = |s1| gelu(f), or exp(clamp(f + b, ±30))."""
+    r = tl.arange(0, BLOCK_R)
+    real = r < RANK
+    if KIND == EXP:
+        exponent = features + tl.load(b + r, mask=real, other=0.0)[None, :]
+        return tl.exp(tl.minimum(tl.maximum(exponent, -EXPONENT_LIMIT), EXPONENT_LIMIT))
+    else:
+        u = tl.abs(tl.load(s1 + r, mask=real, other=0.0))[None, :] * gelu(features)
+        third = tl.load(
+            w3 + r[:, None] * RANK + r[None, :], mask=real[:, None] & real[None, :], other=0.0
+        )
+        mixed = tl.dot(u, third.to(tl.float32), input_precision="ieee")
+        return tl.abs(u + mixed * tl.load(s2 + r, mask=real, other=0.0)[None, :])

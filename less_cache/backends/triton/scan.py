@@ -1,0 +1,150 @@
+"""When each pair of known sequences leaves: `eviction_times` by one kernel launch a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._checks import check_int
+from ...config import LayerConfig
+from ...policies import Score
+from ...state import EMPTY, LayerState, allocate
+from . import chunk
+from .decode import policy_constants
+from .launch import block, check_device, contiguous_heads, launch
+from .scan_kernel import scan
+
+LARGEST_CAPACITY = 4096
+"""Slots whose scores and positions fit into one program's registers."""
+
+TILE_REGISTERS = 32
+"""Numbers of a tile of keys that one thread may hold."""
+
+
+@torch.no_grad()
+def eviction_times(
+    layer: LayerConfig, q: Tensor, k: Tensor, mask: Tensor | None = None, *, prompt: int = 1
+) -> Tensor:
+    """When each pair of known sequences leaves its slot, the cache being empty at first.
+
+    Parameters
+    ----------
+    layer
+        Capacity, policy, scale; its rank does not matter.
+    q
+        [B, Hq, S, D], after the rotary embedding.
+    k
+        [B, Hkv, S, D], likewise.
+    mask
+        [B, S] booleans, false at padding; ``None``: no padding.
+    prompt
+        How many of the first tokens come in one `append`; the others come one by one.
+
+    Returns
+    -------
+    Tensor
+        [B, Hkv, S] int32: the first query that no longer finds the pair in a slot; S for pairs
+        that stay; at padding, which never is in a slot, its own index.
+
+    Raises
+    ------
+    ValueError
+        If `prompt` is not between 1 and S, the capacity too large, the tensors not on a GPU, or
+        float64.
+    """
+    check_device(k)
+    batch, kv_heads, tokens, head_dim = k.shape
+    check_int("prompt", prompt, minimum=1, maximum=tokens)
+    if k.dtype == torch.float64:
+        raise ValueError("k: got float64, which backend 'triton' does not compute in")
+    if layer.capacity > LARGEST_CAPACITY:
+        raise ValueError(f"capacity: got {layer.capacity}, expected at most {LARGEST_CAPACITY}")
+    q, k = contiguous_heads(q), contiguous_heads(k)
+    times = torch.full((batch, kv_heads, tokens), tokens, dtype=torch.int32, device=k.device)
+    if mask is not None:
+        own = torch.arange(tokens, dtype=torch.int32, device=k.device)
+        times = torch.where(mask.unsqueeze(1), times, own)
+    if layer.policy.score is Score.NONE:
+        return times
+    state = allocate(_sparse(layer, k), batch, device=k.device)
+    order = None
+    if mask is not None:
+        # A sort that keeps the order puts the real columns first: position p is the p-th of them.
+        order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
+    begin = 0
+    if prompt > 1:
+        _take_prompt(layer, state, q, k, mask, order, prompt, times)
+        begin = prompt
+    arguments: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "mask": None if mask is None else mask.view(torch.uint8),
+        "order": order,
+        "positions": state.positions,
+        "scores": state.scores,
+        "history": state.history,
+        "length": state.length,
+        "times": times,
+        "begin": begin,
+        "tokens": tokens,
+        "q_row_stride": q.stride(0),
+        "q_head_stride": q.stride(1),
+        "q_token_stride": q.stride(2),
+        "k_row_stride": k.stride(0),
+        "k_head_stride": k.stride(1),
+        "k_token_stride": k.stride(2),
+        "mask_row_stride": 0 if mask is None else mask.stride(0),
+        "mask_token_stride": 0 if mask is None else mask.stride(1),
+    }
+    slots = block(layer.capacity)
+    warps = 4 if slots <= 512 else 8 if slots <= 2048 else 16
+    constants = {
+        "HAS_MASK": mask is not None,
+        **policy_constants(layer),
+        "SINKS": layer.policy.sinks,
+        "RECENT": layer.policy.protected_recent,
+        "GROUP": layer.group,
+        "KV_HEADS": kv_heads,
+        "CAPACITY": layer.capacity,
+        "HEAD_DIM": head_dim,
+        "BLOCK_C": slots,
+        "BLOCK_D": block(head_dim),
+        "CHUNK": min(block(head_dim), TILE_REGISTERS * 32 * warps // slots),
+    }
+    launch(scan, (batch * kv_heads,), arguments, constants, warps=warps)
+    return times
+
+
+def _sparse(layer: LayerConfig, k: Tensor) -> LayerConfig:
+    """The layer without a low-rank state, which no eviction depends on."""
+    dtype = str(k.dtype).removeprefix("torch.")
+    return dataclasses.replace(layer, rank=0, dtype=dtype)
+
+
+def _take_prompt(
+    layer: LayerConfig,
+    state: LayerState,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    prompt: int,
+    times: Tensor,
+) -> None:
+    """Append the prompt to `state`, and note in `times` what its end evicts."""
+    keys = k[:, :, :prompt]
+    mask = None if mask is None else mask[:, :prompt]
+    chunk.append(_sparse(layer, k), state, None, q[:, :, :prompt], keys, keys, mask)
+    columns = state.positions.clamp_min(0).long()
+    if order is not None:
+        columns = order.long().unsqueeze(1).expand(-1, k.shape[1], -1).gather(2, columns)
+    # Column `prompt` stands for the empty slots.
+    columns = columns.masked_fill_(state.positions == EMPTY, prompt)
+    gone = torch.ones(*times.shape[:2], prompt + 1, dtype=torch.bool, device=k.device)
+    gone = gone.scatter_(2, columns, False)[:, :, :prompt]
+    if mask is not None:
+        gone = gone & mask.unsqueeze(1)
+    times[:, :, :prompt].masked_fill_(gone, prompt)

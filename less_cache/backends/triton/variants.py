@@ -1,0 +1,162 @@
+"""The kernel variants that the compile gate covers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...config import CacheConfig
+from ...feature_maps import LayerMaps, tensor_shapes
+from ...policies import (
+    H2O,
+    TOVA,
+    DecayedH2O,
+    FullCache,
+    KeyNorm,
+    Policy,
+    Scissorhands,
+    Score,
+    SinkWindow,
+)
+from ...state import allocate
+from . import chunk
+from .decode import step
+from .scan import LARGEST_CAPACITY, eviction_times
+
+HIDDEN = 512
+CHUNK = 1024
+POLICIES: tuple[Policy, ...] = (
+    H2O(),
+    SinkWindow(),
+    Scissorhands(),
+    KeyNorm(recent=1),
+    TOVA(),
+    DecayedH2O(factor=0.97),
+    FullCache(),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cache and a batch, which determine the kernels of a call."""
+
+    head_dim: int = 128
+    dtype: str = "float16"
+    group: int = 1
+    rank: int = 8
+    kind: str = "exp"
+    policy: Policy = H2O()  # noqa: RUF009 - frozen
+    capacity: int = 205
+    kv_heads: int = 32
+    batch: int = 64
+    softcap: float | None = None
+    masked: bool = False
+    state_dtype: str | None = None
+
+    def __str__(self) -> str:
+        policy = type(self.policy).__name__
+        text = (
+            f"{policy} C={self.capacity} D={self.head_dim} R={self.rank} {self.kind} G={self.group}"
+            f" {self.dtype} B={self.batch} Hkv={self.kv_heads}"
+        )
+        text += f" softcap={self.softcap:g}" if self.softcap else ""
+        text += f" state={self.state_dtype}" if self.state_dtype else ""
+        return text + (" masked" if self.masked else "")
+
+    @property
+    def config(self) -> CacheConfig:
+        """The cache that it is of."""
+        return CacheConfig(
+            num_layers=1,
+            query_heads=self.group * self.kv_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            capacity=self.capacity,
+            policy=self.policy,
+            rank=self.rank,
+            softcap=self.softcap,
+            dtype=self.dtype,
+            state_dtype=self.state_dtype,
+        )
+
+
+def launches_of(variant: Variant) -> None:
+    """Make the variant's calls on tensors without data; use it within `launch.recording`.
+
+    A decode step, the attention of a chunk of `CHUNK` tokens, and the scan of as many.
+    """
+    layer = variant.config.layer(0)
+    dtype = getattr(torch, variant.dtype)
+
+    def heads(count: int, tokens: int) -> Tensor:
+        shape = (variant.batch, count, tokens, layer.head_dim)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    maps = None
+    if variant.rank:
+        shapes = tensor_shapes(
+            variant.kind,
+            query_heads=layer.query_heads,
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            hidden=HIDDEN,
+            rank=layer.rank,
+        )
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        maps = LayerMaps(variant.kind, tensors).to("meta", dtype)
+    mask = torch.ones(variant.batch, CHUNK, dtype=torch.bool, device="meta")
+    state = allocate(layer, variant.batch, device="meta")
+    k = heads(layer.kv_heads, 1)
+    only = mask[:, :1] if variant.masked else None
+    step(layer, state, maps, heads(layer.query_heads, 1), k, k, only)
+
+    columns = layer.capacity + CHUNK
+    keys = heads(layer.kv_heads, columns)
+    positions = torch.empty(keys.shape[:3], dtype=torch.int32, device="meta")
+    weight = None
+    if layer.policy.score is Score.ATTENTION:
+        weight = torch.empty(variant.batch, CHUNK, device="meta")
+    q = heads(layer.query_heads, CHUNK)
+    chunk.attend(layer, state, maps, q, keys, keys, positions, weight)
+    if layer.capacity <= LARGEST_CAPACITY:
+        eviction_times(layer, q, heads(layer.kv_heads, CHUNK), mask if variant.masked else None)
+
+
+def selected_variants() -> list[Variant]:
+    """A selection that has each head size, type, policy, kind and rank at least once."""
+    usual = Variant()
+    return [
+        usual,
+        replace(usual, policy=SinkWindow(), group=4, kv_heads=8, dtype="bfloat16"),
+        replace(usual, policy=Scissorhands(), head_dim=64, kind="paper", rank=16),
+        replace(usual, policy=KeyNorm(recent=1), head_dim=80, dtype="bfloat16", masked=True),
+        replace(usual, policy=TOVA(), head_dim=96, group=8, kv_heads=4, rank=64, kind="paper"),
+        replace(usual, policy=FullCache(), rank=0, capacity=4096, batch=1),
+        replace(usual, batch=1, capacity=8192, group=4, kv_heads=8, rank=4),
+        replace(usual, head_dim=256, softcap=50.0, group=2, kv_heads=8),
+        replace(usual, dtype="float32", capacity=100),
+    ]
+
+
+def every_variant() -> list[Variant]:
+    """Each axis (policy, head size, dtype, group, rank, ...) crossed with the usual variant."""
+    variants = [*selected_variants()]
+    for policy, head_dim, dtype in itertools.product(
+        POLICIES, (64, 80, 96, 128, 256), ("float16", "bfloat16", "float32")
+    ):
+        variants.append(Variant(policy=policy, head_dim=head_dim, dtype=dtype))
+    for rank, kind, group in itertools.product((0, 4, 8, 16, 32, 64), ("paper", "exp"), (1, 4, 8)):
+        variants.append(Variant(rank=rank, kind=kind, group=group, kv_heads=32 // group))
+    for capacity, batch in itertools.product((16, 100, 819, 2048, 8192), (1, 16)):
+        variants.append(Variant(capacity=capacity, batch=batch, kv_heads=8, group=4))
+    variants += [
+        Variant(group=16, kv_heads=2),
+        Variant(group=71, kv_heads=1, head_dim=64),
+        Variant(state_dtype="float16"),
+        Variant(state_dtype="bfloat16", dtype="bfloat16", masked=True),
+        Variant(softcap=30.0, policy=Scissorhands(window=62)),
+    ]
+    return list(dict.fromkeys(variants))

@@ -1,0 +1,79 @@
+"""Every kernel compiles for every GPU generation, and takes no more than there is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KERNELS = {
+    "select_and_map",
+    "attend",
+    "conclude_split",
+    "attend_chunk",
+    "sum_columns",
+    "scan",
+}
+
+
+def run(arguments, folder, **environment):
+    # The interpreter has no compiler, and a cache of earlier runs would compile nothing.
+    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited |= {"TRITON_CACHE_DIR": str(folder / "cache"), **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_and_spill_no_registers(capability, tmp_path):
+    path = tmp_path / "report.json"
+    gate = ["-m", "less_cache.backends.triton.compile_gate", "--processes", "1"]
+    result = run([*gate, "--capability", str(capability), "--json", str(path)], tmp_path)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    report = json.loads(path.read_text())
+    assert {kernel["kernel"] for kernel in report} == KERNELS
+    for kernel in report:
+        assert kernel["capability"] == capability
+        assert 0 < kernel["registers"] <= 255
+        if " D=256 " not in kernel["variant"]:
+            assert kernel["spilled_bytes"] == 0, kernel
+
+
+def test_the_gate_sees_a_kernel_that_spills(tmp_path):
+    # A tile four times too large for its warps: the gate must not call it well.
+    script = """
+import dataclasses
+from less_cache.backends.triton import compile_gate, variants
+from less_cache.backends.triton.launch import recording
+with recording() as launches:
+    variants.launches_of(variants.Variant(dtype="float32"))
+wanted = next(w for w in launches if w.kernel.__name__ == "attend")
+constants = wanted.constants | {"BLOCK_C": 64, "SPAN": 256}
+found = compile_gate.compile_launch(dataclasses.replace(wanted, constants=constants, warps=4), 90)
+print(compile_gate.problems(found, 128))
+"""
+    result = run(["-c", script], tmp_path)
+    assert "registers spilled" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_package_works_without_triton(tmp_path):
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+import less_cache as lc
+config = lc.CacheConfig(1, 2, 2, 4, 3, lc.H2O(), rank=0)
+manager = lc.CacheManager(config)
+q = torch.ones(1, 2, 1, 4)
+assert manager.append(manager.init(1), 0, q, q, q).shape == q.shape
+from less_cache.backends import runs_on_triton
+assert not runs_on_triton(config)
+try:
+    lc.CacheManager(config, backend="triton")
+except ImportError as error:
+    print(error)
+"""
+    result = run(["-c", script], tmp_path)
+    assert "less_cache[triton]" in result.stdout, result.stdout + result.stderr

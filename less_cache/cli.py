@@ -1,4 +1,4 @@
-"""The command line: ``less-cache demo | train | distill | merge | eval | info``."""
+"""The command line: ``less-cache demo | train | distill | merge | eval | export | info``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_export import export
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="A KV cache of small and constant size that keeps most of what it forgets.",
 )
+app.add_typer(export, name="export")
 console = Console()
 
 SHIPPED = "reference"
@@ -301,7 +304,12 @@ def _load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
-    return loaded.train(False).to(device), AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        # Enough for token ids; whoever needs it for text says so.
+        tokenizer = None
+    return loaded.train(False).to(device), tokenizer
 
 
 def _config(model: Any, capacity: str, policy: str, rank: int) -> Any:

@@ -19,7 +19,7 @@ from .. import reference_model
 from .._files import write_text
 from ..config import CacheConfig
 from ..policies import H2O
-from ..reference_model.maps import shipped
+from ..reference_model.shipped_maps import shipped
 from .comparison import BASELINE_PLUS, Comparison, compare, contestants_for
 from .generation import accepted_prefix, continue_greedily
 from .perplexity import Contestant, cut_windows

@@ -53,7 +53,15 @@ def read_documents(source: str) -> list[tuple[str, str]]:
 
 
 def tokenize(documents: list[tuple[str, str]], tokenizer: Any) -> list[tuple[str, Tensor]]:
-    """Names and token ids [n] of documents, without special tokens."""
+    """Names and token ids [n] of documents, without special tokens.
+
+    Raises
+    ------
+    ValueError
+        If there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError("data: is text, which needs the model's tokenizer, and the model has none")
     return [
         (name, torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
         for name, text in documents
@@ -91,8 +99,6 @@ def load_tokens(
     if source.endswith(TOKEN_SUFFIX):
         stream = _read_ids(Path(source)).flatten()
     else:
-        if tokenizer is None:
-            raise ValueError(f"data: {source!r} is text, which needs the model's tokenizer")
         stream = torch.cat([ids for _, ids in tokenize(read_documents(source), tokenizer)])
     return cut(stream, length=length, vocabulary=vocabulary, sequences=sequences)
 

@@ -1,7 +1,7 @@
 """The feature maps that ship with the reference model, and the script that made them.
 
-``python -m less_cache.reference_model.maps --out DIR`` trains them: each layer on its own, then all
-together, on windows of the model's own training text.
+``python -m less_cache.reference_model.shipped_maps --out DIR`` trains them: each layer on its own,
+then all together, on windows of the model's own training text.
 """
 
 import argparse

@@ -299,6 +299,7 @@ def _load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         from .reference_model import load
 
         model: Any
+        tokenizer: Any
         model, tokenizer = load(dtype=kind)
         return model.to(device), tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -124,7 +124,11 @@ class LayerMaps:
         Tensor
             [B, Hq, S, R].
         """
-        features = self._two_layers(queries, self.tensors["phi_w1"], self.tensors["phi_w2"])
+        t = self.tensors
+        return self.finish_phi(self.two_layers(queries, t["phi_w1"], t["phi_w2"]))
+
+    def finish_phi(self, features: Tensor) -> Tensor:
+        """What follows the second layer of φ. [B, Hq, S, R]."""
         if self.kind == "exp":
             return features.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
         return F.gelu(features).abs()
@@ -143,18 +147,26 @@ class LayerMaps:
             [B, Hkv, S, R].
         """
         t = self.tensors
-        features = self._two_layers(keys, t["psi_w1"], t["psi_w2"])
+        return self.finish_psi(self.two_layers(keys, t["psi_w1"], t["psi_w2"]))
+
+    def finish_psi(self, features: Tensor) -> Tensor:
+        """What follows the second layer of ψ. [B, Hkv, S, R]."""
+        t = self.tensors
         if self.kind == "exp":
             exponent = features + t["psi_b"].unsqueeze(1)
             return exponent.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
         u = t["psi_s1"].abs().unsqueeze(1) * F.gelu(features)
         return (u + (u @ t["psi_w3"]) * t["psi_s2"].unsqueeze(1)).abs()
 
+    def both(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(queries) [B, Hq, S, R] and ψ(keys) [B, Hkv, S, R]."""
+        return self.phi(queries), self.psi(keys)
+
     def activate(self, hidden: Tensor) -> Tensor:
         """What follows the first layer of both maps."""
         return F.gelu(hidden)
 
-    def _two_layers(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    def two_layers(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         """gelu(x w1) w2 head by head, the sum of the last product in float32 or wider."""
         batch, heads, length, head_dim = x.shape
         # One product per head for the whole batch: the weights are read once, not once a sequence.

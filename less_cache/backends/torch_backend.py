@@ -27,6 +27,7 @@ from .torch_common import (
     popcount,
     take_slot,
 )
+from .torch_maps import join
 
 
 def check_config(config: CacheConfig) -> None:
@@ -47,7 +48,7 @@ def check_config(config: CacheConfig) -> None:
 def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
     """The maps on the state's device: in the model's dtype on a GPU, wider on a CPU."""
     name = layer.score_dtype if torch.device(device).type == "cpu" else layer.dtype
-    return maps.to(device, getattr(torch, name))
+    return join(maps.to(device, getattr(torch, name)))
 
 
 def append(
@@ -85,8 +86,10 @@ def step(
     evicted = old_positions != EMPTY
     if incoming is not None:
         evicted = evicted & incoming
+    features = None
     if maps is not None:
-        merge(state, maps, take_slot(state.keys, slot), take_slot(state.values, slot), evicted)
+        features, victims = maps.both(q, take_slot(state.keys, slot))
+        merge(state, victims, take_slot(state.values, slot), evicted)
 
     # 4, before 2: the pair goes in first, so that a query sees itself like any other pair.
     positions = state.length.view(batch, 1, 1).expand(batch, kv_heads, 1)
@@ -106,7 +109,7 @@ def step(
     logits = pair_logits(layer, grouped, state.keys, state.scores.dtype)
     # Empty slots have position -1: they get the lowest number, in fewer passes than by a mask.
     logits.add_(state.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
-    out, probabilities = attend(state, maps, q, logits, state.values)
+    out, probabilities = attend(state, features, logits, state.values)
     out = out.to(q.dtype).view_as(q)
     if mask is not None:
         out = out.masked_fill(~mask.view(batch, 1, 1, 1), 0)

@@ -90,7 +90,7 @@ def append(
     leaving, staying = _select(layer, scores, positions, total)
     if maps is not None:
         gone = positions.gather(2, leaving) != EMPTY
-        merge(state, maps, _take(keys, leaving), _take(values, leaving), gone)
+        merge(state, maps.psi(_take(keys, leaving)), _take(values, leaving), gone)
     kept = positions.gather(2, staying)
     empty = kept == EMPTY
     state.keys.copy_(_take(keys, staying).masked_fill_(empty.unsqueeze(3), 0))
@@ -112,7 +112,8 @@ def _evict_one(
     slot = choose_slot(layer, state)
     evicted = (state.positions.gather(2, slot) != EMPTY) & incoming
     if maps is not None:
-        merge(state, maps, take_slot(state.keys, slot), take_slot(state.values, slot), evicted)
+        features = maps.psi(take_slot(state.keys, slot))
+        merge(state, features, take_slot(state.values, slot), evicted)
     position = state.positions.gather(2, slot).masked_fill_(evicted, EMPTY)
     state.positions.scatter_(2, slot, position)
 
@@ -157,7 +158,9 @@ def _attend_in_blocks(
         grouped = queries.reshape(batch, layer.kv_heads, -1, head_dim)
         logits = pair_logits(layer, grouped, keys[:, :, :span], wide)
         logits.add_(visible.repeat(1, 1, layer.group, 1) if layer.group > 1 else visible)
-        part, probabilities = attend(state, maps, queries, logits, values[:, :, :span])
+        part, probabilities = attend(
+            state, None if maps is None else maps.phi(queries), logits, values[:, :, :span]
+        )
         out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
         if weight is not None:
             share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)

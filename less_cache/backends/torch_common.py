@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..config import LayerConfig
-from ..feature_maps import LayerMaps
 from ..policies import Score
 from ..state import EMPTY, LayerState
 
@@ -54,28 +53,26 @@ def take_slot(array: Tensor, slot: Tensor) -> Tensor:
     return array.gather(2, slot.unsqueeze(3).expand(-1, -1, -1, array.shape[3]))
 
 
-def merge(
-    state: LayerState, maps: LayerMaps, keys: Tensor, values: Tensor, evicted: Tensor
-) -> None:
+def merge(state: LayerState, features: Tensor, values: Tensor, evicted: Tensor) -> None:
     """H += ψ(k)ᵀ v and z += ψ(k) over the evicted pairs among those given, in place.
 
     Parameters
     ----------
     state
         H [B, Hkv, R, D] and z [B, Hkv, R] change.
-    maps
-        For ψ.
-    keys, values
+    features
+        [B, Hkv, N, R], ψ of the pairs' keys.
+    values
         [B, Hkv, N, D].
     evicted
         [B, Hkv, N], which of them leave.
     """
     stays = ~evicted.unsqueeze(3)
-    features = maps.psi(keys).masked_fill_(stays, 0)
+    features = features.masked_fill(stays, 0)
     # A slot that leaves nothing may hold anything, and 0 * inf is no 0.
     values = values.to(features.dtype).masked_fill(stays, 0)
     # In place, with sums in the features' dtype even where the state's is narrower.
-    if keys.shape[2] == 1:
+    if values.shape[2] == 1:
         state.H.addcmul_(features.transpose(2, 3), values)
         state.z.add_(features.squeeze(2))
     else:
@@ -106,16 +103,16 @@ def initial_scores(layer: LayerConfig, state: LayerState, k: Tensor, positions: 
 
 
 def attend(
-    state: LayerState, maps: LayerMaps | None, q: Tensor, logits: Tensor, values: Tensor
+    state: LayerState, features: Tensor | None, logits: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute out = (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), s being the logits.
 
     Parameters
     ----------
-    state, maps
-        H and z; φ.
-    q
-        [B, Hq, S, D], for φ.
+    state
+        For H and z.
+    features
+        [B, Hq, S, R], φ of the queries; ``None`` for rank 0.
     logits
         [B, Hkv, G * S, N], a group's heads one after another, in the scores' dtype. What is not
         visible is very low, but every row has a finite number: padding may see nothing at all.
@@ -132,9 +129,9 @@ def attend(
     wide = logits.dtype
     probabilities = logits.softmax(3)
     pairs_mean = (probabilities.to(values.dtype) @ values).to(wide)
-    if maps is None:
+    if features is None:
         return pairs_mean, probabilities
-    features = maps.phi(q).reshape(*logits.shape[:3], -1)
+    features = features.reshape(*logits.shape[:3], -1)
     low_rank = features @ state.z.to(wide).unsqueeze(3)
     # The largest probability is exp(maximum) / Σ exp(s), which gives the sum away.
     log_mass = logits.amax(3, keepdim=True) - probabilities.amax(3, keepdim=True).log()

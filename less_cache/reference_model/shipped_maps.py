@@ -148,6 +148,8 @@ def store(maps: "FeatureMaps", folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train from the command line; the same command resumes a run that was stopped."""
+    import torch
+
     from less_cache.reference_model import load
     from less_cache.training import DistillRecipe, Recipe, distill, train
 
@@ -159,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--kind", default="exp")
-    parser.add_argument("--distill-steps", type=int, default=300)
-    parser.add_argument("--distill-rate", type=float, default=1e-3)
+    parser.add_argument("--distill-steps", type=int, default=140)
+    parser.add_argument("--distill-rate", type=float, default=4e-3)
     options = parser.parse_args(arguments)
     recipe = Recipe(
         kind=options.kind,
@@ -179,7 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recompute=False,
     )
     model, _ = load()
-    tokens = training_windows(options.sequences)
+    # Distillation goes once over text that the layers were not fitted to.
+    windows = training_windows(options.sequences + together.steps * together.batch)
+    tokens, fresh = windows[: options.sequences], windows[options.sequences :]
+    held = tokens[-together.validation :]
     name = "less_cache reference model"
     for target in TARGETS:
         if options.only not in (None, target.name):
@@ -189,7 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         per_layer = train(model, tokens, config, recipe, runs / PER_LAYER, model_id=name)
         if per_layer is None:
             raise AssertionError("all layers are trained in one run")
-        end_to_end = distill(model, tokens, config, per_layer, together, runs / END_TO_END)
+        end_to_end = distill(
+            model,
+            torch.cat([fresh, held]),
+            config,
+            per_layer,
+            together,
+            runs / END_TO_END,
+        )
         if options.publish is not None:
             store(per_layer, options.publish / target.name / PER_LAYER)
             store(end_to_end, options.publish / target.name / END_TO_END)

@@ -40,7 +40,7 @@ class Backend(Protocol):
         v: Array,
         mask: Array | None,
     ) -> Array:
-        """DESIGN section 1's only operation; what comes in has been checked.
+        """The only operation (docs/design.md); what comes in has been checked.
 
         Parameters
         ----------

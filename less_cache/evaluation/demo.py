@@ -26,9 +26,10 @@ from .perplexity import Contestant, cut_windows
 from .report import as_json, draw_positions, draw_recovery, gap_text
 
 CAPACITY = 0.05
-PROMPT_TOKENS = 640
+DOCUMENT, PROMPT_START, PROMPT_TOKENS = "zipfile.py", 5000, 640
 NEW_TOKENS = 96
-WINDOWS = 16
+REPETITION_PENALTY = 1.15
+WINDOWS = 12
 LESS = "LESS"
 PAGE = Path(__file__).parent / "demo.html"
 
@@ -95,13 +96,12 @@ def run_demo(*, progress: bool = True) -> Demo:
     comparison = compare(
         model, windows[::stride][:WINDOWS], config, {LESS: maps}, progress=progress
     )
-    name, ids = max(documents, key=lambda document: len(document[1]))
-    prompt = ids[:PROMPT_TOKENS]
+    prompt = dict(documents)[DOCUMENT][PROMPT_START : PROMPT_START + PROMPT_TOKENS]
     contestants = [
         c for c in contestants_for(config, {LESS: maps}, length) if c.name != BASELINE_PLUS
     ]
     continuations = _continue(model, tokenizer, prompt, contestants, comparison)
-    return Demo(name, str(tokenizer.decode(prompt)), continuations, comparison)
+    return Demo(DOCUMENT, str(tokenizer.decode(prompt)), continuations, comparison)
 
 
 def _continue(
@@ -115,7 +115,13 @@ def _continue(
     result = []
     for contestant in contestants:
         started = time.perf_counter()
-        found = continue_greedily(model, prompt.unsqueeze(0), contestant, new_tokens=NEW_TOKENS)
+        found = continue_greedily(
+            model,
+            prompt.unsqueeze(0),
+            contestant,
+            new_tokens=NEW_TOKENS,
+            repetition_penalty=REPETITION_PENALTY,
+        )
         seconds = time.perf_counter() - started
         wanted = found if wanted is None else wanted
         agreed = int(accepted_prefix(wanted, found)[0])
@@ -161,7 +167,8 @@ def write_demo(demo: Demo, folder: Path) -> Path:
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         document=html.escape(demo.document),
         prompt=html.escape("\n".join(demo.prompt.splitlines()[-14:])),
-        prompt_tokens=PROMPT_TOKENS,
+        first=PROMPT_START,
+        last=PROMPT_START + PROMPT_TOKENS,
         slots=demo.comparison.row(LESS).capacity,
         window=demo.comparison.facts["window"],
         windows=demo.comparison.facts["windows"],

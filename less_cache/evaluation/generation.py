@@ -15,7 +15,12 @@ from .perplexity import Contestant
 
 @torch.no_grad()
 def continue_greedily(
-    model: Any, prompts: Tensor, contestant: Contestant, *, new_tokens: int
+    model: Any,
+    prompts: Tensor,
+    contestant: Contestant,
+    *,
+    new_tokens: int,
+    repetition_penalty: float = 1.0,
 ) -> Tensor:
     """Greedy continuations under a contestant's cache.
 
@@ -29,6 +34,8 @@ def continue_greedily(
         The cache.
     new_tokens
         Length of the continuations; the end of a text does not stop them.
+    repetition_penalty
+        As of transformers' generate(); a small model's greedy text goes round in circles without.
 
     Returns
     -------
@@ -46,6 +53,7 @@ def continue_greedily(
             do_sample=False,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
+            repetition_penalty=repetition_penalty,
             pad_token_id=0,
         )
     return whole[:, prompts.shape[1] :].cpu()  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Models with their cache as files that other runtimes run."""

@@ -1,0 +1,201 @@
+"""Several new tokens at once, as `less_cache.backends.torch_chunk.append` takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from less_cache import ops
+from less_cache.policies import Score
+from less_cache.state import EMPTY
+
+from .blocks import attend_in_blocks
+from .building import Builder, Value
+from .parts import (
+    INT_MAX,
+    Layer,
+    Values,
+    choose_slot,
+    initial_scores,
+    merge,
+    pair_logits,
+    persistent_bits,
+    popcount,
+    protected,
+)
+
+
+def chunk_body(b: Builder, layer: Layer, given: Values, opset: int) -> list[Value]:
+    """The output [B, Hq, S, D] and the new state; the new must not lie in the old one's memory.
+
+    Parameters
+    ----------
+    b
+        Gets the nodes.
+    layer
+        Shapes, policy and maps' kind.
+    given
+        By the names of `nodes.node_inputs`.
+    opset
+        Of the loop over blocks of queries.
+    """
+    config, policy = layer.config, layer.config.policy
+    state = {name: given[name] for name in ops.state_names(config)}
+    tokens = b.cast(given["mask"], "bool")
+    tokens4 = b.unsqueeze(tokens, 1, 3)
+    # Padding may hold anything, NaN too, which no lowest number would hide.
+    blank = b.constant(0, config.dtype)
+    q, k, v = (b("Where", tokens4, given[name], blank) for name in ("q", "k", "v"))
+    ones = b.cast(tokens, "int32")
+    ranks = b("CumSum", ones, b.constant(1, "int64"))
+    incoming = b.unsqueeze(b("ReduceSum", ones, b.ints(1)), 2)
+    seen = b.unsqueeze(given["length"], 1, 2)
+
+    # 1. Make room for the first incoming token.
+    state = _evict_one(b, layer, state, given, seen, incoming)
+
+    # 2. Attend over the pairs kept and the new ones.
+    last = b("Add", b.unsqueeze(given["length"], 1), b("Sub", ranks, b.constant(1, "int32")))
+    new_positions = b.unsqueeze(b("Where", tokens, last, b.constant(EMPTY, "int32")), 1)
+    first = initial_scores(b, layer, k, new_positions)
+    new_positions = b("Expand", new_positions, b.ints(1, config.kv_heads, 1))
+    for name, new in (("keys", k), ("values", v), ("positions", new_positions)):
+        state[name] = b("Concat", state[name], new, axis=2)
+    weight = None
+    if policy.score is Score.ATTENTION:
+        weight = b.cast(ones, layer.wide)
+        if policy.decay != 1:
+            age = b("Sub", b("Squeeze", incoming, b.ints(2)), ranks)
+            weight = b("Mul", weight, _faded(b, layer, age))
+    out, gained = attend_in_blocks(b, layer, state, given, q, weight, opset=opset)
+    out = b("Where", tokens4, out, blank)
+
+    # 3. Scores.
+    if policy.history_window:
+        state["history"] = _history(b, layer, state, q, ranks, incoming)
+        state["scores"] = popcount(b, layer, state["history"])
+    else:
+        scores = state["scores"]
+        if gained is not None and policy.decay != 1:
+            scores = b("Mul", scores, _faded(b, layer, incoming))
+        scores = b("Concat", scores, first, axis=2)
+        state["scores"] = scores if gained is None else b("Add", scores, gained)
+
+    # 4. The new pairs are in; all but C leave.
+    state = _keep(b, layer, state, given, b("Add", seen, incoming))
+    return [out, *(state[name] for name in ops.state_names(config))]
+
+
+def _evict_one(
+    b: Builder, layer: Layer, state: Values, maps: Values, seen: Value, incoming: Value
+) -> Values:
+    """Where a row is full and has new tokens, its victim leaves; its slot becomes empty."""
+    config = layer.config
+    if config.policy.score is Score.NONE:
+        return state
+    slot = choose_slot(b, layer, state, seen)
+    position = b.take(state["positions"], slot)
+    held = b("Greater", position, b.constant(EMPTY, "int32"))
+    gone = b("And", held, b("Greater", incoming, b.constant(0, "int32")))
+    if layer.kind is not None:
+        pair = tuple(b.take(state[name], slot, config.head_dim) for name in ("keys", "values"))
+        state = merge(b, layer, state, maps, (pair[0], pair[1]), gone)
+    left = b("Where", gone, b.constant(EMPTY, "int32"), position)
+    return {**state, "positions": b.put(state["positions"], slot, left)}
+
+
+def _faded(b: Builder, layer: Layer, age: Value) -> Value:
+    """The decay to the power of an age in tokens."""
+    decay = b.constant(layer.config.policy.decay, layer.wide)
+    return b("Pow", decay, b.cast(age, layer.wide))
+
+
+def _history(
+    b: Builder, layer: Layer, state: Values, q: Value, ranks: Value, incoming: Value
+) -> Value:
+    """[B, Hkv, N] int64: each pair's bits after the new queries, of which the last few count."""
+    config = layer.config
+    window, group = config.policy.history_window, config.group
+    # The columns of the last real queries, oldest first; below 1, a row has fewer.
+    back = b.constant(np.arange(window - 1, -1, -1), "int32")
+    wanted = b("Sub", b("Squeeze", incoming, b.ints(2)), back)
+    below = b("Less", b.unsqueeze(ranks, 1), b.unsqueeze(wanted, 2))
+    column = b("ReduceSum", b.cast(below, "int64"), b.ints(2), keepdims=0)
+    column = b("Min", column, b("Sub", b.dim(q, 2), b.ints(1)))
+    index = b("Expand", b.unsqueeze(column, 1, 3), b.ints(1, config.query_heads, 1, 1))
+    index = b("Expand", index, b.ints(1, 1, 1, config.head_dim))
+    queries = b("GatherElements", q, index, axis=2)
+    logits = pair_logits(b, layer, queries, state["keys"])
+    span = b.dim(state["positions"], 2)
+    split = b("Concat", b.ints(0, 0, group, window), span, axis=0)
+    logits = b("Reshape", logits, split)
+    place = b("Range", b.constant(0, "int64"), b("Squeeze", span), b.constant(1, "int64"))
+    place = b("Sub", place, b.constant(config.capacity, "int64"))
+    past = b("LessOrEqual", place, b.unsqueeze(column, 1, 3))
+    held = b("Greater", state["positions"], b.constant(EMPTY, "int32"))
+    visible = b("And", b.unsqueeze(held, 2), past)
+    hidden = b.constant(layer.lowest, layer.wide)
+    share = b("Softmax", b("Where", b.unsqueeze(visible, 2), logits, hidden), axis=-1)
+    share = b("ReduceMean", share, b.ints(2), keepdims=0)
+    attended = b("ReduceSum", b.cast(visible, "int32"), b.ints(3))
+    bits = persistent_bits(b, layer, share, attended, visible)
+    real = b.cast(b("Greater", wanted, b.constant(0, "int32")), "int64")
+    worth = b.constant(2 ** np.arange(window - 1, -1, -1, dtype=np.int64), "int64")
+    weights = b.unsqueeze(b("Mul", real, worth), 1, 3)
+    recent = b("ReduceSum", b("Mul", bits, weights), b.ints(2), keepdims=0)
+    # Bits beyond the window fall off before the rest are shifted: nothing overflows.
+    places = b("Min", incoming, b.constant(window, "int32"))
+    powers = 2 ** np.arange(window + 1, dtype=np.int64)
+    room = b("Gather", b.constant(powers[::-1], "int64"), places)
+    shift = b("Gather", b.constant(powers, "int64"), places)
+    old = b("Mul", b("Mod", state["history"], room), shift)
+    zeros = b("Expand", b.constant(0, "int64"), b("Shape", state["positions"]))
+    zeros = b("Slice", zeros, b.ints(config.capacity), b.ints(INT_MAX), b.ints(2))
+    return b("Add", b("Concat", old, zeros, axis=2), recent)
+
+
+def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -> Values:
+    """The state with C pairs: the others leave, by (protected, score, position).
+
+    No pair's score changes while pairs leave one by one, so one sort finds them all.
+    """
+    config = layer.config
+    positions = state["positions"]
+    span = b.dim(positions, 2)
+    capacity = b.ints(config.capacity)
+    empty = b("Less", positions, b.constant(0, "int32"))
+    kept = protected(b, layer, positions, total)
+    ranked = b("Where", kept, b.constant(np.inf, layer.wide), state["scores"])
+    ranked = b("Where", empty, b.constant(-np.inf, layer.wide), ranked)
+    by_age = _order(b, positions, span)
+    by_score = _order(b, b.take(ranked, by_age), span)
+    order = b.take(by_age, by_score)
+    cut = b("Sub", span, capacity)
+    staying = b("Slice", order, cut, span, b.ints(2))
+    if layer.kind is not None:
+        leaving = b("Slice", order, b.ints(0), cut, b.ints(2))
+        gone = b("Greater", b.take(positions, leaving), b.constant(EMPTY, "int32"))
+        pairs = [b.take(state[name], leaving, config.head_dim) for name in ("keys", "values")]
+        state = merge(b, layer, state, maps, (pairs[0], pairs[1]), gone)
+    # Slots in order of age, empty ones last: the same for every padding.
+    age = b.take(positions, staying)
+    age = b("Where", b("Less", age, b.constant(0, "int32")), b.constant(INT_MAX, "int32"), age)
+    staying = b.take(staying, _order(b, age, capacity))
+    index = b.spread(staying, config.head_dim)
+    held = dict(state)
+    held["positions"] = b.take(positions, staying)
+    empty = b("Less", held["positions"], b.constant(0, "int32"))
+    empty4 = b.unsqueeze(empty, 3)
+    blank = b.constant(0, config.dtype)
+    for name in ("keys", "values"):
+        taken = b("GatherElements", state[name], index, axis=2)
+        held[name] = b("Where", empty4, blank, taken)
+    held["scores"] = b("Where", empty, b.constant(0, layer.wide), b.take(state["scores"], staying))
+    if "history" in state:
+        bits = b.take(state["history"], staying)
+        held["history"] = b("Where", empty, b.constant(0, "int64"), bits)
+    return held
+
+
+def _order(b: Builder, array: Value, size: Value) -> Value:
+    """Indices that sort along the slots; among equals the first comes first."""
+    return b.many("TopK", [array, size], 2, axis=2, largest=0, sorted=1)[1]

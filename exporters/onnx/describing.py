@@ -1,0 +1,67 @@
+"""Writing ``less_cache.json`` into an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import less_cache
+from less_cache import ops
+from less_cache._files import write_text
+from less_cache.config import CacheConfig
+from less_cache.feature_maps import FeatureMaps
+
+from .decoder import state_tensors
+from .manifest import FORMAT, MANIFEST, digest
+from .parts import Layer
+
+
+def write_manifest(
+    folder: Path,
+    model: Any,
+    config: CacheConfig,
+    layers: list[Layer],
+    maps: FeatureMaps | None,
+    *,
+    opset: int,
+    all_logits: bool,
+) -> None:
+    """Describe the files that are in `folder` now."""
+    tensors = state_tensors(layers)
+    state = [
+        {"name": name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape[1:])}
+        for name, x in tensors.items()
+    ]
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    data = {
+        "format": FORMAT,
+        "model_type": model.config.model_type,
+        "vocab_size": model.config.get_text_config().vocab_size,
+        "eos_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
+        "config": config.to_dict(),
+        "maps_digest": maps.digest if maps is not None else None,
+        "bytes_per_sequence": sum(x[0].numel() * x.element_size() for x in tensors.values()),
+        "inputs": ["input_ids", "attention_mask", *(f"past.{name}" for name in tensors)],
+        "outputs": ["logits", *(f"present.{name}" for name in tensors)],
+        "all_logits": all_logits,
+        "state": state,
+        "layers": [
+            {
+                "capacity": layer.config.capacity,
+                "policy": layer.config.policy.to_dict(),
+                "rank": layer.config.rank,
+                "maps": layer.kind,
+                "window": layer.window,
+                "arrays": list(ops.state_names(layer.config)),
+            }
+            for layer in layers
+        ],
+        "opset": opset,
+        "less_cache": less_cache.__version__,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
+            for path in sorted(folder.iterdir())
+        },
+    }
+    write_text(folder / MANIFEST, json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,173 @@
+"""`export_decoder`: a model and its cache as a folder that ONNX runtimes run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import ir
+
+from less_cache._checks import check_choice, check_int
+from less_cache.config import CacheConfig, dtype_name
+from less_cache.feature_maps import FeatureMaps
+from less_cache.manager import CacheManager
+
+from .assembly import assemble
+from .decoder import trace_decoder
+from .describing import write_manifest
+from .interception import model_layers
+from .manifest import MANIFEST, MODEL, WEIGHTS
+from .parts import Layer
+
+DTYPES = ("float32", "float16")
+OPSETS = (20, 23)
+"""The first has Gelu, the last is the newest that everything here was tried with."""
+
+
+def export_decoder(
+    model: Any,
+    config: CacheConfig,
+    maps: FeatureMaps | None,
+    out_dir: str | Path,
+    *,
+    dtype: Any = None,
+    opset: int = 23,
+    all_logits: bool = False,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a model with its cache as one ONNX file, its weights beside it, and a manifest.
+
+    The file serves prompts, steps, chunks and later turns alike: ``input_ids`` [B, S],
+    ``attention_mask`` [B, S] (or [B, any length], of which the last S columns count), and the past
+    state ``past.*`` -> ``logits`` [B, 1, vocabulary] of each row's last token, and ``present.*``.
+    Positions follow from the state and the mask. An empty state is zeros, with -1 for positions.
+
+    Parameters
+    ----------
+    model
+        A causal language model that `less_cache.attach` takes, on the CPU. Its sliding-window
+        layers become caches of their window's size.
+    config
+        For its full-attention layers.
+    maps
+        φ and ψ; needed where ``config.rank`` is above 0.
+    out_dir
+        The folder, made if need be; files of an earlier export in it are replaced.
+    dtype
+        ``"float32"`` or ``"float16"``, of weights, keys and values. Default: the model's own.
+    opset
+        Of ONNX, 20 to 23. The newest has operators of its own for norms and rotary embeddings,
+        and is a tenth faster on a CPU; take an older one for an older runtime.
+    all_logits
+        Logits [B, S, vocabulary] of every token.
+    tokenizer
+        Saved beside the model where given.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is not supported, or an argument does not fit it. Nothing is written then.
+    """
+    prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=all_logits)
+    with replaced_files(Path(out_dir), last=MANIFEST) as folder:
+        save(prepared, folder, tokenizer)
+        write_manifest(
+            folder,
+            prepared.model,
+            prepared.config,
+            prepared.layers,
+            maps,
+            opset=opset,
+            all_logits=all_logits,
+        )
+    return Path(out_dir)
+
+
+@dataclass
+class Prepared:
+    """A model on its way to a file.
+
+    Attributes
+    ----------
+    model
+        The transformers model, of the dtype asked for.
+    config : CacheConfig
+        Of that dtype.
+    layers : list of Layer
+        Of the model, in order.
+    graph : onnx_ir.Model
+        What will be saved.
+    """
+
+    model: Any
+    config: CacheConfig
+    layers: list[Layer]
+    graph: ir.Model
+
+
+def prepare(
+    model: Any,
+    config: CacheConfig,
+    maps: FeatureMaps | None,
+    *,
+    dtype: Any,
+    opset: int,
+    all_logits: bool,
+) -> Prepared:
+    """Check the arguments of `export_decoder`, and make its graph."""
+    check_int("opset", opset, minimum=OPSETS[0], maximum=OPSETS[1])
+    if not isinstance(config, CacheConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
+    name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), DTYPES)
+    config = config.with_dtype(name)
+    # It refuses what does not go together.
+    CacheManager(config, maps, backend="torch")
+    layers = model_layers(model, config, maps.kind if maps is not None else None)
+    if {parameter.device.type for parameter in model.parameters()} != {"cpu"}:
+        raise ValueError("model: not on the CPU, where it is exported; call model.to('cpu')")
+    wanted = getattr(torch, name)
+    if model.dtype != wanted:
+        model = copy.deepcopy(model).to(wanted)
+    graph = trace_decoder(model, config, layers, maps, opset=opset, all_logits=all_logits)
+    return Prepared(model, config, layers, assemble(graph, layers, opset))
+
+
+@contextlib.contextmanager
+def replaced_files(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` if the block ends without an error.
+
+    The file named `last` moves last: it tells the others' digests, so a mixture is noticed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
+    try:
+        yield temporary
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(prepared: Prepared, folder: Path, tokenizer: Any) -> None:
+    """Write the graph, its weights, and what a user of the model needs beside it."""
+    # Small constants stay in the graph, where shape inference can read them.
+    ir.save(prepared.graph, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+    onnx.checker.check_model(str(folder / MODEL), full_check=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if getattr(prepared.model, "generation_config", None) is not None:
+        prepared.model.generation_config.save_pretrained(folder)
+    prepared.model.config.save_pretrained(folder)

@@ -1,0 +1,103 @@
+"""A folder that ``onnxruntime_genai.Model`` loads and runs unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from less_cache._files import write_text
+from less_cache.config import CacheConfig
+from less_cache.feature_maps import FeatureMaps
+
+from .export import Prepared, prepare, replaced_files, save
+from .manifest import MODEL
+from .packing import PAST, PRESENT, hide_padding, pack_state
+
+CONFIG = "genai_config.json"
+
+
+def export_genai(
+    model: Any,
+    config: CacheConfig,
+    maps: FeatureMaps | None,
+    out_dir: str | Path,
+    *,
+    dtype: Any = None,
+    opset: int = 23,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a model with its cache for onnxruntime-genai.
+
+    The library keeps the state as it does that of a recurrent model: two tensors a layer, of a
+    size that no length changes. Prompts, steps, batches and later turns work as with any model;
+    beams and rewinding do not, for what was evicted does not come back. A batch's prompts may be
+    padded on the left where the model has a padding token that is not its first token: the
+    library's mask does not tell padding, so the file does.
+
+    Parameters
+    ----------
+    model, config, maps, out_dir, dtype, opset, tokenizer
+        As of `export_decoder`.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is not supported, or an argument does not fit it. Nothing is written then.
+    """
+    prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=False)
+    pad, bos = (getattr(model.generation_config, f"{name}_token_id") for name in ("pad", "bos"))
+    if pad is not None and pad != bos:
+        hide_padding(prepared.graph, pad)
+    pack_state(prepared.graph, prepared.layers)
+    with replaced_files(Path(out_dir), last=CONFIG) as folder:
+        save(prepared, folder, tokenizer)
+        write_text(folder / CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
+    return Path(out_dir)
+
+
+def _config(prepared: Prepared) -> dict[str, Any]:
+    model, config = prepared.model, prepared.config
+    text = model.config.get_text_config()
+    generation = model.generation_config
+    eos = generation.eos_token_id
+    first = eos[0] if isinstance(eos, list) else eos
+    bos, pad = generation.bos_token_id, generation.pad_token_id
+    length = getattr(text, "max_position_embeddings", None) or 2**20
+    return {
+        "model": {
+            # How it calls a decoder with one file; what the layers are is the file's own affair.
+            "type": "llama",
+            "vocab_size": text.vocab_size,
+            "context_length": length,
+            "bos_token_id": first if bos is None else bos,
+            "eos_token_id": eos if eos is not None else text.vocab_size,
+            "pad_token_id": pad if pad is not None else first or 0,
+            "decoder": {
+                "session_options": {"log_id": "less_cache", "provider_options": []},
+                "filename": MODEL,
+                "head_size": config.head_dim,
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": config.query_heads,
+                "num_key_value_heads": config.kv_heads,
+                "num_hidden_layers": len(prepared.layers),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_conv_names": f"{PAST}.%d.conv_state",
+                    "past_recurrent_names": f"{PAST}.%d.recurrent_state",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_conv_names": f"{PRESENT}.%d.conv_state",
+                    "present_recurrent_names": f"{PRESENT}.%d.recurrent_state",
+                },
+            },
+        },
+        "search": {"max_length": length, "do_sample": False, "past_present_share_buffer": False},
+    }

@@ -1,0 +1,102 @@
+"""Our two operators as nodes, and as functions whose bodies any ONNX runtime can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxscript import ir
+
+from less_cache import ops
+from less_cache.config import LayerConfig
+
+from .building import Builder
+from .chunk_body import chunk_body
+from .parts import Layer
+from .step_body import step_body
+
+DOMAIN = "less_cache"
+
+STEP = "LessAttention"
+"""One new token of each sequence."""
+
+CHUNK = "LessAttentionChunk"
+"""Several new tokens, padding among them: a prompt, a chunk of one, a later turn."""
+
+
+def node_inputs(layer: LayerConfig, kind: str | None) -> list[str]:
+    """Names of both operators' inputs, in order.
+
+    ``q`` [B, Hq, S, D] · ``k``, ``v`` [B, Hkv, S, D] · ``mask`` [B, S] int32 ·
+    ``length`` [B] int32, the tokens seen before · the state's arrays · the maps' parameters.
+    """
+    tokens = ["q", "k", "v", "mask", "length"]
+    return [*tokens, *ops.state_names(layer), *ops.map_names(kind)]
+
+
+def node_outputs(layer: LayerConfig) -> list[str]:
+    """Names of both operators' outputs, in order: ``out`` [B, Hq, S, D], and the new state."""
+    return ["out", *ops.state_names(layer)]
+
+
+def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
+    """What a plugin in the body's place needs to know; the body has it built in.
+
+    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 where there is none,
+    ``maps`` is ``"none"`` at rank 0.
+    """
+    policy = layer.policy
+    return {
+        "plugin_version": "1",
+        "plugin_namespace": "",
+        "score": int(policy.score),
+        "sinks": policy.sinks,
+        "recent": policy.protected_recent,
+        "decay": float(policy.decay),
+        "window": policy.history_window,
+        "capacity": layer.capacity,
+        "rank": layer.rank,
+        "maps": kind or "none",
+        "scale": float(layer.scale),
+        "softcap": float(layer.softcap or 0.0),
+    }
+
+
+def function(name: str, layer: Layer, opset: int, overload: str) -> ir.Function:
+    """The function that defines `STEP` or `CHUNK` for one kind of layer.
+
+    Parameters
+    ----------
+    name
+        Which of the two.
+    layer
+        Shapes, policy and maps' kind.
+    opset
+        Of the body.
+    overload
+        Tells the bodies of layers that differ apart; ``""`` for the first.
+    """
+    config = layer.config
+    inputs = [ir.Value(name=key) for key in node_inputs(config, layer.kind)]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph, "n")
+    given = {str(value.name): value for value in inputs}
+    if name == STEP:
+        outputs = step_body(build, layer, given)
+    else:
+        outputs = chunk_body(build, layer, given, opset)
+    for value, key in zip(outputs, node_outputs(config), strict=True):
+        # What a policy leaves alone is an input that passes through.
+        result = build("Identity", value) if value in inputs else value
+        result.name = f"present_{key}"
+        graph.outputs.append(result)
+    attributes = [
+        ir.Attr(key, _attribute_type(value), value)
+        for key, value in node_attributes(config, layer.kind).items()
+    ]
+    return ir.Function(DOMAIN, name, overload, graph=graph, attributes=attributes)
+
+
+def _attribute_type(value: Any) -> ir.AttributeType:
+    if isinstance(value, str):
+        return ir.AttributeType.STRING
+    return ir.AttributeType.FLOAT if isinstance(value, float) else ir.AttributeType.INT

@@ -1,0 +1,203 @@
+"""The state in two tensors a layer, which is what onnxruntime-genai keeps for recurrent models.
+
+``past_key_values.{i}.recurrent_state`` [B, Hkv, 2 C, D], keys above values, in the model's dtype;
+``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
+parts, H, z, and last the length. So zeros are an empty state. Positions are exact up to 2^24.
+
+The library takes all layers' tensors for equal in shape: where they are not, they end in zeros.
+Past and present may lie in one place: every present tensor is made of copies, each of which needs
+all that the layer read of its past ones.
+"""
+
+from __future__ import annotations
+
+from onnxscript import ir
+
+from less_cache import ops
+
+from .building import KINDS, Builder, Value
+from .decoder import BATCH
+from .parts import Layer, Values
+
+PAST, PRESENT = "past_key_values", "present"
+HISTORY_PARTS, PART_BITS = 3, 21
+"""A history of up to 62 bits, in floats that hold 24 bits exactly."""
+
+
+def pack_state(model: ir.Model, layers: list[Layer]) -> None:
+    """Give an assembled graph packed inputs and outputs in the place of the state's own."""
+    graph = model.graph
+    old_inputs = {str(value.name): value for value in graph.inputs}
+    results: Values = {}
+    for value in graph.outputs:
+        results[str(value.name)] = value
+    tokens, logits = list(graph.inputs[:2]), graph.outputs[0]
+    front = ir.Graph([], [], nodes=[], name="front")
+    unpack, pack = Builder(front, "unpack"), Builder(graph, "pack")
+    inputs, outputs = tokens, [logits]
+    sizes = (
+        max(sum(_columns(layer).values()) for layer in layers),
+        max(2 * layer.config.capacity for layer in layers),
+    )
+    for i, layer in enumerate(layers):
+        packed = _inputs(i, layer, sizes)
+        inputs.extend(packed.values())
+        past = _unpacked(unpack, layer, packed)
+        if i == 0:
+            past["length"] = _first_length(unpack, layer, packed["conv"])
+        for name, value in past.items():
+            old = old_inputs["past.length" if name == "length" else f"past.{i}.{name}"]
+            ir.convenience.replace_all_uses_with(old, value)
+        present = {n: results[f"present.{i}.{n}"] for n in ops.state_names(layer.config)}
+        for name, value in present.items():
+            value.name = f"state.{i}.{name}"
+        outputs.extend(_packed(pack, i, layer, sizes, present, results["present.length"]))
+    results["present.length"].name = "state.length"
+    graph.inputs[:] = inputs
+    graph.outputs[:] = outputs
+    nodes = list(front)
+    front.remove(nodes)
+    graph.insert_before(graph[0], nodes)
+
+
+def hide_padding(model: ir.Model, pad_token: int) -> None:
+    """Let the padding tokens that a sequence begins with count as padding, whatever the mask says.
+
+    Parameters
+    ----------
+    model
+        An assembled graph whose state is not packed yet.
+    pad_token
+        The token.
+    """
+    graph = model.graph
+    ids, mask, length = graph.inputs[:3]
+    front = ir.Graph([], [], nodes=[], name="padding")
+    b = Builder(front, "padding")
+    users = list(mask.uses())
+    tokens = b("Not", b("Equal", ids, b.constant(pad_token, "int64")))
+    begun = b("CumSum", b.cast(tokens, "int32"), b.constant(1, "int64"))
+    begun = b("Greater", b("Add", begun, b.unsqueeze(length, 1)), b.constant(0, "int32"))
+    new = b("Slice", mask, b("Neg", b.dim(ids, 1)), b.ints(2**31 - 1), b.ints(1))
+    told = b("Mul", new, b.cast(begun, "int64"))
+    for user, position in users:
+        user.replace_input_with(position, told)
+    nodes = list(front)
+    front.remove(nodes)
+    graph.insert_before(graph[0], nodes)
+
+
+def _columns(layer: Layer) -> dict[str, int]:
+    """How many columns each array takes in ``conv_state``, in order."""
+    config = layer.config
+    sizes = {"scores": config.capacity, "positions": config.capacity}
+    if config.policy.history_window:
+        sizes["history"] = HISTORY_PARTS * config.capacity
+    if layer.kind is not None:
+        sizes.update(H=config.rank * config.head_dim, z=config.rank)
+    return {**sizes, "length": 1}
+
+
+def _inputs(index: int, layer: Layer, sizes: tuple[int, int]) -> Values:
+    config = layer.config
+    heads = (BATCH, config.kv_heads)
+    return {
+        "conv": ir.val(
+            f"{PAST}.{index}.conv_state",
+            ir.DataType.FLOAT,
+            ir.Shape([*heads, sizes[0]]),
+        ),
+        "recurrent": ir.val(
+            f"{PAST}.{index}.recurrent_state",
+            KINDS[config.dtype],
+            ir.Shape([*heads, sizes[1], config.head_dim]),
+        ),
+    }
+
+
+def _unpacked(b: Builder, layer: Layer, packed: Values) -> Values:
+    config = layer.config
+    capacity, axis = config.capacity, b.ints(2)
+    past: Values = {}
+    for place, name in enumerate(("keys", "values")):
+        bounds = b.ints(place * capacity), b.ints((place + 1) * capacity)
+        past[name] = b("Slice", packed["recurrent"], *bounds, axis)
+    start = 0
+    for name, size in _columns(layer).items():
+        if name != "length":
+            past[name] = b("Slice", packed["conv"], b.ints(start), b.ints(start + size), axis)
+        start += size
+    past["positions"] = b("Sub", b.cast(past["positions"], "int32"), b.constant(1, "int32"))
+    if "history" in past:
+        parts = b.many(
+            "Split",
+            [b.cast(past["history"], "int64")],
+            HISTORY_PARTS,
+            axis=2,
+            num_outputs=HISTORY_PARTS,
+        )
+        total = parts[0]
+        for place, part in enumerate(parts[1:], start=1):
+            worth = b.constant(2 ** (PART_BITS * place), "int64")
+            total = b("Add", total, b("Mul", part, worth))
+        past["history"] = total
+    if "H" in past:
+        past["H"] = b.reshape(past["H"], 0, config.kv_heads, config.rank, config.head_dim)
+        for name in ("H", "z"):
+            past[name] = b.cast(past[name], config.state_dtype, "float32")
+    return past
+
+
+def _packed(
+    b: Builder,
+    index: int,
+    layer: Layer,
+    sizes: tuple[int, int],
+    present: Values,
+    length: Value,
+) -> tuple[Value, Value]:
+    config = layer.config
+    columns = {
+        "scores": present["scores"],
+        "positions": b.cast(b("Add", present["positions"], b.constant(1, "int32")), "float32"),
+    }
+    if "history" in present:
+        parts, rest = [], present["history"]
+        whole = b.constant(2**PART_BITS, "int64")
+        for _ in range(HISTORY_PARTS):
+            parts.append(b.cast(b("Mod", rest, whole), "float32"))
+            rest = b("Div", rest, whole)
+        columns["history"] = b("Concat", *parts, axis=2)
+    if "H" in present:
+        flat = b.reshape(present["H"], 0, config.kv_heads, -1)
+        columns["H"] = b.cast(flat, "float32", config.state_dtype)
+        columns["z"] = b.cast(present["z"], "float32", config.state_dtype)
+    wide = b.cast(b.unsqueeze(length, 1, 2), "float32")
+    columns["length"] = b("Expand", wide, b.ints(1, config.kv_heads, 1))
+    conv = b("Concat", *(columns[name] for name in _columns(layer)), axis=2)
+    conv = _filled(b, conv, 3, sizes[0] - sum(_columns(layer).values()))
+    recurrent = b("Concat", present["keys"], present["values"], axis=2)
+    recurrent = _filled(b, recurrent, 4, sizes[1] - 2 * config.capacity)
+    for value, name, like in zip(
+        (conv, recurrent),
+        ("conv_state", "recurrent_state"),
+        _inputs(index, layer, sizes).values(),
+        strict=True,
+    ):
+        value.name, value.type, value.shape = f"{PRESENT}.{index}.{name}", like.type, like.shape
+    return conv, recurrent
+
+
+def _filled(b: Builder, array: Value, rank: int, missing: int) -> Value:
+    """The array of `rank` axes with `missing` zeros at the end of its third."""
+    if not missing:
+        return array
+    return b("Pad", array, b.ints(*(0,) * (rank + 2), missing, *(0,) * (rank - 3)))
+
+
+def _first_length(b: Builder, layer: Layer, conv: Value) -> Value:
+    """[B] int32, from the first head's last column."""
+    columns = sum(_columns(layer).values())
+    head = b("Slice", conv, b.ints(0), b.ints(1), b.ints(1))
+    length = b("Slice", head, b.ints(columns - 1), b.ints(columns), b.ints(2))
+    return b.cast(b.reshape(length, -1), "int32")

@@ -1,0 +1,228 @@
+"""What a step's and a chunk's body share: the victim, the maps, the merge and the mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from less_cache.config import LayerConfig
+from less_cache.feature_maps import EXPONENT_LIMIT
+from less_cache.policies import Score
+from less_cache.state import EMPTY
+
+from .building import Builder, Value
+
+INT_MAX = int(np.iinfo(np.int32).max)
+
+Values = dict[str, Value]
+"""A body's inputs, or a state, by the names of `less_cache.ops`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as its bodies need it.
+
+    Parameters
+    ----------
+    config
+        Shapes, capacity, policy and dtypes.
+    kind
+        Of its feature maps; ``None`` at rank 0.
+    window
+        Of a sliding-window layer: how many tokens a query sees, itself included; 0: all.
+    """
+
+    config: LayerConfig
+    kind: str | None
+    window: int = 0
+
+    @property
+    def wide(self) -> str:
+        """What scores and sums are formed in."""
+        return self.config.score_dtype
+
+    @property
+    def lowest(self) -> float:
+        """The lowest number: what is not seen gets it, so that a softmax over nothing is finite."""
+        return float(np.finfo(self.wide).min)
+
+
+def protected(b: Builder, layer: Layer, positions: Value, seen: Value) -> Value:
+    """[B, Hkv, N]: never evicted, when `seen` [B, 1, 1] tokens came before the incoming one."""
+    policy = layer.config.policy
+    first = b("Sub", seen, b.constant(policy.protected_recent, "int32"))
+    recent = b("GreaterOrEqual", positions, first)
+    if not policy.sinks:
+        return recent
+    return b("Or", recent, b("Less", positions, b.constant(policy.sinks, "int32")))
+
+
+def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
+    """[B, Hkv, 1] int64: the first empty slot, else the victim's."""
+    positions = state["positions"]
+    score = layer.config.policy.score
+    if score is Score.NONE:
+        return b("ArgMin", positions, axis=2)
+    kept = protected(b, layer, positions, seen)
+    last = b.constant(INT_MAX, "int32")
+    empty = b.constant(EMPTY, "int32")
+    if score is Score.POSITION:
+        held = b("Greater", positions, empty)
+        return b("ArgMin", b("Where", b("And", kept, held), last, positions), axis=2)
+    infinity = b.constant(np.inf, layer.wide)
+    ranked = b("Where", kept, infinity, state["scores"])
+    least = b("ReduceMin", ranked, b.ints(2))
+    # Where a slot is empty, every pair may stay: the least position then is the empty slot's.
+    room = b("Equal", b("ReduceMin", positions, b.ints(2)), empty)
+    least = b("Where", room, infinity, least)
+    return b("ArgMin", b("Where", b("Greater", ranked, least), last, positions), axis=2)
+
+
+def initial_scores(b: Builder, layer: Layer, k: Value, positions: Value) -> Value:
+    """Scores that new pairs start from, [B, Hkv, S]; positions [B, 1, S]."""
+    config = layer.config
+    heads = b.ints(1, config.kv_heads, 1)
+    if config.policy.score is Score.POSITION:
+        return b("Expand", b.cast(positions, layer.wide), heads)
+    if config.policy.score is Score.KEY_NORM:
+        norm = b("ReduceL2", b.cast(k, layer.wide, config.dtype), b.ints(3), keepdims=0)
+        return b("Neg", norm)
+    shape = b("Shape", k, start=0, end=3)
+    return b("Expand", b.constant(0, layer.wide), shape)
+
+
+def phi(b: Builder, layer: Layer, maps: Values, q: Value) -> Value:
+    """φ of queries [B, Hq, S, D]: [B, Hq, S, R]."""
+    features = _two_layers(b, layer, q, maps["phi_w1"], maps["phi_w2"])
+    if layer.kind == "exp":
+        return _exponential(b, layer, features)
+    return b("Abs", b("Gelu", features))
+
+
+def psi(b: Builder, layer: Layer, maps: Values, k: Value) -> Value:
+    """ψ of keys [B, Hkv, S, D]: [B, Hkv, S, R]."""
+    features = _two_layers(b, layer, k, maps["psi_w1"], maps["psi_w2"])
+    if layer.kind == "exp":
+        return _exponential(b, layer, b("Add", features, b.unsqueeze(maps["psi_b"], 1)))
+    s1, s2 = (b.unsqueeze(maps[name], 1) for name in ("psi_s1", "psi_s2"))
+    u = b("Mul", b("Abs", s1), b("Gelu", features))
+    return b("Abs", b("Add", u, b("Mul", b("MatMul", u, maps["psi_w3"]), s2)))
+
+
+def merge(
+    b: Builder, layer: Layer, state: Values, maps: Values, pairs: tuple[Value, Value], gone: Value
+) -> Values:
+    """The state with H += ψ(k)ᵀ v and z += ψ(k) over those pairs [B, Hkv, N, D] that are `gone`."""
+    if layer.kind is None:
+        return state
+    config = layer.config
+    keys, values = pairs
+    gone = b.unsqueeze(gone, 3)
+    # A slot that leaves nothing may hold anything, and 0 * inf is no 0.
+    zero = b.constant(0, layer.wide)
+    features = b("Where", gone, psi(b, layer, maps, keys), zero)
+    values = b("Where", gone, b.cast(values, layer.wide, config.dtype), zero)
+    gained = {
+        "H": b("MatMul", b("Transpose", features, perm=[0, 1, 3, 2]), values),
+        "z": b("ReduceSum", features, b.ints(2), keepdims=0),
+    }
+    merged = dict(state)
+    for name, gain in gained.items():
+        total = b("Add", b.cast(state[name], layer.wide, config.state_dtype), gain)
+        merged[name] = b.cast(total, config.state_dtype, layer.wide)
+    return merged
+
+
+def pair_logits(b: Builder, layer: Layer, q: Value, keys: Value) -> Value:
+    """q·k·scale, soft-capped where the model does so: [B, Hkv, G * S, N].
+
+    The queries [B, Hq, S, D] are scaled before they are grouped by KV head: next to the product,
+    ONNX Runtime would fuse the scale into it, and then a single query loses its fast kernel.
+    """
+    config = layer.config
+    scaled = b("Mul", q, b.constant(config.scale, config.dtype))
+    grouped = b.reshape(scaled, 0, config.kv_heads, -1, config.head_dim)
+    logits = b("MatMul", grouped, b("Transpose", keys, perm=[0, 1, 3, 2]))
+    logits = b.cast(logits, layer.wide, config.dtype)
+    if config.softcap is None:
+        return logits
+    softcap = b.constant(config.softcap, layer.wide)
+    return b("Mul", b("Tanh", b("Div", logits, softcap)), softcap)
+
+
+def weighted_mean(
+    b: Builder,
+    layer: Layer,
+    state: Values,
+    maps: Values,
+    q: Value,
+    logits: Value,
+    probabilities: Value,
+    values: Value,
+) -> Value:
+    """(φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), [B, Hkv, G * S, D], s being the logits.
+
+    A mean of two means, so that no exponential is left that could overflow.
+    """
+    config = layer.config
+    weights = b.cast(probabilities, config.dtype, layer.wide)
+    pairs = b.cast(b("MatMul", weights, values), layer.wide, config.dtype)
+    if layer.kind is None:
+        return pairs
+    features = b.reshape(phi(b, layer, maps, q), 0, config.kv_heads, -1, config.rank)
+    H, z = (b.cast(state[name], layer.wide, config.state_dtype) for name in ("H", "z"))
+    low_rank = b("MatMul", features, b.unsqueeze(z, 3))
+    # The largest probability is exp(maximum) / Σ exp(s), which gives the sum away.
+    log_peak = b("Log", b("ReduceMax", probabilities, b.ints(3)))
+    log_mass = b("Sub", b("ReduceMax", logits, b.ints(3)), log_peak)
+    # An empty state has log 0 = -inf, and the pairs have all the weight.
+    share = b("Sigmoid", b("Sub", log_mass, b("Log", low_rank)))
+    tiny = b.constant(np.finfo(layer.wide).tiny, layer.wide)
+    mean = b("Div", b("MatMul", features, H), b("Max", low_rank, tiny))
+    rest = b("Sub", b.constant(1, layer.wide), share)
+    return b("Add", b("Mul", pairs, share), b("Mul", mean, rest))
+
+
+def persistent_bits(
+    b: Builder, layer: Layer, share: Value, attended: Value, visible: Value
+) -> Value:
+    """1 where a pair had at least its fair share, 1/n, of a query's attention. int64."""
+    fair = b("Mul", share, b.cast(attended, layer.wide))
+    enough = b("GreaterOrEqual", fair, b.constant(1.0 - 1e-6, layer.wide))
+    return b.cast(b("And", enough, visible), "int64")
+
+
+def popcount(b: Builder, layer: Layer, bits: Value) -> Value:
+    """How many bits of each non-negative int64 are set, as a score."""
+
+    def upper(value: Value, places: int) -> Value:
+        return b("Div", value, b.constant(2**places, "int64"))
+
+    def masked(value: Value, mask: int) -> Value:
+        return b("BitwiseAnd", value, b.constant(mask, "int64"))
+
+    bits = b("Sub", bits, masked(upper(bits, 1), 0x5555555555555555))
+    bits = b("Add", masked(bits, 0x3333333333333333), masked(upper(bits, 2), 0x3333333333333333))
+    bits = masked(b("Add", bits, upper(bits, 4)), 0x0F0F0F0F0F0F0F0F)
+    for places in (8, 16, 32):
+        bits = b("Add", bits, upper(bits, places))
+    return b.cast(masked(bits, 0x7F), layer.wide)
+
+
+def _two_layers(b: Builder, layer: Layer, x: Value, w1: Value, w2: Value) -> Value:
+    x, w1, w2 = (b.cast(value, layer.wide, layer.config.dtype) for value in (x, w1, w2))
+    # Head by head for the whole batch: the weights are read once, not once a sequence.
+    shape = b("Shape", b("Transpose", x, perm=[1, 0, 2, 3]), start=0, end=3)
+    rows = b("Transpose", x, perm=[1, 0, 2, 3])
+    heads = b("Concat", b("Slice", shape, b.ints(0), b.ints(1)), b.ints(-1), axis=0)
+    size = b.ints(layer.config.head_dim)
+    flat = b("Reshape", rows, b("Concat", heads, size, axis=0))
+    features = b("MatMul", b("Gelu", b("MatMul", flat, w1)), w2)
+    back = b("Concat", shape, b.ints(layer.config.rank), axis=0)
+    return b("Transpose", b("Reshape", features, back), perm=[1, 0, 2, 3])
+
+
+def _exponential(b: Builder, layer: Layer, exponent: Value) -> Value:
+    limit = [b.constant(sign * EXPONENT_LIMIT, layer.wide) for sign in (-1, 1)]
+    return b("Exp", b("Clip", exponent, *limit))

@@ -1,4 +1,4 @@
-"""The command line: ``less-cache demo | train | distill | merge | eval | export | info``."""
+"""The command line: ``less-cache demo | train | distill | merge | eval | export | bench | ...``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_bench import bench
 from .cli_export import export
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="A KV cache of small and constant size that keeps most of what it forgets.",
 )
 app.add_typer(export, name="export")
+app.command()(bench)
 console = Console()
 
 SHIPPED = "reference"

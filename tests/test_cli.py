@@ -117,3 +117,12 @@ def test_mistakes_are_told_in_a_line(arguments, message, text, tmp_path, monkeyp
     assert told.startswith("error:")
     assert message in told.replace("\n", " ")
     assert "Traceback" not in told
+
+
+def test_bench_prints_a_line_for_each_cache():
+    arguments = ["bench", "--context", "256", "--batch", "1", "--query-heads", "2"]
+    arguments += ["--kv-heads", "1", "--head-dim", "16"]
+    result = runner.invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for name in ("full cache", "H2O alone (torch)", "LESS (torch)"):
+        assert name in result.output

@@ -51,6 +51,7 @@ def test_official_traces_are_reproduced(case, name):
             np.testing.assert_array_equal(positions[positions >= 0], np.nonzero(wanted)[0])
         if step > 0:
             # The official code evicts after a step, `append` before the next one.
-            assert_close(held.H[0], trace["H"][step - 1], 1e-5, f"H of step {step}")
-            assert_close(held.z[0], trace["z"][step - 1], 1e-5, f"z of step {step}")
+            # The trace's own sums are float32: two orders of the same sum differ by some units.
+            assert_close(held.H[0], trace["H"][step - 1], 2e-5, f"H of step {step}")
+            assert_close(held.z[0], trace["z"][step - 1], 2e-5, f"z of step {step}")
     assert steps > 10

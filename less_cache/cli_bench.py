@@ -1,0 +1,50 @@
+"""``less-cache bench``: what a decode step takes on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def bench(
+    context: Annotated[int, typer.Option(help="Tokens that the full cache holds.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 8,
+    query_heads: Annotated[int, typer.Option(help="Of the layer.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Of the layer.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Of the layer.")] = 128,
+    share: Annotated[float, typer.Option(help="Capacity, as a share of the context.")] = 0.05,
+) -> None:
+    """Time one layer's decode step on every backend that this machine can run."""
+    import torch
+
+    from .evaluation.bench import bench_layer
+
+    timings = bench_layer(
+        context=context,
+        batch=batch,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        share=share,
+    )
+    title = (
+        f"One layer, one step: {context} tokens, batch {batch}, {torch.get_num_threads()} threads"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("device")
+    table.add_column("cache")
+    for column in ("ms", "full / this", "bytes a sequence"):
+        table.add_column(column, justify="right")
+    full = {t.device: t.milliseconds for t in timings if t.cache == "full cache"}
+    for timing in timings:
+        table.add_row(
+            timing.device,
+            timing.cache,
+            f"{timing.milliseconds:.3f}",
+            f"{full[timing.device] / timing.milliseconds:.1f}",
+            f"{timing.bytes_per_sequence:,}",
+        )
+    Console().print(table)

@@ -1,0 +1,154 @@
+"""One decode step of one layer, on every backend that this machine can run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+from ..backends import runs_on_triton
+from ..config import CacheConfig
+from ..feature_maps import FeatureMaps
+from ..manager import CacheManager
+from ..policies import H2O, FullCache
+from ..state import CacheState
+
+WARM_UP, REPEATS = 5, 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contestant's step took.
+
+    Parameters
+    ----------
+    device, cache
+        Where it ran, and which cache it was.
+    milliseconds
+        Median of a step.
+    bytes_per_sequence
+        What the cache takes.
+    """
+
+    device: str
+    cache: str
+    milliseconds: float
+    bytes_per_sequence: int
+
+
+def bench_layer(
+    *,
+    context: int,
+    batch: int,
+    query_heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    share: float = 0.05,
+    hidden: int = 512,
+) -> list[Timing]:
+    """Time a decode step of one layer: the full cache, H2O alone, and LESS on each backend.
+
+    The contestants take turns, so that a busy machine slows them alike; caches hold random pairs.
+
+    Parameters
+    ----------
+    context
+        Tokens that the full cache holds.
+    batch
+        Sequences.
+    query_heads, kv_heads, head_dim
+        The layer's shape; Llama 3 8B's by default.
+    share
+        Capacity of the small caches, as a share of the context.
+    hidden
+        Hidden size of the maps.
+
+    Returns
+    -------
+    list of Timing
+        For the CPU in float32; for a CUDA GPU, where there is one, in float16 as well.
+    """
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    timings = []
+    for device in devices:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        full = CacheConfig(1, query_heads, kv_heads, head_dim, context, FullCache(), rank=0)
+        small = full.replace(
+            capacity=share, max_positions=context, policy=H2O(), rank=8, dtype=dtype
+        )
+        maps = FeatureMaps.initialise(small, hidden=hidden)
+        shape = (batch, kv_heads, 1, head_dim)
+        q = torch.randn(batch, query_heads, 1, head_dim, device=device, dtype=dtype)
+        k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        keys, values = (
+            torch.randn(batch, kv_heads, context, head_dim, device=device, dtype=dtype)
+            for _ in range(2)
+        )
+
+        def attend_over_everything(
+            q: torch.Tensor = q, keys: torch.Tensor = keys, values: torch.Tensor = values
+        ) -> object:
+            return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+
+        contestants: list[tuple[str, int, Callable[[], object]]] = [
+            ("full cache", 2 * keys[0].nbytes, attend_over_everything)
+        ]
+        names = ["torch"]
+        if device.type == "cuda" and runs_on_triton(small):
+            names.append("triton")
+        for name in names:
+            for config, used in ((small.replace(rank=0), None), (small, maps)):
+                manager = CacheManager(config, used, backend=name)
+                state = manager.init(batch, device=device)
+                _fill(state, context)
+                label = f"{'LESS' if used else 'H2O alone'} ({name})"
+
+                def step(
+                    manager: CacheManager = manager,
+                    state: CacheState = state,
+                    q: torch.Tensor = q,
+                    k: torch.Tensor = k,
+                    v: torch.Tensor = v,
+                ) -> object:
+                    return manager.append(state, 0, q, k, v)
+
+                contestants.append((label, config.bytes_per_sequence(), step))
+        times = _take_turns([step for _, _, step in contestants], device)
+        timings += [
+            Timing(str(device), label, milliseconds, used)
+            for (label, used, _), milliseconds in zip(contestants, times, strict=True)
+        ]
+    return timings
+
+
+def _fill(state: CacheState, length: int) -> None:
+    """Let a cache be full of random pairs, as after `length` tokens."""
+    for layer in state.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.scores.uniform_()
+        capacity = layer.positions.shape[2]
+        layer.positions.copy_(torch.arange(length - capacity, length))
+        layer.length.fill_(length)
+
+
+def _take_turns(steps: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Each step's median time in milliseconds."""
+    times: list[list[float]] = [[] for _ in steps]
+    for turn in range(WARM_UP + REPEATS):
+        for step, taken in zip(steps, times, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= WARM_UP:
+                taken.append((time.perf_counter() - started) * 1e3)
+    return [median(taken) for taken in times]

@@ -119,8 +119,9 @@ def main(
         "results": results,
     }
     write_text(out / "ablation.json", json.dumps(facts, indent=1) + "\n")
-    with replaced(out / "ablation.png") as temporary:
-        _draw(results).savefig(temporary, format="png", dpi=130)
+    for name, draw in (("ablation", _draw), ("ablation_rows", _draw_rows)):
+        with replaced(out / f"{name}.png") as temporary:
+            draw(results).savefig(temporary, format="png", dpi=130)
     table = Table("variant", "error, share of the policy's", "seconds an epoch")
     for row in results:
         table.add_row(row["variant"], f"{row['error_share']:.3f}", f"{row['seconds_an_epoch']:.1f}")
@@ -154,6 +155,33 @@ def _draw(results: list[dict[str, Any]]) -> Any:
     axes.set_xlim(0, 1.08)
     axes.set_xlabel("validation error, as a share of the policy's own (less is better)")
     axes.set_title("One number changed at a time", loc="left", fontsize=11)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _draw_rows(results: list[dict[str, Any]]) -> Any:
+    """Validation error against time: what sampling query rows buys."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    labels = {
+        "rows 24": "24 rows",
+        "base": "96 rows",
+        "epochs 24": "96 rows, 24 epochs",
+        "rows: all": "all rows",
+    }
+    for row in results:
+        if row["variant"] in labels:
+            errors = row["errors_by_epoch"]
+            seconds = [row["seconds_an_epoch"] * (i + 1) for i in range(len(errors))]
+            axes.plot(seconds, errors, marker=".", label=labels[row["variant"]])
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of fitting")
+    axes.set_ylabel("validation error, share of the policy's")
+    axes.set_title("Query rows a step", loc="left", fontsize=11)
+    axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

@@ -146,14 +146,8 @@ class Policy:
         return {"name": type(self).__name__, **dataclasses.asdict(self)}
 
 
-@dataclass(frozen=True)
-class FullCache(Policy):
-    """Keep every pair: exact attention. More than `capacity` tokens are an error."""
-
-    sinks: int = 0
-    recent: int | None = 0
-
-    score: ClassVar[Score] = Score.NONE
+class _FixedScore(Policy):
+    """A policy whose scores do not depend on any query."""
 
     def update(
         self, xp: Any, scores: Array, history: Array, probabilities: Array, visible: Array
@@ -162,7 +156,17 @@ class FullCache(Policy):
 
 
 @dataclass(frozen=True)
-class SinkWindow(Policy):
+class FullCache(_FixedScore):
+    """Keep every pair: exact attention. More than `capacity` tokens are an error."""
+
+    sinks: int = 0
+    recent: int | None = 0
+
+    score: ClassVar[Score] = Score.NONE
+
+
+@dataclass(frozen=True)
+class SinkWindow(_FixedScore):
     """The first `sinks` tokens and a sliding window: Λ-mask, LM-Infinite, StreamingLLM.
 
     Parameters
@@ -181,11 +185,6 @@ class SinkWindow(Policy):
 
     def initial_scores(self, xp: Any, keys: Array, positions: Array) -> Array:
         return xp.astype(positions, keys.dtype)
-
-    def update(
-        self, xp: Any, scores: Array, history: Array, probabilities: Array, visible: Array
-    ) -> tuple[Array, Array]:
-        return scores, history
 
 
 @dataclass(frozen=True)
@@ -297,7 +296,7 @@ class Scissorhands(Policy):
 
 
 @dataclass(frozen=True)
-class KeyNorm(Policy):
+class KeyNorm(_FixedScore):
     """Keys of a small norm attract attention (arXiv 2406.11430): the largest norm leaves first."""
 
     sinks: int = 0
@@ -307,11 +306,6 @@ class KeyNorm(Policy):
 
     def initial_scores(self, xp: Any, keys: Array, positions: Array) -> Array:
         return -xp.sqrt(xp.sum(keys * keys, axis=-1))
-
-    def update(
-        self, xp: Any, scores: Array, history: Array, probabilities: Array, visible: Array
-    ) -> tuple[Array, Array]:
-        return scores, history
 
 
 POLICIES: dict[str, type[Policy]] = {

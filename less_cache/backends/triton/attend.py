@@ -111,11 +111,12 @@ def attend(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
+    SINGLE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -128,8 +129,9 @@ def attend(
 
     The victim goes into H and z, the new pair into its slot, probabilities into the scores.
 
-    Program (b·Hkv + h, split) reads SPAN slots of one head once, for all its G query heads. Where
-    SPLITS is 1 it also concludes; else it leaves (m, mass, numerator), and `conclude_split` does.
+    Program (b·Hkv + h, split) reads SPAN slots of one head once, for all its G query heads. Unless
+    they are SPLIT among several it also concludes; else it leaves (m, mass, numerator), and
+    `conclude_split` does.
 
     Shapes: q [B, Hq, D], k, v [B, Hkv, D], mask [B] by their strides; slots, seen [B, Hkv];
     phi [B, Hq, R], psi [B, Hkv, R]; logits [B, Hkv, G, C]; out [B, Hq, D];
@@ -172,7 +174,12 @@ def attend(
             BLOCK_D,
             DOT,
         )
-        if SPLITS == 1:
+        if SPLIT:
+            part = (head * tl.num_programs(1) + split) * BLOCK_G + g
+            tl.store(part_peak + part, peak)
+            tl.store(part_mass + part, mass)
+            tl.store(part_numerator + part[:, None] * BLOCK_D + d[None, :], numerator)
+        else:
             conclude(
                 queries.to(tl.float32),
                 k + row * k_row_stride + kv_head * k_head_stride,
@@ -203,6 +210,7 @@ def attend(
                 SCALE,
                 SOFTCAP,
                 GROUP,
+                SINGLE,
                 CAPACITY,
                 HEAD_DIM,
                 RANK,
@@ -211,11 +219,6 @@ def attend(
                 BLOCK_R,
                 BLOCK_S,
             )
-        else:
-            part = (head * SPLITS + split) * BLOCK_G + g
-            tl.store(part_peak + part, peak)
-            tl.store(part_mass + part, mass)
-            tl.store(part_numerator + part[:, None] * BLOCK_D + d[None, :], numerator)
     else:
         if split == 0:
             at = out + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
@@ -260,6 +263,7 @@ def conclude_split(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
+    SINGLE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -330,6 +334,7 @@ def conclude_split(
             SCALE,
             SOFTCAP,
             GROUP,
+            SINGLE,
             CAPACITY,
             HEAD_DIM,
             RANK,

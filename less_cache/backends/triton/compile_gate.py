@@ -21,15 +21,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from .launch import INTERPRETED, Launch, recording
+from .compiling import compile_kernel, signature
+from .launch import Launch, recording
 from .variants import Variant, every_variant, launches_of, selected_variants
 
 CAPABILITIES = (80, 90, 100)
@@ -51,30 +47,6 @@ class Resources:
     shared_bytes: int
 
 
-def signature(wanted: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and alignments of a launch, as `ASTSource` takes them."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    hints: dict[tuple[int, ...], Any] = {}
-    for index, name in enumerate(wanted.kernel.arg_names):
-        if name in wanted.constants:
-            types[name], constants[name] = "constexpr", wanted.constants[name]
-            continue
-        value = wanted.arguments[name]
-        if value is None:
-            types[name], constants[name] = "constexpr", None
-        elif isinstance(value, Tensor):
-            types[name] = "*" + _type_name(value.dtype)
-            hints[(index,)] = [["tt.divisibility", 16]]
-        elif value == 1:
-            types[name], constants[name] = "constexpr", 1
-        else:
-            types[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                hints[(index,)] = [["tt.divisibility", 16]]
-    return types, constants, hints
-
-
 def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resources:
     """Compile one launch for one GPU and read what it takes.
 
@@ -92,18 +64,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
     RuntimeError
         If it runs under the interpreter, which has no compiler.
     """
-    if INTERPRETED:
-        raise RuntimeError("compile_gate: TRITON_INTERPRET is set; the compiler needs it unset")
-    types, constants, hints = signature(wanted)
-    names = wanted.kernel.arg_names
-    source = ASTSource(
-        wanted.kernel,
-        types,
-        {(names.index(name),): value for name, value in constants.items()},
-        hints,
-    )
-    options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = compile_kernel(wanted, signature(wanted), capability)
     registers, spilled = _read_usage(compiled.asm["cubin"])
     return Resources(
         kernel=wanted.kernel.__name__,
@@ -188,18 +149,6 @@ def _compile_job(job: tuple[Variant, int, tuple[int, ...]]) -> list[Resources]:
     with recording() as launches:
         launches_of(variant)
     return [compile_launch(launches[i], capability, str(variant)) for i in wanted]
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    names = {
-        torch.float32: "fp32",
-        torch.float16: "fp16",
-        torch.bfloat16: "bf16",
-        torch.int32: "i32",
-        torch.int64: "i64",
-        torch.uint8: "u8",
-    }
-    return names[dtype]
 
 
 def _read_usage(cubin: bytes) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: RET505, SIM109 (Triton compiles these forms, and not their short ones)
+# ruff: noqa: RET505, SIM102, SIM109 (Triton compiles these forms, and not their short ones)
 """The end of a decode step for one head: merge the victim, insert the new pair, output, scores."""
 
 import triton
@@ -9,9 +9,9 @@ from .maths import ATTENTION, HISTORY, INFINITY, KEY_NORM, POSITION, capped, pop
 
 
 @triton.jit
-def low_rank(phi, H, GROUP: tl.constexpr):
+def low_rank(phi, H, SINGLE: tl.constexpr):
     """φ H: [BLOCK_G, BLOCK_R] by [BLOCK_R, BLOCK_D], without a matrix product where G is 1."""
-    if GROUP == 1:
+    if SINGLE:
         # Row 0 is the only one that counts; the others may repeat it.
         row = tl.sum(tl.where(tl.arange(0, phi.shape[0])[:, None] == 0, phi, 0.0), 0)
         return tl.sum(row[:, None] * H, 0)[None, :] + tl.zeros([phi.shape[0], 1], tl.float32)
@@ -81,6 +81,7 @@ def update_scores(
     `new` [BLOCK_G] are the new pair's logits, `held` is n, the pairs now held.
     """
     g = tl.arange(0, BLOCK_G)
+    newest = (tl.full([], 1, tl.int64) << WINDOW) - 1
     for start in tl.range(0, CAPACITY, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         inside = slots < CAPACITY
@@ -102,7 +103,7 @@ def update_scores(
             old = tl.load(history + pairs, mask=inside & (slots != slot), other=0)
             position = tl.load(positions + pairs, mask=inside, other=-1)
             persistent = (total / GROUP * held >= 1.0 - 1e-6) & ((position != -1) | fresh)
-            bits = ((old << 1) | persistent.to(tl.int64)) & ((1 << WINDOW) - 1)
+            bits = ((old << 1) | persistent.to(tl.int64)) & newest
             tl.store(history + pairs, bits, mask=inside)
             earned = popcount(bits).to(tl.float32)
         tl.debug_barrier()
@@ -140,6 +141,7 @@ def conclude(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
+    SINGLE: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
@@ -173,7 +175,7 @@ def conclude(
     numerator = numerator * fade[:, None] + gain[:, None] * new_value.to(tl.float32)[None, :]
 
     query_heads = head * GROUP + g
-    if RANK > 0:
+    if phi is not None:
         new_H, new_z = merge(
             values,
             positions,
@@ -200,7 +202,7 @@ def conclude(
         over = tl.maximum(top, log_mass)
         shrink = tl.exp(top - over)
         lift = tl.exp(log_mass - over)
-        mean = low_rank(features, new_H, GROUP) / safe[:, None]
+        mean = low_rank(features, new_H, SINGLE) / safe[:, None]
         output = numerator * shrink[:, None] + mean * lift[:, None]
         output = output / (mass * shrink + lift)[:, None]
     else:
@@ -243,6 +245,7 @@ def conclude(
     else:
         tl.store(scores + pair, 0.0)
     tl.store(positions + pair, seen)
-    if kv_head == 0:
-        # Nobody reads the length here: kernel A carried it on in `seen`.
-        tl.store(length + row, seen + 1)
+    if length is not None:
+        if kv_head == 0:
+            # Nobody reads the length here: kernel A carried it on in `seen`.
+            tl.store(length + row, seen + 1)

@@ -132,8 +132,8 @@ def step(
         **pointers(state),
         "slots": slots,
         "seen": seen,
-        "phi": phi,
-        "psi": psi,
+        "phi": phi if layer.rank else None,
+        "psi": psi if layer.rank else None,
         "logits": scratch(*heads, layer.group, layer.capacity) if scored else None,
         "out": out,
         "part_peak": scratch(*parts) if split else None,
@@ -151,21 +151,22 @@ def step(
         "HAS_MASK": mask is not None,
         **policy_constants(layer),
         "GROUP": layer.group,
+        "SINGLE": layer.group == 1,
         "KV_HEADS": layer.kv_heads,
         "CAPACITY": layer.capacity,
         "HEAD_DIM": layer.head_dim,
         "RANK": layer.rank,
-        "SPLITS": tile.splits,
         "BLOCK_G": tile.group,
         "BLOCK_D": tile.head_dim,
         "BLOCK_R": tile.rank,
         "BLOCK_S": min(256, block(layer.capacity)),
     }
-    own = {"SPAN": tile.span, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
+    own = {"SPLIT": split, "SPAN": tile.span, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
     programs = batch * layer.kv_heads
     launch(attend, (programs, tile.splits), arguments, {**shared, **own}, warps=tile.warps)
     if split:
-        launch(conclude_split, (programs,), arguments, shared, warps=tile.warps)
+        constants = {**shared, "SPLITS": tile.splits}
+        launch(conclude_split, (programs,), arguments, constants, warps=tile.warps)
     return out
 
 
@@ -198,8 +199,6 @@ def _select_and_map(
 ) -> None:
     batch = q.shape[0]
     weights: dict[str, Tensor] = {} if maps is None else dict(maps.tensors)
-    # Parameters of the other kind are never read; any pointer will do.
-    spare = weights.get("psi_w1")
     names = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "psi_w3", "psi_s1", "psi_s2", "psi_b")
     arguments = {
         "q": q,
@@ -207,7 +206,7 @@ def _select_and_map(
         "scores": state.scores,
         "positions": state.positions,
         "length": state.length,
-        **{name: weights.get(name, spare) for name in names},
+        **{name: weights.get(name) for name in names},
         "slot_out": slots,
         "seen_out": seen,
         "phi_out": phi,

@@ -120,20 +120,25 @@ def last_of_psi(
     s1,
     s2,
     b,
+    head,
     KIND: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """ψ from its two layers: |u + (u W3) s2|, u = |s1| gelu(f), or exp(clamp(f + b, ±30))."""
+    """ψ from its two layers: |u + (u W3) s2|, u = |s1| gelu(f), or exp(clamp(f + b, ±30)).
+
+    The parameters of all heads are given, those of the other kind being None.
+    """
     r = tl.arange(0, BLOCK_R)
     real = r < RANK
+    own = head * RANK + r
     if KIND == EXP:
-        exponent = features + tl.load(b + r, mask=real, other=0.0)[None, :]
+        exponent = features + tl.load(b + own, mask=real, other=0.0)[None, :]
         return tl.exp(tl.minimum(tl.maximum(exponent, -EXPONENT_LIMIT), EXPONENT_LIMIT))
     else:
-        u = tl.abs(tl.load(s1 + r, mask=real, other=0.0))[None, :] * gelu(features)
+        u = tl.abs(tl.load(s1 + own, mask=real, other=0.0))[None, :] * gelu(features)
         third = tl.load(
-            w3 + r[:, None] * RANK + r[None, :], mask=real[:, None] & real[None, :], other=0.0
+            w3 + own[:, None] * RANK + r[None, :], mask=real[:, None] & real[None, :], other=0.0
         )
         mixed = tl.dot(u, third.to(tl.float32), input_precision="ieee")
-        return tl.abs(u + mixed * tl.load(s2 + r, mask=real, other=0.0)[None, :])
+        return tl.abs(u + mixed * tl.load(s2 + own, mask=real, other=0.0)[None, :])

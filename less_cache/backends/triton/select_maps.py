@@ -158,10 +158,11 @@ def select_and_map(
             )
             features = last_of_psi(
                 features,
-                psi_w3 + unit * RANK * RANK,
-                psi_s1 + unit * RANK,
-                psi_s2 + unit * RANK,
-                psi_b + unit * RANK,
+                psi_w3,
+                psi_s1,
+                psi_s2,
+                psi_b,
+                unit,
                 KIND,
                 RANK,
                 BLOCK_R,

@@ -1,0 +1,150 @@
+"""Which kinds of caches kernels are compiled for ahead of time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config import CacheConfig, LayerConfig
+from ...policies import (
+    H2O,
+    FullCache,
+    KeyNorm,
+    Policy,
+    Scissorhands,
+    Score,
+    SinkWindow,
+    policy_from_dict,
+)
+from .launch import block
+
+POLICIES: dict[Score, Policy] = {
+    Score.NONE: FullCache(),
+    Score.POSITION: SinkWindow(),
+    Score.KEY_NORM: KeyNorm(recent=1),
+    Score.ATTENTION: H2O(),
+    Score.HISTORY: Scissorhands(),
+}
+"""One policy for each kind of score; the others differ from these in numbers alone."""
+
+MANIFEST = "less_cache.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the machine code of a decode step depends on; all other sizes are parameters.
+
+    Parameters
+    ----------
+    dtype, state_dtype
+        Of keys and values; of H and z.
+    head_dim
+        D.
+    score
+        Of the policy.
+    kind
+        Of the feature maps; ``None`` at rank 0.
+    group
+        1, or a number up to which every G > 1 is served.
+    rank
+        A number up to which ranks are served; 0: rank 0 only.
+    rank_multiple
+        Ranks are multiples of it.
+    softcap
+        On the logits, or ``None``.
+    """
+
+    dtype: str = "float16"
+    state_dtype: str = "float32"
+    head_dim: int = 128
+    score: Score = Score.ATTENTION
+    kind: str | None = "exp"
+    group: int = 1
+    rank: int = 16
+    rank_multiple: int = 4
+    softcap: float | None = None
+
+    @property
+    def example(self) -> LayerConfig:
+        """A layer of this kind."""
+        return CacheConfig(
+            num_layers=1,
+            query_heads=2 * self.group,
+            kv_heads=2,
+            head_dim=self.head_dim,
+            capacity=256,
+            policy=POLICIES[self.score],
+            rank=self.rank,
+            softcap=self.softcap,
+            dtype=self.dtype,
+            state_dtype=self.state_dtype,
+        ).layer(0)
+
+
+def layouts_of_export(folder: Path) -> list[Layout]:
+    """The layouts of an exported model's layers.
+
+    Parameters
+    ----------
+    folder
+        What ``less-cache export onnx`` wrote.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the folder has no manifest, or not one that can be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; less-cache export onnx writes it")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        config = CacheConfig.from_dict(manifest["config"])
+        layers = [_layout(config, layer) for layer in manifest["layers"]]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not the manifest of an exported model: {error!r}") from None
+    return list(dict.fromkeys(layers))
+
+
+def usual_layouts() -> list[Layout]:
+    """Half precision, heads of 64 and 128, all policies, both kinds of maps, ranks to 16."""
+    return _product(("float16", "bfloat16"), (64, 128), (16,))
+
+
+def every_layout() -> list[Layout]:
+    """All dtypes, all head sizes and ranks that the backend has."""
+    return _product(("float16", "bfloat16", "float32"), (64, 80, 96, 128, 256), (16, 32, 64))
+
+
+LAYOUTS: dict[str, Callable[[], list[Layout]]] = {"usual": usual_layouts, "every": every_layout}
+
+
+def _product(
+    dtypes: tuple[str, ...], head_dims: tuple[int, ...], ranks: tuple[int, ...]
+) -> list[Layout]:
+    maps = [(None, 0), *itertools.product(("paper", "exp"), ranks)]
+    axes = itertools.product(dtypes, head_dims, POLICIES, maps, (1, 16))
+    return [
+        Layout(dtype, head_dim=head_dim, score=score, kind=kind, rank=rank, group=group)
+        for dtype, head_dim, score, (kind, rank), group in axes
+    ]
+
+
+def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
+    rank = int(layer["rank"])
+    group = config.query_heads // config.kv_heads
+    return Layout(
+        dtype=config.dtype,
+        state_dtype=config.state_dtype if rank else "float32",
+        head_dim=config.head_dim,
+        score=policy_from_dict(layer["policy"]).score,
+        kind=layer["maps"],
+        group=group if group == 1 else block(group),
+        rank=block(rank) if rank else 0,
+        rank_multiple=min(16, rank & -rank) if rank else 1,
+        softcap=config.softcap,
+    )

@@ -1,0 +1,299 @@
+"""A decode step's launches as kernels whose sizes are parameters, and what is told of each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import triton
+
+from ...feature_maps import LAST_LAYERS, LayerMaps, tensor_shapes
+from ...policies import Score
+from ...state import allocate
+from .aot_layouts import POLICIES, Layout
+from .compiling import Signature, compile_kernel, signature
+from .decode import KINDS, SCORED, step
+from .launch import Launch, recording
+
+HIDDEN_MULTIPLE = 16
+"""The maps' hidden size is a multiple of it: rows of their matrices then begin aligned."""
+
+NUMBERS = ("QUERY_HEADS", "KV_HEADS", "CAPACITY", "SPAN", "SPLITS")
+"""Sizes that no code depends on."""
+
+BATCHES = (16, 32)
+"""One for each tile of sequences that kernel A has."""
+
+ANY = -1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kernel for one architecture: what it serves, how it is launched, where it lies.
+
+    Attributes
+    ----------
+    kernel
+        ``"select_and_map"``, ``"attend"`` or ``"conclude_split"``.
+    dtype, state_dtype
+        Of keys and values; of H and z; ``""``: any.
+    arch, ptx
+        Compute capability; of PTX: the least one.
+    head_dim, block_d
+        D, 0: any; the power of two that holds it.
+    scores
+        Bit i set: for `Score` i.
+    kind
+        Of the maps: 0 none, 1 "paper", 2 "exp", -1: any.
+    group, block_g
+        1: for G = 1; 0: for G up to `block_g`.
+    block_r
+        0: for rank 0; else for ranks up to it; -1: any.
+    block_b
+        Sequences a program (kernel A).
+    softcap
+        The one compiled in, 0: none; -1: any.
+    split
+        Of ``"attend"``: whether programs share a head's slots; else -1.
+    hidden_multiple, rank_multiple
+        What the hidden size and the rank are multiples of.
+    block_c
+        Slots a tile of ``"attend"``.
+    warps, shared_bytes
+        Threads a program, by 32; its dynamic shared memory.
+    symbol, parameters
+        The function's name, and ``"name:type ..."`` in order. Two null pointers follow them.
+    offset, size
+        In ``kernels.bin``, bytes.
+    """
+
+    kernel: str
+    dtype: str
+    state_dtype: str
+    arch: int
+    ptx: bool
+    head_dim: int
+    block_d: int
+    scores: int
+    kind: int
+    group: int
+    block_g: int
+    block_r: int
+    block_b: int
+    softcap: float
+    split: int
+    hidden_multiple: int
+    rank_multiple: int
+    block_c: int
+    warps: int
+    shared_bytes: int
+    symbol: str
+    parameters: str
+    offset: int = 0
+    size: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A record, not yet placed, and its code: a cubin, or PTX and a zero byte."""
+
+    record: Record
+    code: bytes
+
+
+def initialiser(record: Record) -> str:
+    """`record` as a C++ aggregate, one line."""
+    values = [_literal(getattr(record, field.name)) for field in fields(record)]
+    return "{" + ", ".join(values) + "},\n"
+
+
+def compile_layout(layout: Layout, arch: int, with_ptx: bool) -> list[Image]:
+    """Compile all kernels of one layout for one architecture, and their PTX if asked for."""
+    images = []
+    for wanted in launches(layout):
+        parameters = generalised(wanted, layout)
+        with triton.knobs.compilation.scope():
+            # Where the source lay is nobody's business, and half of the bytes.
+            triton.knobs.compilation.disable_line_info = True
+            compiled = compile_kernel(wanted, parameters, arch)
+        metadata = compiled.metadata
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
+            raise AssertionError(f"{metadata.name} wants scratch memory, which nobody would give")
+        for ptx in (False, True)[: 1 + with_ptx]:
+            record = _record(wanted, parameters, layout, arch, ptx, metadata)
+            code = compiled.asm["ptx"].encode() + b"\0" if ptx else compiled.asm["cubin"]
+            images.append(Image(record, code))
+    return images
+
+
+def launches(layout: Layout) -> list[Launch]:
+    """What decode steps of `layout` launch: for few and many sequences, slots shared or not."""
+    layer = layout.example
+    maps = None
+    if layout.kind is not None:
+        shapes = tensor_shapes(
+            layout.kind,
+            query_heads=layer.query_heads,
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            hidden=HIDDEN_MULTIPLE,
+            rank=layer.rank,
+        )
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        maps = LayerMaps(layout.kind, tensors).to("meta", getattr(torch, layer.dtype))
+    found: list[Launch] = []
+    for batch, splits in zip(BATCHES, (1, 2), strict=True):
+        state = allocate(layer, batch, device="meta")
+        q, k = (
+            torch.empty(
+                (batch, heads, 1, layer.head_dim),
+                dtype=getattr(torch, layer.dtype),
+                device="meta",
+            )
+            for heads in (layer.query_heads, layer.kv_heads)
+        )
+        mask = torch.ones(batch, 1, dtype=torch.bool, device="meta")
+        with recording() as recorded:
+            step(layer, state, maps, q, k, k, mask, splits=splits)
+        # Without maps kernel A has one tile, whatever the batch.
+        again = splits > 1 and maps is None
+        found += [w for w in recorded if not (again and w.kernel.__name__ == "select_and_map")]
+    return found
+
+
+def generalised(wanted: Launch, layout: Layout) -> Signature:
+    """The launch's signature with every size as a parameter that the code need not know.
+
+    Two scores that lead to the same code get the same constant, so that it is compiled once.
+    """
+    found = signature(wanted)
+    name = wanted.kernel.__name__
+    for size in NUMBERS:
+        if size in found.types:
+            found.pass_on(size, "i32")
+    if layout.kind is not None:
+        found.pass_on("RANK", "i32", layout.rank_multiple)
+    if name == "select_and_map":
+        found.pass_on("batch", "i32")
+        found.pass_on("SINKS", "i32")
+        found.pass_on("RECENT", "i32")
+        found.fix("SCORE", int(_like_in_selection(layout.score)))
+        _drop_unread_maps(found, layout)
+        if layout.kind is not None:
+            found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
+        return _strided(found)
+    # Who owns the length advances it, once for all layers.
+    found.fix("length", None)
+    found.pass_on("mask", "*i32", 16)
+    found.fix("mask_stride", 1)
+    found.pass_on("SCALE", "fp32")
+    if layout.group > 1:
+        found.pass_on("GROUP", "i32")
+    if not layout.rank:
+        found.fix("H", None)
+        found.fix("z", None)
+    if name == "attend" and wanted.constants["SPLIT"]:
+        found.fix("SCORE", int(_like_over_slots(layout.score)))
+        for unread in ("k", "v", "scores", "history", "H", "z", "seen", "phi", "psi"):
+            found.fix(unread, None)
+        for stride in ("k_row_stride", "k_head_stride", "v_row_stride", "v_head_stride"):
+            found.fix(stride, 0)
+        for unread in ("DECAY", "WINDOW", "RANK", "BLOCK_R"):
+            found.fix(unread, 0)
+        return _strided(found)
+    if layout.score == Score.ATTENTION:
+        found.pass_on("DECAY", "fp32")
+    if layout.score == Score.HISTORY:
+        found.pass_on("WINDOW", "i32")
+    return _strided(found)
+
+
+def _strided(found: Signature) -> Signature:
+    """Strides between rows and heads as parameters, whatever they were in the example."""
+    for name in found.types:
+        if name.endswith("_stride") and name != "mask_stride" and found.constants.get(name) != 0:
+            found.pass_on(name, "i32", 16)
+    return found
+
+
+def _drop_unread_maps(found: Signature, layout: Layout) -> None:
+    first = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "phi_out", "psi_out")
+    last = {name for names in LAST_LAYERS.values() for name in names}
+    if layout.kind is None:
+        unread = {*first, *last, "q", "keys"}
+        for stride in ("q_row_stride", "q_head_stride"):
+            found.fix(stride, 0)
+    else:
+        unread = last - {*LAST_LAYERS[layout.kind]}
+    for name in unread:
+        found.fix(name, None)
+
+
+def _like_in_selection(score: Score) -> Score:
+    """The victim is the oldest, or the one of least score."""
+    return Score.POSITION if score in (Score.NONE, Score.POSITION) else Score.ATTENTION
+
+
+def _like_over_slots(score: Score) -> Score:
+    """Logits are left for later, or not."""
+    return Score.ATTENTION if score in SCORED else Score.POSITION
+
+
+def _record(
+    wanted: Launch, parameters: Signature, layout: Layout, arch: int, ptx: bool, metadata: Any
+) -> Record:
+    name, constants = wanted.kernel.__name__, wanted.constants
+    selects = name == "select_and_map"
+    split = name == "attend" and bool(constants["SPLIT"])
+    alike = [layout.score]
+    if selects:
+        alike = [s for s in POLICIES if _like_in_selection(s) == _like_in_selection(layout.score)]
+    elif split:
+        alike = [s for s in POLICIES if _like_over_slots(s) == _like_over_slots(layout.score)]
+    simple = selects and layout.kind is None
+    low_rank = not split and not simple
+    return Record(
+        kernel=name,
+        dtype="" if simple else layout.dtype,
+        state_dtype="" if selects or split or not layout.rank else layout.state_dtype,
+        arch=arch,
+        ptx=ptx,
+        head_dim=0 if simple else layout.head_dim,
+        block_d=0 if simple else constants["BLOCK_D"],
+        scores=sum(1 << int(score) for score in alike),
+        kind=KINDS.get(layout.kind or "", 0) if selects else ANY,
+        group=0 if selects or layout.group > 1 else 1,
+        block_g=0 if selects else constants["BLOCK_G"],
+        block_r=(constants["BLOCK_R"] if layout.rank else 0) if low_rank else ANY,
+        block_b=constants["BLOCK_B"] if selects else 0,
+        softcap=float(ANY) if selects else layout.softcap or 0.0,
+        split=int(split) if name == "attend" else ANY,
+        hidden_multiple=HIDDEN_MULTIPLE if selects and layout.kind else 1,
+        rank_multiple=layout.rank_multiple if low_rank and layout.rank else 1,
+        block_c=constants["BLOCK_C"] if name == "attend" else 0,
+        warps=wanted.warps,
+        shared_bytes=int(metadata.shared),
+        symbol=metadata.name,
+        parameters=" ".join(
+            f"{key}:{_type(kind)}"
+            for key in wanted.kernel.arg_names
+            if (kind := parameters.types[key]) != "constexpr"
+        ),
+    )
+
+
+def _type(kind: str) -> str:
+    return "ptr" if kind.startswith("*") else {"fp32": "f32"}.get(kind, kind)
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value!r}F"
+    return f'"{value}"' if isinstance(value, str) else str(value)

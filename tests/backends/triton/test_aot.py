@@ -1,0 +1,193 @@
+"""Kernels compiled ahead of time: what is written, what it takes, and that sizes do not matter."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import less_cache as lc
+
+PTX_TYPES = {"u64": "ptr", "b64": "ptr", "u32": "i32", "b32": "i32", "f32": "f32"}
+
+
+def run(arguments, folder, **environment):
+    # The interpreter has no compiler, and a cache of earlier runs would compile nothing.
+    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited |= {"TRITON_CACHE_DIR": str(folder / "cache"), **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+
+
+def write_manifest(folder, config, kinds):
+    """The part of an exported model's manifest that says what its caches are."""
+    layers = [
+        {"policy": policy.to_dict(), "rank": rank, "maps": kind}
+        for policy, rank, kind in zip(
+            config.policies, [config.rank if k else 0 for k in kinds], kinds, strict=True
+        )
+    ]
+    folder.mkdir()
+    text = json.dumps({"config": config.to_dict(), "layers": layers})
+    (folder / "less_cache.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """One H2O layer with maps and one sliding layer without, for one architecture."""
+    folder = tmp_path_factory.mktemp("aot")
+    config = lc.CacheConfig(
+        2, 8, 2, 64, 100, (lc.Scissorhands(), lc.SinkWindow()), rank=12, dtype="float16"
+    )
+    export = write_manifest(folder / "export", config, ["paper", None])
+    module = ["-m", "less_cache.backends.triton.aot", "--out", str(folder / "kernels")]
+    result = run([*module, "--arch", "80", "--export", str(export)], folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "kernels"
+
+
+@pytest.fixture(scope="module")
+def records(compiled):
+    return json.loads((compiled / "kernels.json").read_text())["kernels"]
+
+
+@pytest.mark.timeout(300)
+def test_each_kernel_is_there_as_machine_code_and_as_ptx(records):
+    found = {(r["kernel"], r["split"], r["block_b"], r["block_r"], r["ptx"]) for r in records}
+    wanted = {
+        ("select_and_map", -1, 16, 16),
+        ("select_and_map", -1, 32, 16),
+        ("select_and_map", -1, 1, -1),
+        ("attend", 0, 0, 16),
+        ("attend", 0, 0, 0),
+        ("attend", 1, 0, -1),
+        ("conclude_split", -1, 0, 16),
+        ("conclude_split", -1, 0, 0),
+    }
+    assert found == {(*key, ptx) for key in wanted for ptx in (False, True)}
+    assert {r["rank_multiple"] for r in records} == {1, 4}
+
+
+def test_parameters_are_those_of_the_machine_code(compiled, records):
+    code = (compiled / "kernels.bin").read_bytes()
+    for record in records:
+        assert record["offset"] % 64 == 0
+        image = code[record["offset"] : record["offset"] + record["size"]]
+        if not record["ptx"]:
+            assert image.startswith(b"\x7fELF")
+            assert record["symbol"].encode() in image
+            continue
+        assert image.endswith(b"\0")
+        text = image.decode().rstrip("\0")
+        entry = re.search(r"\.entry (\w+)\((.*?)\)", text, re.DOTALL)
+        assert entry.group(1) == record["symbol"]
+        given = [PTX_TYPES[kind] for kind in re.findall(r"\.param \.(\w+)", entry.group(2))]
+        wanted = [parameter.split(":")[1] for parameter in record["parameters"].split()]
+        # Triton's two scratch pointers come last.
+        assert given == [*wanted, "ptr", "ptr"]
+        assert f".target sm_{record['arch']}" in text
+
+
+def test_what_a_kernel_does_not_read_it_does_not_take(records):
+    for record in records:
+        names = {parameter.split(":")[0] for parameter in record["parameters"].split()}
+        low_rank = {"H", "z", "phi", "psi", "RANK", "phi_w1", "psi_w3"} & names
+        without = record["block_r"] in (0, -1)
+        assert bool(low_rank) != without, record
+        assert not {"psi_b"} & names, "a parameter of the other kind of maps"
+        if record["kernel"] == "select_and_map":
+            assert "length" in names
+        else:
+            assert "length" not in names, "it would be advanced once a layer"
+
+
+def test_source_paths_stay_at_home(compiled):
+    code = (compiled / "kernels.bin").read_bytes()
+    assert b"attend.py" not in code
+    assert b"triton/language" not in code
+
+
+def test_the_initialisers_say_what_the_index_says(compiled, records):
+    lines = (compiled / "kernels.inc").read_text().splitlines()
+    assert len(lines) == len(records)
+    for line, record in zip(lines, records, strict=True):
+        body = line.removeprefix("{").removesuffix("},")
+        values = re.findall(r'"[^"]*"|[^,\s]+', body)
+        assert len(values) == len(record)
+        for text, value in zip(values, record.values(), strict=True):
+            if isinstance(value, bool):
+                assert text == str(value).lower()
+            elif isinstance(value, float):
+                assert float(text.removesuffix("F")) == value
+            else:
+                assert text.strip('"') == str(value)
+
+
+def test_caches_that_differ_in_numbers_share_their_kernels(tmp_path):
+    first = lc.CacheConfig(1, 8, 2, 64, 100, lc.H2O(recent=9), rank=8, dtype="float16")
+    others = [
+        first.replace(capacity=4096),
+        first.replace(query_heads=32, kv_heads=8),
+        first.replace(policy=lc.DecayedH2O(factor=0.9)),
+        first.replace(policy=lc.TOVA()),
+        first.replace(scale=0.3),
+    ]
+    script = """
+import sys
+from pathlib import Path
+from less_cache.backends.triton.aot_layouts import layouts_of_export
+print(len({layout for folder in sys.argv[1:] for layout in layouts_of_export(Path(folder))}))
+"""
+    folders = [
+        str(write_manifest(tmp_path / str(i), config, ["exp"]))
+        for i, config in enumerate([first, *others])
+    ]
+    result = run(["-c", script, *folders], tmp_path)
+    assert result.stdout.strip() == "1", result.stdout + result.stderr
+
+
+def test_no_size_is_compiled_in(tmp_path):
+    script = """
+from less_cache.backends.triton import aot_layouts, aot_records
+known = {"HAS_MASK", "SCORE", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE", "DOT"}
+for layout in aot_layouts.every_layout():
+    for wanted in aot_records.launches(layout):
+        found = aot_records.generalised(wanted, layout)
+        for name, value in found.constants.items():
+            allowed = name in known or name.startswith("BLOCK_") or value in (None, 0, 1, 1.0)
+            assert allowed, (wanted.kernel.__name__, layout, name, value)
+print(len(aot_layouts.every_layout()))
+"""
+    result = run(["-c", script], tmp_path)
+    assert result.stdout.strip() == "1050", result.stdout + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "75"], "got 75, expected some of 80, 86, 89, 90, 100, 120"),
+        (["--export", "nowhere"], "nowhere/less_cache.json: no such file"),
+        (["--layouts", "some"], "invalid choice: 'some'"),
+    ],
+)
+def test_what_it_cannot_do_it_says(arguments, message, tmp_path):
+    module = ["-m", "less_cache.backends.triton.aot", "--out", str(tmp_path / "out")]
+    result = run([*module, *arguments], tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_is_none(tmp_path):
+    (tmp_path / "less_cache.json").write_text("{}")
+    script = """
+from pathlib import Path
+from less_cache.backends.triton.aot_layouts import layouts_of_export
+import sys
+layouts_of_export(Path(sys.argv[1]))
+"""
+    result = run(["-c", script, str(tmp_path)], tmp_path)
+    assert "not the manifest of an exported model: KeyError('config')" in result.stderr

@@ -55,9 +55,7 @@ def attend_in_blocks(
     block = b("Max", b("Min", block, rows), b.ints(1))
     last = b("Sub", b("Add", rows, block), b.ints(1))
     trips = b("Squeeze", b("Div", last, block))
-    # Empty slots get the lowest number by a sum: one pass, and small beside the logits.
-    empty = b("Less", state["positions"], b.constant(0, "int32"))
-    bias = b("Where", empty, b.constant(layer.lowest, layer.wide), b.constant(0, layer.wide))
+    bias = _bias(b, layer, state["positions"])
 
     turn = ir.val(f"{b.prefix}_turn", ir.DataType.INT64, ir.Shape([]))
     go_on = ir.val(f"{b.prefix}_go_on", ir.DataType.BOOL, ir.Shape([]))
@@ -72,36 +70,84 @@ def attend_in_blocks(
         return inner("Slice", array, inner.ints(0), upto, inner.ints(2))
 
     part = inner("Slice", q, start, stop, inner.ints(2))
-    keys, values = seen(state["keys"]), seen(state["values"])
-    logits = pair_logits(inner, layer, part, keys)
-    hidden = _hidden(inner, layer, state["positions"], seen(bias), (start, kept, upto))
-    size = inner("Sub", stop, start)
-    if config.group == 1:
-        logits = inner("Add", logits, hidden)
-    else:
-        # [B, Hkv, G * S, N] as [B, Hkv, G, S, N], for a group's heads share what they see.
-        split = inner("Concat", inner.ints(0, 0, config.group), size, upto, axis=0)
-        logits = inner("Add", inner("Reshape", logits, split), inner.unsqueeze(hidden, 2))
-        joined = inner("Concat", inner.ints(0, 0, -1), upto, axis=0)
-        logits = inner("Reshape", logits, joined)
-    probabilities = inner("Softmax", logits, axis=-1)
-    out = weighted_mean(inner, layer, state, maps, part, logits, probabilities, values)
-    out = inner.cast(out, config.dtype, layer.wide)
-    out = inner.reshape(out, 0, config.query_heads, -1, config.head_dim)
+    shown = {**state, **{name: seen(state[name]) for name in ("keys", "values")}}
+    bounds = (start, stop, kept, upto)
+    out, probabilities = _attend(inner, layer, shown, maps, part, seen(bias), bounds)
     body.outputs.extend([inner("Identity", go_on), inner("Concat", done, out, axis=2)])
     carried = [b("Slice", q, b.ints(0), b.ints(0), b.ints(2))]
     if weight is not None:
         total = ir.Value(name=f"{b.prefix}_total", type=ir.TensorType(KINDS[layer.wide]))
         body.inputs.append(total)
         share = inner("Slice", weight, start, stop, inner.ints(1))
-        share = inner("Concat", *[share] * config.group, axis=1)
-        gained = inner("MatMul", inner.unsqueeze(share, 1, 2), probabilities)
-        gained = inner("Squeeze", gained, inner.ints(2))
+        gained = _gained(inner, layer, share, probabilities)
         pads = inner("Concat", inner.ints(*[0] * 5), inner("Sub", span, upto), axis=0)
         body.outputs.append(inner("Add", total, inner("Pad", gained, pads)))
         carried.append(b("Expand", b.constant(0, layer.wide), b("Shape", state["positions"])))
     loop = b.many("Loop", [trips, None, *carried], len(carried), body=body)
     return loop[0], loop[1] if weight is not None else None
+
+
+def attend_at_once(
+    b: Builder,
+    layer: Layer,
+    state: Values,
+    maps: Values,
+    q: Value,
+    weight: Value | None,
+    *,
+    opset: int,
+) -> tuple[Value, Value | None]:
+    """`attend_in_blocks` with one block and no loop, for runtimes whose loops are narrow."""
+    rows, span = b.dim(q, 2), b.dim(state["keys"], 2)
+    bounds = (b.ints(0), rows, b("Sub", span, rows), span)
+    bias = _bias(b, layer, state["positions"])
+    out, probabilities = _attend(b, layer, state, maps, q, bias, bounds)
+    return out, None if weight is None else _gained(b, layer, weight, probabilities)
+
+
+def _bias(b: Builder, layer: Layer, positions: Value) -> Value:
+    """[B, Hkv, N]: empty slots get the lowest number by a sum, in one pass over small numbers."""
+    empty = b("Less", positions, b.constant(0, "int32"))
+    return b("Where", empty, b.constant(layer.lowest, layer.wide), b.constant(0, layer.wide))
+
+
+def _attend(
+    b: Builder,
+    layer: Layer,
+    state: Values,
+    maps: Values,
+    q: Value,
+    bias: Value,
+    bounds: tuple[Value, Value, Value, Value],
+) -> tuple[Value, Value]:
+    """One block's output [B, Hq, s, D] and probabilities [B, Hkv, G * s, n].
+
+    Of the state, keys and values are those that the block may see, and positions are all. The
+    bounds are the block's first row and the one behind its last, how many pairs are not new, and n.
+    """
+    config = layer.config
+    start, stop, kept, upto = bounds
+    logits = pair_logits(b, layer, q, state["keys"])
+    hidden = _hidden(b, layer, state["positions"], bias, (start, kept, upto))
+    if config.group == 1:
+        logits = b("Add", logits, hidden)
+    else:
+        # [B, Hkv, G * S, N] as [B, Hkv, G, S, N], for a group's heads share what they see.
+        size = b("Sub", stop, start)
+        split = b("Concat", b.ints(0, 0, config.group), size, upto, axis=0)
+        logits = b("Add", b("Reshape", logits, split), b.unsqueeze(hidden, 2))
+        joined = b("Concat", b.ints(0, 0, -1), upto, axis=0)
+        logits = b("Reshape", logits, joined)
+    probabilities = b("Softmax", logits, axis=-1)
+    out = weighted_mean(b, layer, state, maps, q, logits, probabilities, state["values"])
+    out = b.cast(out, config.dtype, layer.wide)
+    return b.reshape(out, 0, config.query_heads, -1, config.head_dim), probabilities
+
+
+def _gained(b: Builder, layer: Layer, share: Value, probabilities: Value) -> Value:
+    """[B, Hkv, n]: the sum over a block's queries, each counting for its share [B, s]."""
+    share = b("Concat", *[share] * layer.config.group, axis=1)
+    return b("Squeeze", b("MatMul", b.unsqueeze(share, 1, 2), probabilities), b.ints(2))
 
 
 def _hidden(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from less_cache import ops
@@ -24,7 +26,13 @@ from .parts import (
 )
 
 
-def chunk_body(b: Builder, layer: Layer, given: Values, opset: int) -> list[Value]:
+def chunk_body(
+    b: Builder,
+    layer: Layer,
+    given: Values,
+    opset: int,
+    attend: Callable[..., tuple[Value, Value | None]] = attend_in_blocks,
+) -> list[Value]:
     """The output [B, Hq, S, D] and the new state; the new must not lie in the old one's memory.
 
     Parameters
@@ -37,6 +45,8 @@ def chunk_body(b: Builder, layer: Layer, given: Values, opset: int) -> list[Valu
         By the names of `nodes.node_inputs`.
     opset
         Of the loop over blocks of queries.
+    attend
+        `attend_in_blocks`, or another function that does the same.
     """
     config, policy = layer.config, layer.config.policy
     state = {name: given[name] for name in ops.state_names(config)}
@@ -66,7 +76,7 @@ def chunk_body(b: Builder, layer: Layer, given: Values, opset: int) -> list[Valu
         if policy.decay != 1:
             age = b("Sub", b("Squeeze", incoming, b.ints(2)), ranks)
             weight = b("Mul", weight, _faded(b, layer, age))
-    out, gained = attend_in_blocks(b, layer, state, given, q, weight, opset=opset)
+    out, gained = attend(b, layer, state, given, q, weight, opset=opset)
     out = b("Where", tokens4, out, blank)
 
     # 3. Scores.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from less_cache import ops
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
+from less_cache.integrations.interception import intercepted
 from less_cache.integrations.model_check import attention_modules, decoder_of
 from less_cache.state import allocate
 
-from .interception import intercepted
 from .parts import Layer
 from .tracing import trace
 
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     model
         The transformers model.
     layers
-        What `interception.model_layers` made of it.
+        What `layers.model_layers` made of it.
     maps
         Of the layers that have any, in order.
     all_logits
@@ -132,7 +132,7 @@ def trace_decoder(
     for name in ("input_ids", "attention_mask"):
         dynamic[name][1] = SEQUENCE
     outputs = ["logits", *(f"present.{name}" for name in state)]
-    with intercepted(model, config, wrapper.attend):
+    with intercepted(model, wrapper.attend, config=config, sliding=True, padding=True):
         last = decoder_of(model, attention_modules(model)).register_forward_hook(wrapper.keep_last)
         try:
             if all_logits:

@@ -23,7 +23,7 @@ from less_cache.manager import CacheManager
 from .assembly import assemble
 from .decoder import trace_decoder
 from .describing import write_manifest
-from .interception import model_layers
+from .layers import model_layers
 from .manifest import MANIFEST, MODEL, WEIGHTS
 from .parts import Layer
 

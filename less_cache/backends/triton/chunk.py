@@ -132,7 +132,7 @@ def attend(
 def _attention_tiles(layer: LayerConfig) -> tuple[int, int, int]:
     """Queries and columns in a tile of `attend_chunk`, and warps: none so large that it spills."""
     if layer.dtype == "float32":
-        return 32, 16, 8
+        return 32, 32 if layer.head_dim <= 64 else 16, 8
     return (64, 32, 8) if layer.head_dim > 128 else (128, 32, 8)
 
 

@@ -1,0 +1,52 @@
+"""What each layer of a transformers model is, once exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from less_cache.config import CacheConfig, full_attention_layers
+from less_cache.integrations.falcon import check_falcon
+from less_cache.integrations.model_check import attention_modules, check_fit, check_model
+from less_cache.policies import SinkWindow
+
+from .parts import Layer
+
+
+def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Layer]:
+    """Each of the model's layers as an exported one.
+
+    A sliding-window layer is a cache of as many slots as its window that lets the oldest pair go
+    and remembers nothing of it.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `less_cache.attach` takes.
+    config
+        Of its full-attention layers.
+    kind
+        Of their maps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is none of those, or the config does not fit it.
+    """
+    check_model(model)
+    if model.config.model_type == "falcon":
+        check_falcon(model.config)
+    modules = attention_modules(model)
+    check_fit(model, modules, config)
+    full = full_attention_layers(model.config)
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    if softcap != config.softcap:
+        raise ValueError(f"config: softcap = {config.softcap}, but the model has {softcap}")
+    layers = []
+    for i in range(model.config.num_hidden_layers):
+        if i in full:
+            layers.append(Layer(config.layer(full.index(i)), kind))
+        else:
+            window = int(model.config.sliding_window)
+            sliding = config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
+            layers.append(Layer(sliding.layer(0), None, window))
+    return layers

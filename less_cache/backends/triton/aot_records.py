@@ -186,6 +186,8 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
         _drop_unread_maps(found, layout)
         if layout.kind is not None:
             found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
+            # Sizes take registers, too: with wider tiles heads of 128 spilled some.
+            found.fix("BLOCK_H", 32)
         return _strided(found)
     # Who owns the length advances it, once for all layers.
     found.fix("length", None)

@@ -65,7 +65,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
         If it runs under the interpreter, which has no compiler.
     """
     compiled = compile_kernel(wanted, signature(wanted), capability)
-    registers, spilled = _read_usage(compiled.asm["cubin"])
+    registers, spilled = read_usage(compiled.asm["cubin"])
     return Resources(
         kernel=wanted.kernel.__name__,
         variant=variant,
@@ -151,7 +151,7 @@ def _compile_job(job: tuple[Variant, int, tuple[int, ...]]) -> list[Resources]:
     return [compile_launch(launches[i], capability, str(variant)) for i in wanted]
 
 
-def _read_usage(cubin: bytes) -> tuple[int, int]:
+def read_usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of local memory, which is where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import less_cache as lc
+from less_cache.backends.triton.compile_gate import read_usage
 
 PTX_TYPES = {"u64": "ptr", "b64": "ptr", "u32": "i32", "b32": "i32", "f32": "f32"}
 
@@ -40,9 +41,9 @@ def compiled(tmp_path_factory):
     """One H2O layer with maps and one sliding layer without, for one architecture."""
     folder = tmp_path_factory.mktemp("aot")
     config = lc.CacheConfig(
-        2, 8, 2, 64, 100, (lc.Scissorhands(), lc.SinkWindow()), rank=12, dtype="float16"
+        2, 8, 2, 128, 100, (lc.Scissorhands(), lc.SinkWindow()), rank=12, dtype="float16"
     )
-    export = write_manifest(folder / "export", config, ["paper", None])
+    export = write_manifest(folder / "export", config, ["exp", None])
     module = ["-m", "less_cache.backends.triton.aot", "--out", str(folder / "kernels")]
     result = run([*module, "--arch", "80", "--export", str(export)], folder)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -91,13 +92,23 @@ def test_parameters_are_those_of_the_machine_code(compiled, records):
         assert f".target sm_{record['arch']}" in text
 
 
+def test_no_registers_are_spilled(compiled, records):
+    code = (compiled / "kernels.bin").read_bytes()
+    for record in records:
+        if not record["ptx"]:
+            image = code[record["offset"] : record["offset"] + record["size"]]
+            registers, spilled = read_usage(image)
+            assert 0 < registers <= 255
+            assert spilled == 0, record
+
+
 def test_what_a_kernel_does_not_read_it_does_not_take(records):
     for record in records:
         names = {parameter.split(":")[0] for parameter in record["parameters"].split()}
-        low_rank = {"H", "z", "phi", "psi", "RANK", "phi_w1", "psi_w3"} & names
+        low_rank = {"H", "z", "phi", "psi", "RANK", "phi_w1", "psi_b"} & names
         without = record["block_r"] in (0, -1)
         assert bool(low_rank) != without, record
-        assert not {"psi_b"} & names, "a parameter of the other kind of maps"
+        assert not {"psi_w3", "psi_s1"} & names, "a parameter of the other kind of maps"
         if record["kernel"] == "select_and_map":
             assert "length" in names
         else:

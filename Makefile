@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 PYTEST_ARGUMENTS ?= -n 2
 
-.PHONY: venv demo test lint format clean
+.PHONY: venv demo serve test lint format clean
 
 venv: .venv/installed
 
@@ -15,6 +15,9 @@ venv: .venv/installed
 
 demo: venv
 	$(BIN)/less-cache demo
+
+serve: venv
+	$(BIN)/python -m examples.serve
 
 lint: venv
 	$(BIN)/ruff check .

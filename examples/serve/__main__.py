@@ -1,0 +1,76 @@
+"""The command: ``python -m examples.serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Service
+from .model import SHIPPED, ServedModel, shipped_folder
+from .server import Server
+from .settings import Settings
+
+DEFAULT = Settings()
+
+
+def main(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an export with its tokenizer. Default: the shipped model."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="By which clients ask for it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 8000,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer. Default: the model's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of a decode step. Default: one a core but one.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = DEFAULT.max_batch,
+    max_queue: Annotated[int, typer.Option(help="Prompts that may wait.")] = DEFAULT.max_queue,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer.")] = DEFAULT.max_tokens,
+    max_choices: Annotated[int, typer.Option(help="n of a request.")] = DEFAULT.max_choices,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens between two steps.")
+    ] = DEFAULT.prefill_chunk,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = DEFAULT.max_body,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds from arrival to end.")
+    ] = DEFAULT.request_timeout,
+    shutdown_grace: Annotated[
+        float, typer.Option(help="Seconds to finish after SIGTERM.")
+    ] = DEFAULT.shutdown_grace,
+    max_connections: Annotated[
+        int, typer.Option(help="Open connections.")
+    ] = DEFAULT.max_connections,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LESS_CACHE_API_KEY", help="Asked of clients.")
+    ] = None,
+) -> None:
+    """Serve an exported model by the OpenAI API, with a page to try it at /."""
+    settings = Settings(
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        max_choices=min(max_choices, max_batch),
+        prefill_chunk=prefill_chunk,
+        max_body=max_body,
+        request_timeout=request_timeout,
+        shutdown_grace=shutdown_grace,
+        max_connections=max_connections,
+        api_key=api_key,
+    )
+    if model is None:
+        served = ServedModel(
+            shipped_folder(), name=name or SHIPPED, context=context, threads=threads
+        )
+    else:
+        served = ServedModel(model, name=name, context=context, threads=threads)
+    Server(Service(served, settings), host, port).run()
+
+
+if __name__ == "__main__":
+    typer.run(main)

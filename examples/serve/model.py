@@ -1,0 +1,160 @@
+"""What is served: an exported folder and its tokenizer; the shipped model is made on first use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+import less_cache as lc
+from exporters.onnx import OnnxDecoder, export_decoder
+from exporters.onnx.manifest import MANIFEST
+from less_cache.policies import FullCache
+
+SHIPPED = "less-cache-reference"
+TOKENIZER = "tokenizer.json"
+CHAT_SEPARATOR = "\n\n"
+"""Between the messages of a chat with a model that has no chat template."""
+
+TOKENIZING_THREADS = 2
+"""Few, since each thread that allocates keeps some memory of its own."""
+
+
+def shipped_folder() -> Path:
+    """Export the shipped model with its H2O maps, unless an earlier start did; its folder.
+
+    It lies in ``$XDG_CACHE_HOME/less_cache``, by default ``~/.cache/less_cache``.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # The maps may change with the version, so each has a folder of its own.
+    folder = cache / "less_cache" / f"{SHIPPED}-{lc.__version__}"
+    if not (folder / MANIFEST).is_file():
+        export_shipped(folder)
+    return folder
+
+
+def export_shipped(folder: Path) -> None:
+    """Export the shipped model with the maps for H2O at 5 % of its context."""
+    from less_cache import reference_model
+    from less_cache.reference_model.shipped_maps import shipped
+
+    model, tokenizer = reference_model.load()
+    maps = shipped("h2o", 0.05)
+    config = lc.CacheConfig.from_model(
+        model.config, capacity=0.05, policy=lc.H2O(), rank=maps[0].rank, dtype=model.dtype
+    )
+    export_decoder(model, config, maps, folder, tokenizer=tokenizer)
+
+
+class ServedModel:
+    """A decoder, its tokenizer, and what its folder says about both.
+
+    Parameters
+    ----------
+    folder
+        What ``less-cache export onnx`` wrote, with a fast tokenizer.
+    name
+        By which clients ask for it. Default: the folder's name.
+    context
+        Tokens of prompt and answer together. Default: the model's positions.
+    threads
+        Of one decode step. Default: one a core but one, which is left to the event loop.
+
+    Attributes
+    ----------
+    threads : concurrent.futures.ThreadPoolExecutor
+        Where `encode` and `encode_chat` do not hold up the event loop.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder lacks the export or the tokenizer.
+    ValueError
+        If the export is damaged, or the context does not fit it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.name = name or folder.name
+        if threads is None:
+            threads = max(1, (os.cpu_count() or 1) - 1)
+        self.decoder = OnnxDecoder(folder, providers=["CPUExecutionProvider"], threads=threads)
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; export the model with its tokenizer")
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        self.threads = ThreadPoolExecutor(TOKENIZING_THREADS, "tokenizing")
+        self.end_tokens = frozenset(self.decoder.manifest.eos_token_ids)
+        self.context = self._context(context)
+        self._template = _chat_template(folder)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of one sequence's cache, at any length."""
+        return self.decoder.manifest.bytes_per_sequence
+
+    @property
+    def full_cache_bytes_per_token(self) -> int:
+        """What each token would add to a cache that forgets nothing."""
+        config, layers = self.decoder.manifest.config, self.decoder.manifest.data["layers"]
+        pair = 2 * config.kv_heads * config.head_dim * getattr(torch, config.dtype).itemsize
+        return pair * sum(not layer["window"] for layer in layers)
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt's tokens, with the special ones that the tokenizer begins texts with."""
+        return list(self.tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation's tokens.
+
+        With the tokenizer's chat template, if it has one. Otherwise the messages' texts follow each
+        other, separated by an empty line, and the model goes on where the last one ends.
+        """
+        if self._template is None:
+            return self.encode(CHAT_SEPARATOR.join(message["content"] for message in messages))
+        text = self._template.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        # A template writes the special tokens itself.
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _context(self, wanted: int | None) -> int:
+        config = self.decoder.manifest.config
+        full = [
+            capacity
+            for capacity, policy in zip(config.capacities, config.policies, strict=True)
+            if isinstance(policy, FullCache)
+        ]
+        most = min(full, default=None)
+        if wanted is None:
+            known = [n for n in (config.max_positions, most) if n is not None]
+            if not known:
+                raise ValueError("context: the export does not tell the model's positions; give it")
+            return min(known)
+        if wanted < 2 or (most is not None and wanted > most):
+            allowed = "at least 2" if most is None else f"2 to {most}, the full cache's capacity"
+            raise ValueError(f"context: got {wanted}, expected {allowed}")
+        return wanted
+
+
+def _chat_template(folder: Path) -> Any:
+    """The tokenizer as transformers has it, if it has a chat template."""
+    path = folder / "tokenizer_config.json"
+    told = path.is_file() and "chat_template" in json.loads(path.read_text(encoding="utf-8"))
+    if not told and not (folder / "chat_template.jinja").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

@@ -3,8 +3,11 @@ BIN := .venv/bin
 # Two threads of tests, one of arithmetic each: OpenMP teams that wait for each other are slower.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 PYTEST_ARGUMENTS ?= -n 2
+# Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
+TENSORRT_ROOT ?=
+AOT_ARGUMENTS ?=
 
-.PHONY: venv demo serve test lint format clean
+.PHONY: venv demo serve plugin test lint format clean
 
 venv: .venv/installed
 
@@ -18,6 +21,18 @@ demo: venv
 
 serve: venv
 	$(BIN)/python -m examples.serve
+
+plugin: venv
+	@for tool in cmake ninja c++; do \
+	  command -v $$tool > /dev/null || { echo "plugin: $$tool is not installed" >&2; exit 1; }; done
+	@test -f "$(TENSORRT_ROOT)/include/NvInferRuntime.h" || \
+	  echo "plugin: TENSORRT_ROOT=\"$(TENSORRT_ROOT)\" has no include/NvInferRuntime.h:" \
+	    "only the container of kernels and its tests are built"
+	cd plugins/trt && cmake --preset release -DTENSORRT_ROOT="$(TENSORRT_ROOT)" \
+	  -DLESS_CACHE_PYTHON="$(abspath $(BIN))/python" -DLESS_CACHE_AOT_ARGUMENTS="$(AOT_ARGUMENTS)"
+	cmake --build plugins/trt/build/release
+	ctest --test-dir plugins/trt/build/release --output-on-failure
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/plugins
 
 lint: venv
 	$(BIN)/ruff check .

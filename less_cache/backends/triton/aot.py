@@ -31,6 +31,9 @@ from .aot_records import Image, compile_layout, initialiser
 from .launch import INTERPRETED
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+PTX_ARCHITECTURE = 80
+"""What Triton compiles for 90 and later runs on nothing else, neither code nor PTX."""
+
 FORMAT = 1
 ALIGNMENT = 64
 """Each image begins at a multiple of so many bytes."""
@@ -46,7 +49,7 @@ def compile_all(
     layouts
         Kinds of caches.
     architectures
-        Of `ARCHITECTURES`. The PTX, which later GPUs compile for themselves, is the least's.
+        Of `ARCHITECTURES`. PTX, which other GPUs compile for themselves, is always made.
     processes
         That compile at a time.
 
@@ -62,8 +65,12 @@ def compile_all(
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, but the compiler needs it unset")
-    chosen = sorted(set(architectures))
-    jobs = [(layout, arch, arch == chosen[0]) for layout in layouts for arch in chosen]
+    chosen = {*architectures}
+    jobs = [
+        (layout, arch, arch in chosen, arch == PTX_ARCHITECTURE)
+        for layout in layouts
+        for arch in sorted({*chosen, PTX_ARCHITECTURE})
+    ]
     found: dict[object, Image] = {}
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(_compile_job, jobs)
@@ -134,7 +141,7 @@ def _architectures(text: str) -> tuple[int, ...]:
     return tuple(known[name] for name in names)
 
 
-def _compile_job(job: tuple[Layout, int, bool]) -> list[Image]:
+def _compile_job(job: tuple[Layout, int, bool, bool]) -> list[Image]:
     return compile_layout(*job)
 
 

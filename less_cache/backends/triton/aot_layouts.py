@@ -120,7 +120,16 @@ def every_layout() -> list[Layout]:
     return _product(("float16", "bfloat16", "float32"), (64, 80, 96, 128, 256), (16, 32, 64))
 
 
-LAYOUTS: dict[str, Callable[[], list[Layout]]] = {"usual": usual_layouts, "every": every_layout}
+def sample_layouts() -> list[Layout]:
+    """A single one, to try a build with."""
+    return [Layout(head_dim=64)]
+
+
+LAYOUTS: dict[str, Callable[[], list[Layout]]] = {
+    "sample": sample_layouts,
+    "usual": usual_layouts,
+    "every": every_layout,
+}
 
 
 def _product(

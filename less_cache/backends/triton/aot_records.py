@@ -112,8 +112,8 @@ def initialiser(record: Record) -> str:
     return "{" + ", ".join(values) + "},\n"
 
 
-def compile_layout(layout: Layout, arch: int, with_ptx: bool) -> list[Image]:
-    """Compile all kernels of one layout for one architecture, and their PTX if asked for."""
+def compile_layout(layout: Layout, arch: int, with_code: bool, with_ptx: bool) -> list[Image]:
+    """Compile all kernels of one layout for one architecture: to machine code, PTX, or both."""
     images = []
     for wanted in launches(layout):
         parameters = generalised(wanted, layout)
@@ -124,7 +124,7 @@ def compile_layout(layout: Layout, arch: int, with_ptx: bool) -> list[Image]:
         metadata = compiled.metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise AssertionError(f"{metadata.name} wants scratch memory, which nobody would give")
-        for ptx in (False, True)[: 1 + with_ptx]:
+        for ptx in [False] * with_code + [True] * with_ptx:
             record = _record(wanted, parameters, layout, arch, ptx, metadata)
             code = compiled.asm["ptx"].encode() + b"\0" if ptx else compiled.asm["cubin"]
             images.append(Image(record, code))

@@ -45,7 +45,7 @@ def compiled(tmp_path_factory):
     )
     export = write_manifest(folder / "export", config, ["exp", None])
     module = ["-m", "less_cache.backends.triton.aot", "--out", str(folder / "kernels")]
-    result = run([*module, "--arch", "80", "--export", str(export)], folder)
+    result = run([*module, "--arch", "90", "--export", str(export)], folder)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder / "kernels"
 
@@ -70,6 +70,7 @@ def test_each_kernel_is_there_as_machine_code_and_as_ptx(records):
     }
     assert found == {(*key, ptx) for key in wanted for ptx in (False, True)}
     assert {r["rank_multiple"] for r in records} == {1, 4}
+    assert {r["arch"] for r in records if not r["ptx"]} == {90}
 
 
 def test_parameters_are_those_of_the_machine_code(compiled, records):
@@ -89,7 +90,9 @@ def test_parameters_are_those_of_the_machine_code(compiled, records):
         wanted = [parameter.split(":")[1] for parameter in record["parameters"].split()]
         # Triton's two scratch pointers come last.
         assert given == [*wanted, "ptr", "ptr"]
-        assert f".target sm_{record['arch']}" in text
+        # Of 90 and later it would run on those GPUs alone.
+        assert record["arch"] == 80
+        assert ".target sm_80\n" in text
 
 
 def test_no_registers_are_spilled(compiled, records):

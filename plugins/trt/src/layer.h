@@ -1,0 +1,113 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace less_cache {
+
+enum class Dtype : std::int32_t {
+    kFloat32 = 0,
+    kFloat16 = 1,
+    kBFloat16 = 2,
+    kInt32 = 3,
+    kInt64 = 4
+};
+
+/// As the kernels' records and less_cache's configuration spell it.
+const char* name_of(Dtype dtype);
+
+/// Bytes a number.
+std::int64_t size_of(Dtype dtype);
+
+/// What a pair's score is made of: the numbers of `less_cache.policies.Score`.
+enum class Score : std::int32_t {
+    kNone = 0,
+    kPosition = 1,
+    kKeyNorm = 2,
+    kAttention = 3,
+    kHistory = 4
+};
+
+/// The kinds of feature maps, as the kernels number them.
+enum class MapKind : std::int32_t { kNone = 0, kPaper = 1, kExp = 2 };
+
+/// As the node's attribute spells it.
+const char* name_of(MapKind kind);
+
+/// The node's attributes: a layer's policy, state and scale.
+struct Attributes {
+    Score score = Score::kNone;
+    std::int32_t sinks = 0;
+    std::int32_t recent = 0;
+    float decay = 1.0F;
+    std::int32_t window = 0;
+    std::int32_t capacity = 1;
+    std::int32_t rank = 0;
+    MapKind maps = MapKind::kNone;
+    float scale = 1.0F;
+    /// 0 for none.
+    float softcap = 0.0F;
+};
+
+/// What the tensors add to the attributes.
+struct Sizes {
+    std::int32_t query_heads = 0;
+    std::int32_t kv_heads = 0;
+    std::int32_t head_dim = 0;
+    /// Of the maps; 0 without.
+    std::int32_t hidden = 0;
+    Dtype dtype = Dtype::kFloat32;
+    /// Of H and z; meaningless at rank 0.
+    Dtype state_dtype = Dtype::kFloat32;
+};
+
+/// A layer: everything but the batch.
+struct Layer {
+    Attributes attributes;
+    Sizes sizes;
+
+    /// G, query heads a KV head.
+    [[nodiscard]] std::int32_t group() const { return sizes.query_heads / sizes.kv_heads; }
+    /// Whether scores are made of probabilities, which need every logit once more.
+    [[nodiscard]] bool scored() const {
+        return attributes.score == Score::kAttention || attributes.score == Score::kHistory;
+    }
+};
+
+/// A tensor that the node takes or gives.
+struct Tensor {
+    std::string name;
+    Dtype dtype = Dtype::kFloat32;
+    /// -1 stands for the batch.
+    std::vector<std::int64_t> dims;
+};
+
+/// @throws Refusal naming the attribute, its value and what is allowed.
+void check(const Attributes& attributes);
+
+/// @throws Refusal naming the size, its value and what is allowed; attributes are checked too.
+void check(const Layer& layer);
+
+/// Names of the state's arrays, in the node's order.
+std::vector<std::string> state_names(const Attributes& attributes);
+
+/// Names of the node's inputs, in order: tokens, state, maps.
+std::vector<std::string> input_names(const Attributes& attributes);
+
+/// The node's inputs with their shapes, in order.
+std::vector<Tensor> inputs_of(const Layer& layer);
+
+/// The node's outputs with their shapes, in order: `out`, then the state.
+std::vector<Tensor> outputs_of(const Layer& layer);
+
+/// Inputs before the state's arrays: q, k, v, mask, length.
+constexpr std::int32_t kTokenInputs = 5;
+
+/// The input that holds the same state array as output `index`; -1 for `out`.
+std::int32_t aliased_input(std::int32_t index);
+
+/// One line for people: policy, sizes and dtypes.
+std::string describe(const Layer& layer);
+
+}  // namespace less_cache

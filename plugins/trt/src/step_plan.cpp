@@ -1,0 +1,209 @@
+#include "step_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <set>
+
+#include "arguments.h"
+#include "errors.h"
+
+namespace less_cache {
+namespace {
+
+constexpr std::int64_t kMostProgramsY = 65535;
+constexpr std::int64_t kMostProgramsX = std::numeric_limits<std::int32_t>::max();
+
+/// Blocks of slots below which sharing them out costs more than it gains.
+constexpr std::int64_t kBlocksASplit = 8;
+
+/// Of each array in the workspace: what TensorRT gives its own buffers.
+constexpr std::size_t kAlignment = 256;
+
+constexpr std::int64_t divided_up(std::int64_t number, std::int64_t by) {
+    return (number + by - 1) / by;
+}
+
+/// How a head's slots are shared out.
+struct Shares {
+    std::int64_t splits = 1;
+    std::int64_t span = 0;
+};
+
+Shares shares(const Layer& layer, const Device& device, std::int64_t batch, std::int64_t block_c) {
+    const std::int64_t capacity = layer.attributes.capacity;
+    const std::int64_t blocks = divided_up(capacity, block_c);
+    const std::int64_t wanted =
+        divided_up(std::int64_t{2} * device.multiprocessors, batch * layer.sizes.kv_heads);
+    const std::int64_t splits = std::max<std::int64_t>(1, std::min(wanted, blocks / kBlocksASplit));
+    const std::int64_t span = divided_up(blocks, std::min(splits, blocks)) * block_c;
+    return {divided_up(capacity, span), span};
+}
+
+/// Kernel B and what follows it.
+struct Attention {
+    const KernelRecord* attend = nullptr;
+    const KernelRecord* conclude = nullptr;
+    Shares shares;
+};
+
+Attention choose_attention(KernelTable table, const Layer& layer, const Device& device,
+                           std::int64_t batch) {
+    if (const auto* split = find_kernel(table, layer, device, {"attend", 1})) {
+        const Shares found = shares(layer, device, batch, split->block_c);
+        if (found.splits > 1) {
+            const Want last{"conclude_split", -1, 0, split->block_g, split->block_d};
+            return {split, &choose_kernel(table, layer, device, last), found};
+        }
+    }
+    const auto& whole = choose_kernel(table, layer, device, {"attend", 0});
+    const std::int64_t blocks = divided_up(layer.attributes.capacity, whole.block_c);
+    return {&whole, nullptr, {1, blocks * whole.block_c}};
+}
+
+/// Lays arrays out one after another.
+class Workspace {
+public:
+    explicit Workspace(Names& names) : names_(names) {}
+
+    /// @param numbers Of 4 bytes each.
+    void place(std::initializer_list<const char*> aliases, std::int64_t numbers) {
+        for (const char* name : aliases) {
+            names_.put_workspace(name, bytes_);
+        }
+        const std::size_t wanted = static_cast<std::size_t>(numbers) * 4;
+        bytes_ += (wanted + kAlignment - 1) / kAlignment * kAlignment;
+    }
+
+    [[nodiscard]] std::size_t bytes() const { return bytes_; }
+
+private:
+    Names& names_;
+    std::size_t bytes_ = 0;
+};
+
+std::size_t place_scratch(Names& names, const Layer& layer, const Attention& attention,
+                          std::int64_t batch) {
+    const std::int64_t heads = batch * layer.sizes.kv_heads;
+    const std::int64_t rank = layer.attributes.rank;
+    Workspace workspace(names);
+    workspace.place({"slot_out", "slots"}, heads);
+    workspace.place({"seen_out", "seen"}, heads);
+    if (rank > 0) {
+        workspace.place({"phi_out", "phi"}, batch * layer.sizes.query_heads * rank);
+        workspace.place({"psi_out", "psi"}, heads * rank);
+    }
+    if (layer.scored()) {
+        workspace.place({"logits"}, heads * layer.group() * layer.attributes.capacity);
+    }
+    if (attention.conclude != nullptr) {
+        const std::int64_t parts = heads * attention.shares.splits * attention.attend->block_g;
+        workspace.place({"part_peak"}, parts);
+        workspace.place({"part_mass"}, parts);
+        workspace.place({"part_numerator"}, parts * attention.attend->block_d);
+    }
+    return workspace.bytes();
+}
+
+void put_numbers(Names& names, const Layer& layer, const Shares& shares, std::int64_t batch) {
+    const Attributes& attributes = layer.attributes;
+    const Sizes& sizes = layer.sizes;
+    const std::int64_t width = sizes.head_dim;
+    names.put("batch", batch);
+    names.put("q_row_stride", sizes.query_heads * width);
+    names.put("q_head_stride", width);
+    for (const char* name : {"k_row_stride", "v_row_stride"}) {
+        names.put(name, sizes.kv_heads * width);
+    }
+    for (const char* name : {"k_head_stride", "v_head_stride"}) {
+        names.put(name, width);
+    }
+    names.put("SINKS", std::int64_t{attributes.sinks});
+    names.put("RECENT", std::int64_t{attributes.recent});
+    names.put("QUERY_HEADS", std::int64_t{sizes.query_heads});
+    names.put("KV_HEADS", std::int64_t{sizes.kv_heads});
+    names.put("GROUP", std::int64_t{layer.group()});
+    names.put("CAPACITY", std::int64_t{attributes.capacity});
+    names.put("HIDDEN", std::int64_t{sizes.hidden});
+    names.put("RANK", std::int64_t{attributes.rank});
+    names.put("WINDOW", std::int64_t{attributes.window});
+    names.put("SPAN", shares.span);
+    names.put("SPLITS", shares.splits);
+    names.put("SCALE", attributes.scale);
+    names.put("DECAY", attributes.decay);
+}
+
+Launch launch(const Names& names, const KernelRecord& record, std::int64_t x, std::int64_t y) {
+    if (x > kMostProgramsX || y > kMostProgramsY) {
+        throw Refusal(ErrorKind::kInvalidConfig, record.kernel, ": this batch needs a grid of ", x,
+                      " by ", y, ", but at most ", kMostProgramsX, " by ", kMostProgramsY,
+                      " can be launched; use smaller batches");
+    }
+    return {&record, static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(y),
+            names.arguments(record)};
+}
+
+}  // namespace
+
+Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std::int32_t batch) {
+    if (batch < 0) {
+        throw Refusal(ErrorKind::kInvalidArgument, "batch: got ", batch, ", expected 0 or more");
+    }
+    Plan plan;
+    if (batch == 0) {
+        return plan;
+    }
+    const bool mapped = layer.attributes.maps != MapKind::kNone;
+    const std::int32_t tile = !mapped ? 1 : batch <= 16 ? 16 : 32;
+    const auto& select = choose_kernel(table, layer, device, {"select_and_map", -1, tile});
+    const Attention attention = choose_attention(table, layer, device, batch);
+    plan.splits = static_cast<std::int32_t>(attention.shares.splits);
+    plan.span = static_cast<std::int32_t>(attention.shares.span);
+
+    Names names(layer.attributes);
+    put_numbers(names, layer, attention.shares, batch);
+    plan.workspace_bytes = place_scratch(names, layer, attention, batch);
+
+    const Sizes& sizes = layer.sizes;
+    const std::int64_t heads = std::int64_t{batch} * sizes.kv_heads;
+    const std::int64_t units = std::int64_t{sizes.kv_heads} + (mapped ? sizes.query_heads : 0);
+    plan.launches.push_back(launch(names, select, units, divided_up(batch, select.block_b)));
+    plan.launches.push_back(launch(names, *attention.attend, heads, attention.shares.splits));
+    if (attention.conclude != nullptr) {
+        plan.launches.push_back(launch(names, *attention.conclude, heads, 1));
+    }
+    return plan;
+}
+
+std::size_t workspace_for(KernelTable table, const Layer& layer, const Device& device,
+                          std::int32_t most) {
+    // More sequences take more of everything but parts, of which a smaller batch may have more:
+    // fewer than 2 * multiprocessors + heads programs, and two for each head where slots are
+    // shared.
+    Plan plan = plan_step(table, layer, device, most);
+    const auto* split = find_kernel(table, layer, device, {"attend", 1});
+    if (most == 0 || split == nullptr || shares(layer, device, 1, split->block_c).splits == 1) {
+        return plan.workspace_bytes;
+    }
+    const std::int64_t heads = std::int64_t{most} * layer.sizes.kv_heads;
+    const std::int64_t programs = std::int64_t{2} * device.multiprocessors + heads;
+    const std::int64_t numbers = programs * split->block_g * (std::int64_t{split->block_d} + 2);
+    Names names(layer.attributes);
+    const std::size_t rest = place_scratch(names, layer, {split, nullptr, {}}, most);
+    const std::size_t parts = static_cast<std::size_t>(numbers) * 4 + 3 * kAlignment;
+    return std::max(plan.workspace_bytes, rest + parts);
+}
+
+std::vector<Plan> distinct_plans(KernelTable table, const Layer& layer, const Device& device,
+                                 std::int32_t least, std::int32_t most) {
+    // As the batch grows, tiles grow once and slots cease to be shared once: the ends have it all,
+    // but for an empty batch, which has nothing.
+    const std::set<std::int32_t> batches{least == 0 ? std::min(1, most) : least, most};
+    std::vector<Plan> plans;
+    plans.reserve(batches.size());
+    for (const std::int32_t batch : batches) {
+        plans.push_back(plan_step(table, layer, device, batch));
+    }
+    return plans;
+}
+
+}  // namespace less_cache

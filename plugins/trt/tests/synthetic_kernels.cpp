@@ -1,0 +1,162 @@
+#include "synthetic_kernels.h"
+
+#include <sstream>
+
+namespace less_cache::testing {
+namespace {
+
+constexpr std::int32_t kRankBlock = 16;
+
+std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split) {
+    const std::string strides = " q_row_stride:i32 q_head_stride:i32";
+    if (kernel == "select_and_map") {
+        std::string line = kind == 0 ? "" : "q:ptr keys:ptr ";
+        line += "scores:ptr positions:ptr length:ptr ";
+        line += kind == 0 ? "" : "phi_w1:ptr phi_w2:ptr psi_w1:ptr psi_w2:ptr ";
+        line += kind == 1 ? "psi_w3:ptr psi_s1:ptr psi_s2:ptr " : kind == 2 ? "psi_b:ptr " : "";
+        line += "slot_out:ptr seen_out:ptr ";
+        line += kind == 0 ? "" : "phi_out:ptr psi_out:ptr ";
+        line += "batch:i32";
+        line += kind == 0 ? "" : strides;
+        line += " SINKS:i32 RECENT:i32 QUERY_HEADS:i32 KV_HEADS:i32 CAPACITY:i32";
+        return line + (kind == 0 ? "" : " HIDDEN:i32 RANK:i32");
+    }
+    if (split) {
+        return "q:ptr mask:ptr keys:ptr values:ptr positions:ptr slots:ptr logits:ptr out:ptr "
+               "part_peak:ptr part_mass:ptr part_numerator:ptr" +
+               strides + " SCALE:f32 GROUP:i32 KV_HEADS:i32 CAPACITY:i32 SPAN:i32";
+    }
+    std::string line =
+        "q:ptr k:ptr v:ptr mask:ptr keys:ptr values:ptr scores:ptr positions:ptr history:ptr ";
+    line += kind == 0 ? "" : "H:ptr z:ptr ";
+    line += "slots:ptr seen:ptr ";
+    line += kind == 0 ? "" : "phi:ptr psi:ptr ";
+    line += "logits:ptr out:ptr ";
+    line += kernel == "attend" ? "" : "part_peak:ptr part_mass:ptr part_numerator:ptr ";
+    line += strides.substr(1);
+    line +=
+        " k_row_stride:i32 k_head_stride:i32 v_row_stride:i32 v_head_stride:i32 DECAY:f32 "
+        "WINDOW:i32 SCALE:f32 GROUP:i32 KV_HEADS:i32 CAPACITY:i64";
+    line += kind == 0 ? "" : " RANK:i32";
+    return line + (kernel == "attend" ? " SPAN:i32" : " SPLITS:i32");
+}
+
+KernelRecord blank(const char* kernel) {
+    KernelRecord record{};
+    record.kernel = kernel;
+    record.dtype = "";
+    record.state_dtype = "";
+    record.scores = 31;
+    record.kind = -1;
+    record.block_r = -1;
+    record.softcap = -1.0F;
+    record.split = -1;
+    record.hidden_multiple = 1;
+    record.rank_multiple = 1;
+    record.warps = 4;
+    record.parameters = "";
+    record.symbol = "";
+    return record;
+}
+
+}  // namespace
+
+const char* SyntheticKernels::keep(const std::string& text) {
+    return strings_.emplace_back(text).c_str();
+}
+
+void SyntheticKernels::add(const KernelRecord& record) {
+    KernelRecord own = record;
+    for (const char** text :
+         {&own.kernel, &own.dtype, &own.state_dtype, &own.symbol, &own.parameters}) {
+        *text = keep(*text);
+    }
+    records_.push_back(own);
+}
+
+void SyntheticKernels::add_layout(const std::string& dtype, std::int32_t head_dim,
+                                  std::int32_t kind, std::int32_t arch, bool ptx) {
+    std::int32_t padded = 16;
+    while (padded < head_dim) {
+        padded *= 2;
+    }
+    const auto add_one = [&](KernelRecord record, bool low_rank, const char* suffix) {
+        const std::string kernel = record.kernel;
+        record.arch = arch;
+        record.ptx = ptx;
+        if (low_rank) {
+            record.block_r = kind == 0 ? 0 : kRankBlock;
+            record.rank_multiple = kind == 0 ? 1 : 4;
+        }
+        const std::string symbol = kernel + suffix;
+        const std::string parameters = parameters_of(kernel, kind, record.split == 1);
+        record.symbol = symbol.c_str();
+        record.parameters = parameters.c_str();
+        add(record);
+    };
+    for (const std::int32_t tile : kind == 0 ? std::vector{1} : std::vector{16, 32}) {
+        KernelRecord select = blank("select_and_map");
+        select.kind = kind;
+        select.block_b = tile;
+        select.warps = 8;
+        if (kind != 0) {
+            select.dtype = dtype.c_str();
+            select.head_dim = head_dim;
+            select.block_d = padded;
+            select.hidden_multiple = 16;
+        }
+        add_one(select, kind != 0, "");
+    }
+    for (const std::int32_t split : {0, 1}) {
+        for (const std::int32_t group : {1, 0}) {
+            KernelRecord attend = blank("attend");
+            attend.dtype = dtype.c_str();
+            attend.head_dim = head_dim;
+            attend.block_d = padded;
+            attend.group = group;
+            attend.block_g = 16;
+            attend.split = split;
+            attend.softcap = 0.0F;
+            attend.block_c = std::max(16, 8192 / (padded * (dtype == "float32" ? 4 : 2)));
+            attend.shared_bytes = 64 * 1024;
+            attend.state_dtype = split == 0 && kind != 0 ? "float32" : "";
+            add_one(attend, split == 0, split == 0 ? "" : "_split");
+        }
+    }
+    for (const std::int32_t group : {1, 0}) {
+        KernelRecord conclude = blank("conclude_split");
+        conclude.dtype = dtype.c_str();
+        conclude.state_dtype = kind != 0 ? "float32" : "";
+        conclude.head_dim = head_dim;
+        conclude.block_d = padded;
+        conclude.group = group;
+        conclude.block_g = 16;
+        conclude.softcap = 0.0F;
+        add_one(conclude, true, "");
+    }
+}
+
+SyntheticKernels embedded_for_tests() {
+    SyntheticKernels kernels;
+    for (const std::int32_t arch : {80, 90}) {
+        kernels.add_layout("float16", 64, 2, arch);
+        kernels.add_layout("float16", 64, 1, arch);
+        kernels.add_layout("float32", 16, 0, arch);
+    }
+    kernels.add_layout("float16", 64, 2, 80, true);
+    std::uint64_t offset = 0;
+    for (KernelRecord& record : kernels.records()) {
+        record.size = synthetic_image(record).size();
+        record.offset = offset;
+        offset += (record.size + 63) / 64 * 64;
+    }
+    return kernels;
+}
+
+std::string synthetic_image(const KernelRecord& record) {
+    std::ostringstream text;
+    text << record.symbol << " " << record.parameters;
+    return text.str() + std::string(1, '\0');
+}
+
+}  // namespace less_cache::testing

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "kernel_record.h"
+
+namespace less_cache::testing {
+
+/// Records of kernels that were never compiled, and the strings that they point to.
+class SyntheticKernels {
+public:
+    /// The usual kernels of one dtype, head size and kind of maps, for one architecture.
+    ///
+    /// @param kind 0: rank 0.
+    void add_layout(const std::string& dtype, std::int32_t head_dim, std::int32_t kind,
+                    std::int32_t arch, bool ptx = false);
+    /// A copy of a record, with its strings.
+    void add(const KernelRecord& record);
+
+    [[nodiscard]] KernelTable table() const { return {records_.data(), records_.size()}; }
+    [[nodiscard]] std::vector<KernelRecord>& records() { return records_; }
+
+private:
+    const char* keep(const std::string& text);
+
+    std::vector<KernelRecord> records_;
+    std::deque<std::string> strings_;
+};
+
+/// What the tests' own library embeds: float16 with maps "exp" and "paper", float32 without, for
+/// sm_80 and sm_90, and PTX.
+SyntheticKernels embedded_for_tests();
+
+/// The image of a record that the tests' driver can read: its symbol and parameters.
+std::string synthetic_image(const KernelRecord& record);
+
+}  // namespace less_cache::testing

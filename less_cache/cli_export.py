@@ -30,7 +30,7 @@ def onnx(
     policy: Annotated[
         str, typer.Option(help="h2o, sinkwindow, tova, ... with fields; full: no eviction.")
     ] = "h2o",
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, float16; bfloat16: TensorRT.")] = "float32",
     opset: Annotated[int, typer.Option(help="Of ONNX: 20 to 23.")] = 23,
     layout: Annotated[
         str,
@@ -55,4 +55,55 @@ def onnx(
     write = export_genai if layout == "genai" else export_decoder
     write(loaded, config, read, out, dtype=dtype, opset=opset, tokenizer=tokenizer)
     console.print(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
+    console.print(f"Written: {out}")
+
+
+@export.command()
+def tensorrt(
+    onnx: Annotated[Path, typer.Option(help="The folder that less-cache export onnx wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder of the engines.")],
+    plugin: Annotated[
+        Path | None,
+        typer.Option(help="The plugin's library; without: steps in standard operators, slower."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="The most sequences at once.")] = 1,
+    max_prompt: Annotated[int, typer.Option(help="The most tokens at once.")] = 512,
+    opt_batch: Annotated[
+        int | None, typer.Option(help="Sequences to tune for; default: the most.")
+    ] = None,
+    opt_prompt: Annotated[
+        int | None, typer.Option(help="Tokens to tune for; default: the most.")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(help="MiB of GPU memory a layer may use beside its tensors.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 to 5: how long to search for fast kernels.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernels' times, read and written.")
+    ] = None,
+    device: Annotated[int, typer.Option(help="Index of the GPU.")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="All that TensorRT says.")] = False,
+) -> None:
+    """Build a step's and a prompt's TensorRT engine from an exported model. Ctrl-C ends it."""
+    from exporters.tensorrt import build_engines
+
+    from .cli import console
+
+    build_engines(
+        onnx,
+        out,
+        max_batch=max_batch,
+        max_prompt=max_prompt,
+        opt_batch=opt_batch,
+        opt_prompt=opt_prompt,
+        plugin=plugin,
+        workspace=workspace * 2**20 if workspace is not None else None,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        device=device,
+        progress=not verbose,
+        verbose=verbose,
+    )
     console.print(f"Written: {out}")

@@ -14,6 +14,7 @@ KINDS = {
     "float64": ir.DataType.DOUBLE,
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
     "bool": ir.DataType.BOOL,
@@ -64,7 +65,7 @@ class Builder:
 
     def constant(self, numbers: Any, kind: str) -> Value:
         """A constant of one of `KINDS`, made once however often it is asked for."""
-        array = np.asarray(numbers, dtype=kind)
+        array = np.asarray(numbers, dtype=KINDS[kind].numpy())
         key = (kind, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self("Constant", value=ir.tensor(array, dtype=KINDS[kind]))

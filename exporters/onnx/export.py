@@ -6,7 +6,7 @@ import contextlib
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .layers import model_layers
 from .manifest import MANIFEST, MODEL, WEIGHTS
 from .parts import Layer
 
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 OPSETS = (20, 23)
 """The first has Gelu, the last is the newest that everything here was tried with."""
 
@@ -62,7 +62,8 @@ def export_decoder(
     out_dir
         The folder, made if need be; files of an earlier export in it are replaced.
     dtype
-        ``"float32"`` or ``"float16"``, of weights, keys and values. Default: the model's own.
+        ``"float32"``, ``"float16"`` or ``"bfloat16"``, of weights, keys and values. ONNX Runtime
+        runs the first two, TensorRT all. Default: the model's own.
     opset
         Of ONNX, 20 to 23. The newest has operators of its own for norms and rotary embeddings,
         and is a tenth faster on a CPU; take an older one for an older runtime.
@@ -126,12 +127,13 @@ def prepare(
     dtype: Any,
     opset: int,
     all_logits: bool,
+    dtypes: Sequence[str] = DTYPES,
 ) -> Prepared:
-    """Check the arguments of `export_decoder`, and make its graph."""
+    """Check the arguments of `export_decoder`, and make its graph, of one of `dtypes`."""
     check_int("opset", opset, minimum=OPSETS[0], maximum=OPSETS[1])
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
-    name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), DTYPES)
+    name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), dtypes)
     config = config.with_dtype(name)
     # It refuses what does not go together.
     CacheManager(config, maps, backend="torch")
@@ -140,9 +142,27 @@ def prepare(
         raise ValueError("model: not on the CPU, where it is exported; call model.to('cpu')")
     wanted = getattr(torch, name)
     if model.dtype != wanted:
-        model = copy.deepcopy(model).to(wanted)
+        model = _converted(model, wanted)
     graph = trace_decoder(model, config, layers, maps, opset=opset, all_logits=all_logits)
     return Prepared(model, config, layers, assemble(graph, layers, opset))
+
+
+def _converted(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of another dtype, as if it had been loaded so.
+
+    What is computed rather than loaded stays: rotary frequencies of 16 bits turn by the wrong
+    angle far from the start.
+    """
+    model = copy.deepcopy(model)
+    computed = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
+    return model
 
 
 @contextlib.contextmanager

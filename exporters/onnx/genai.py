@@ -15,6 +15,7 @@ from .manifest import MODEL
 from .packing import PAST, PRESENT, hide_padding, pack_state
 
 CONFIG = "genai_config.json"
+DTYPES = ("float32", "float16")
 
 
 def export_genai(
@@ -50,7 +51,9 @@ def export_genai(
     TypeError, ValueError
         If the model is not supported, or an argument does not fit it. Nothing is written then.
     """
-    prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=False)
+    prepared = prepare(
+        model, config, maps, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
+    )
     pad, bos = (getattr(model.generation_config, f"{name}_token_id") for name in ("pad", "bos"))
     if pad is not None and pad != bos:
         hide_padding(prepared.graph, pad)

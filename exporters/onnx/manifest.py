@@ -97,7 +97,12 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     if missing := [name for name in FIELDS if name not in data]:
         raise ValueError(f"{path}: lacks {missing}")
     for name, wanted in data["files"].items():
-        _check_file(folder / name, wanted, verify)
+        check_file(folder / name, wanted, MANIFEST, verify)
+    return manifest_of(folder, data)
+
+
+def manifest_of(folder: Path, data: dict[str, Any]) -> Manifest:
+    """A manifest from what `MANIFEST` of a folder holds."""
     return Manifest(
         folder=folder,
         config=CacheConfig.from_dict(data["config"]),
@@ -161,12 +166,34 @@ _TYPES = {
 }
 
 
-def _check_file(path: Path, wanted: dict[str, Any], verify: bool) -> None:
+def check_file(path: Path, wanted: dict[str, Any], manifest: str, verify: bool) -> None:
+    """See that a file has the size, and if `verify` the digest, that a manifest says.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If it is missing, or another file.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, though {MANIFEST} names it")
+        raise FileNotFoundError(f"{path}: missing, though {manifest} names it")
     size = path.stat().st_size
     if size != wanted["bytes"]:
         word = "truncated" if size < wanted["bytes"] else "another file"
-        raise ValueError(f"{path}: {word}: {size} bytes, but {MANIFEST} says {wanted['bytes']}")
+        raise ValueError(f"{path}: {word}: {size} bytes, but {manifest} says {wanted['bytes']}")
     if verify and digest(path) != wanted["sha256"]:
-        raise ValueError(f"{path}: not the file that {MANIFEST} was written for (SHA-256 differs)")
+        raise ValueError(f"{path}: not the file that {manifest} was written for (SHA-256 differs)")
+
+
+def refuse_bfloat16(manifest: Manifest) -> None:
+    """Refuse a model that ONNX Runtime has no kernels for.
+
+    Raises
+    ------
+    ValueError
+        If its dtype is bfloat16.
+    """
+    if manifest.config.dtype == "bfloat16":
+        raise ValueError(
+            f"{manifest.folder}: a bfloat16 model, which ONNX Runtime cannot run; export float32 "
+            "or float16 for it. This one is for exporters.tensorrt.build_engines"
+        )

@@ -139,12 +139,16 @@ def pair_logits(b: Builder, layer: Layer, q: Value, keys: Value) -> Value:
 
     The queries [B, Hq, S, D] are scaled before they are grouped by KV head: next to the product,
     ONNX Runtime would fuse the scale into it, and then a single query loses its fast kernel.
+    In bfloat16, which has three digits, the scale itself would be off.
     """
     config = layer.config
-    scaled = b("Mul", q, b.constant(config.scale, config.dtype))
+    coarse = config.dtype == "bfloat16"
+    scaled = q if coarse else b("Mul", q, b.constant(config.scale, config.dtype))
     grouped = b.reshape(scaled, 0, config.kv_heads, -1, config.head_dim)
     logits = b("MatMul", grouped, b("Transpose", keys, perm=[0, 1, 3, 2]))
     logits = b.cast(logits, layer.wide, config.dtype)
+    if coarse:
+        logits = b("Mul", logits, b.constant(config.scale, layer.wide))
     if config.softcap is None:
         return logits
     softcap = b.constant(config.softcap, layer.wide)
@@ -194,20 +198,20 @@ def persistent_bits(
 
 
 def popcount(b: Builder, layer: Layer, bits: Value) -> Value:
-    """How many bits of each non-negative int64 are set, as a score."""
+    """How many bits of each non-negative int64 are set, as a score.
 
-    def upper(value: Value, places: int) -> Value:
-        return b("Div", value, b.constant(2**places, "int64"))
-
-    def masked(value: Value, mask: int) -> Value:
-        return b("BitwiseAnd", value, b.constant(mask, "int64"))
-
-    bits = b("Sub", bits, masked(upper(bits, 1), 0x5555555555555555))
-    bits = b("Add", masked(bits, 0x3333333333333333), masked(upper(bits, 2), 0x3333333333333333))
-    bits = masked(b("Add", bits, upper(bits, 4)), 0x0F0F0F0F0F0F0F0F)
-    for places in (8, 16, 32):
-        bits = b("Add", bits, upper(bits, places))
-    return b.cast(masked(bits, 0x7F), layer.wide)
+    Looked up eight bits at a time: not every runtime has operators on bits.
+    """
+    table = b.constant([number.bit_count() for number in range(256)], layer.wide)
+    counts = []
+    for place in range(0, layer.config.policy.history_window, 8):
+        rest = b("Div", bits, b.constant(2**place, "int64")) if place else bits
+        byte = b("Mod", rest, b.constant(256, "int64"))
+        counts.append(b("Gather", table, byte))
+    total = counts[0]
+    for count in counts[1:]:
+        total = b("Add", total, count)
+    return total
 
 
 def _two_layers(b: Builder, layer: Layer, x: Value, w1: Value, w2: Value) -> Value:

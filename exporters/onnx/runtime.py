@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from less_cache.policies import FullCache
+from exporters.decoding import BatchDecoder
 
-from .manifest import MODEL, WEIGHTS, Manifest, check_session, read_manifest
+from .manifest import MODEL, WEIGHTS, check_session, read_manifest, refuse_bfloat16
 from .placement import Placement, check_providers
-from .sampling import GenerationStep, Sampler, generate_tokens
 from .state import OnnxState, empty_state
 
 __all__ = ["OnnxDecoder", "OnnxState"]
 
 
-class OnnxDecoder:
+class OnnxDecoder(BatchDecoder[OnnxState]):
     """A model that `export_decoder` wrote, with its cache.
 
     Parameters
@@ -63,7 +62,9 @@ class OnnxDecoder:
         optimize: bool = True,
         in_place: bool = True,
     ) -> None:
-        self.manifest: Manifest = read_manifest(folder, verify=verify)
+        manifest = read_manifest(folder, verify=verify)
+        refuse_bfloat16(manifest)
+        super().__init__(manifest, OnnxState)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -80,10 +81,6 @@ class OnnxDecoder:
         check_session(self.manifest, self.session.get_inputs(), self.session.get_outputs())
         self.placement = Placement.of(self.session)
         self.in_place = in_place
-        policies = self.manifest.config.policies
-        full = [isinstance(policy, FullCache) for policy in policies]
-        capacities = self.manifest.config.capacities
-        self._room = min((c for c, f in zip(capacities, full, strict=True) if f), default=None)
 
     def __repr__(self) -> str:
         return f"OnnxDecoder({str(self.manifest.folder)!r}, {self.session.get_providers()})"
@@ -138,9 +135,8 @@ class OnnxDecoder:
         TypeError, ValueError
             If anything above is not so, or a `FullCache` has no room; the state is untouched then.
         """
-        ids, mask = self._checked(state, input_ids, attention_mask)
+        ids, mask = self.checked(state, input_ids, attention_mask)
         new_tokens = ids.shape[1]
-        self._check_room(state, mask)
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
@@ -169,126 +165,3 @@ class OnnxDecoder:
         state.tokens_bound += new_tokens
         logits = binding.get_outputs()[0].numpy()
         return logits if self.manifest.data["all_logits"] else logits[:, 0]
-
-    def generate(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None = None,
-        *,
-        max_new_tokens: int,
-        state: OnnxState | None = None,
-        sampler: Sampler | None = None,
-        stop_tokens: Sequence[int] | None = None,
-        pad_token: int = 0,
-    ) -> np.ndarray:
-        """Continue each sequence until it ends or is long enough.
-
-        Parameters
-        ----------
-        input_ids
-            [B, S] prompts, or what comes next of sequences that `state` holds.
-        attention_mask
-            [B, S], 0 at padding.
-        max_new_tokens
-            At most this many.
-        state
-            Goes on from here, and is changed; afterwards it holds all but the last token, which
-            the next turn has to begin with. Default: a fresh one.
-        sampler
-            How tokens are chosen. Default: the likeliest.
-        stop_tokens
-            Tokens that end a sequence. Default: the model's own, as the manifest has them.
-        pad_token
-            What stands behind the end of a sequence.
-
-        Returns
-        -------
-        numpy.ndarray
-            [B, N] int64, the new tokens, the stop token included.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an argument is not so.
-        """
-        steps = self.stream(
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            state=state,
-            sampler=sampler,
-            stop_tokens=stop_tokens,
-            pad_token=pad_token,
-        )
-        return np.stack([step.tokens for step in steps], axis=1)
-
-    def stream(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None = None,
-        *,
-        max_new_tokens: int,
-        state: OnnxState | None = None,
-        sampler: Sampler | None = None,
-        stop_tokens: Sequence[int] | None = None,
-        pad_token: int = 0,
-    ) -> Iterator[GenerationStep]:
-        """What `generate` does, token by token; see there."""
-        ids = np.asarray(input_ids)
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids: got shape {ids.shape}, expected [batch, tokens]")
-        if stop_tokens is None:
-            stop_tokens = self.manifest.eos_token_ids
-        return generate_tokens(
-            self,
-            state if state is not None else self.new_state(ids.shape[0]),
-            ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            sampler=sampler or Sampler(),
-            stop_tokens=stop_tokens,
-            pad_token=pad_token,
-        )
-
-    def _checked(
-        self, state: OnnxState, input_ids: Any, attention_mask: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(state, OnnxState):
-            raise TypeError(f"state: got {type(state).__name__}, expected an OnnxState")
-        if state.manifest.data["files"] != self.manifest.data["files"]:
-            raise ValueError("state: belongs to another exported model")
-        ids = np.asarray(input_ids)
-        if ids.dtype.kind not in "iu":
-            raise TypeError(f"input_ids: got dtype {ids.dtype}, expected integers")
-        if ids.ndim != 2 or ids.shape[0] != state.batch_size or ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids: got shape {ids.shape}, expected [{state.batch_size}, 1 or more]"
-            )
-        if attention_mask is None:
-            attention_mask = np.ones(ids.shape, np.int64)
-        mask = np.asarray(attention_mask)
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask: got shape {mask.shape}, expected that of input_ids, {ids.shape}"
-            )
-        if mask.dtype.kind not in "iub" or not np.isin(mask, (0, 1)).all():
-            raise ValueError("attention_mask: got other values than 0 and 1")
-        ids = np.where(mask, ids, 0)
-        if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
-            raise ValueError(
-                f"input_ids: got tokens {ids.min()} to {ids.max()}, "
-                f"expected 0 to {self.manifest.vocab_size - 1}"
-            )
-        return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
-
-    def _check_room(self, state: OnnxState, mask: np.ndarray) -> None:
-        """Refuse tokens that a full cache has no slots for, looking only when it may matter."""
-        if self._room is None or state.tokens_bound + mask.shape[1] <= self._room:
-            return
-        lengths = state.lengths()
-        total = int((lengths + mask.sum(1)).max())
-        if total > self._room:
-            raise ValueError(
-                f"input_ids: {total} tokens in all, but FullCache holds at most {self._room}"
-            )
-        state.tokens_bound = int(lengths.max())

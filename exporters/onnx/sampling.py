@@ -11,8 +11,7 @@ import numpy as np
 from less_cache._checks import check_int, check_real
 
 if TYPE_CHECKING:
-    from .runtime import OnnxDecoder
-    from .state import OnnxState
+    from exporters.decoding import BatchDecoder, State
 
 
 @dataclass
@@ -99,8 +98,8 @@ class GenerationStep:
 
 
 def generate_tokens(
-    decoder: OnnxDecoder,
-    state: OnnxState,
+    decoder: BatchDecoder[State],
+    state: State,
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None,
     *,
@@ -109,7 +108,7 @@ def generate_tokens(
     stop_tokens: Sequence[int],
     pad_token: int,
 ) -> Iterator[GenerationStep]:
-    """The loop behind `OnnxDecoder.stream`; see there. Arguments are checked at once."""
+    """The loop behind `BatchDecoder.stream`; see there. Arguments are checked at once."""
     check_int("max_new_tokens", max_new_tokens, minimum=1)
     stops = np.asarray(list(stop_tokens), dtype=np.int64)
 

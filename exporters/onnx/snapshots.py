@@ -1,19 +1,22 @@
-"""Snapshots of an `OnnxState`: those of `less_cache.CacheState`, so that either side reads both."""
+"""Snapshots of an exported model's state: `less_cache.CacheState`'s, which both sides read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from less_cache.state import CacheState, LayerState, allocate
 
 from .manifest import Manifest
-from .placement import Placement
-from .state import OnnxState
+
+if TYPE_CHECKING:
+    from .placement import Placement
+    from .state import OnnxState
 
 
 @dataclass(frozen=True)
@@ -23,49 +26,73 @@ class _Maps:
     digest: str
 
 
-def to_cache_state(state: OnnxState) -> CacheState:
-    """A copy of the state as the library's own, on the CPU.
+def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int) -> CacheState:
+    """A copy of a state as the library's own, on the CPU.
+
+    Parameters
+    ----------
+    manifest
+        Of the exported model.
+    arrays
+        By the manifest's names.
+    bound
+        No sequence has seen more tokens than this.
 
     Raises
     ------
     ValueError
         If the model has sliding-window layers, which `CacheState` does not hold.
     """
-    manifest = state.manifest
     _check_layers(manifest)
     config = manifest.config
     layers = []
     for i in range(config.num_layers):
-        layer = allocate(config.layer(i), state.batch_size)
-        arrays = _arrays(layer)
-        for name in arrays:
-            arrays[name].copy_(torch.from_numpy(state.arrays[f"{i}.{name}"].numpy()))
-        layer.length.copy_(torch.from_numpy(state.lengths()))
-        layer.tokens_bound = state.tokens_bound
+        layer = allocate(config.layer(i), len(arrays["length"]))
+        own = _arrays(layer)
+        for name in own:
+            own[name].copy_(arrays[f"{i}.{name}"])
+        layer.length.copy_(arrays["length"])
+        layer.tokens_bound = bound
         layers.append(layer)
-    maps: Any = _Maps(manifest.maps_digest) if manifest.maps_digest else None
-    return CacheState(config, layers, maps)
+    return CacheState(config, layers, _maps(manifest))
 
 
-def save_state(state: OnnxState, path: Path) -> None:
-    """Write a snapshot; see `OnnxState.save`."""
-    to_cache_state(state).save(path)
+def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
+    """A snapshot's arrays by the manifest's names, on the CPU.
 
-
-def load_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
-    """Read a snapshot; see `OnnxDecoder.load_state`."""
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, it is damaged, or it is of another config, maps or dtype.
+    """
     _check_layers(manifest)
-    maps: Any = _Maps(manifest.maps_digest) if manifest.maps_digest else None
-    read = CacheState.load(path, manifest.config, maps)
+    read = CacheState.load(path, manifest.config, _maps(manifest))
     if read.config.dtype != manifest.config.dtype:
         raise ValueError(
             f"{path}: holds {read.config.dtype}, but the model is {manifest.config.dtype}"
         )
-    arrays: dict[str, np.ndarray] = {"length": np.asarray(read.length)}
+    arrays: dict[str, Tensor] = {"length": read.length}
     for i, layer in enumerate(read.layers):
-        for name, array in _arrays(layer).items():
-            arrays[f"{i}.{name}"] = np.asarray(array)
-    return OnnxState(manifest, placement, {n: placement.put(a) for n, a in arrays.items()})
+        arrays.update({f"{i}.{name}": array for name, array in _arrays(layer).items()})
+    return arrays
+
+
+def save_state(state: OnnxState, path: Path) -> None:
+    """Write a snapshot; see `OnnxState.save`."""
+    arrays = {name: torch.from_numpy(x.numpy()) for name, x in state.arrays.items()}
+    to_cache_state(state.manifest, arrays, state.tokens_bound).save(path)
+
+
+def load_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
+    """Read a snapshot; see `OnnxDecoder.load_state`."""
+    from .state import OnnxState
+
+    arrays = read_arrays(manifest, path)
+    return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})
+
+
+def _maps(manifest: Manifest) -> Any:
+    return _Maps(manifest.maps_digest) if manifest.maps_digest else None
 
 
 def _arrays(layer: LayerState) -> dict[str, Any]:

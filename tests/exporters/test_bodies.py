@@ -5,9 +5,12 @@ import onnx
 import pytest
 import torch
 from hypothesis import given, settings
+from onnxscript import ir
 
 import less_cache as lc
 from exporters.onnx import nodes
+from exporters.onnx.building import Builder
+from exporters.onnx.parts import Layer, popcount
 from tests.conformance.cases import ALL_POLICIES, ORACLE, BackendCase, Runner
 from tests.conformance.scenarios import CloseCall, Scenario, scenarios
 from tests.exporters.single_layer import OnnxLayers, session_of, single_node_model
@@ -94,6 +97,21 @@ def test_sixteen_bits_are_within_their_bound(kind):
         expected = oracle.append(*arrays)
         assert_close(runner.append(*arrays), expected, case.outputs, "out")
         assert_same_state(runner.held(), oracle.held(), case.state)
+
+
+@pytest.mark.parametrize("window", [5, 8, 40, 62])
+def test_all_bits_of_a_history_are_counted(window):
+    config = small_config(policy=lc.Scissorhands(window=window), rank=0)
+    bits = ir.val("bits", ir.DataType.INT64, ir.Shape([100]))
+    graph = ir.Graph([bits], [], nodes=[], opset_imports={"": 20}, name="count")
+    count = popcount(Builder(graph, "n"), Layer(config.layer(0), None), bits)
+    count.type, count.shape = ir.TensorType(ir.DataType.FLOAT), bits.shape
+    graph.outputs.append(count)
+    session = session_of(ir.to_proto(ir.Model(graph, ir_version=10)))
+    numbers = np.random.default_rng(0).integers(0, 2**window, 100)
+    numbers[:2] = 0, 2**window - 1
+    expected = [int(number).bit_count() for number in numbers]
+    np.testing.assert_array_equal(session.run(None, {"bits": numbers})[0], expected)
 
 
 def test_nodes_carry_what_a_plugin_needs():

@@ -163,7 +163,7 @@ def test_half_precision_on_real_text(tmp_path):
     ("changes", "message"),
     [
         ({"opset": 19}, "opset: got 19, expected an integer 20 to 23"),
-        ({"dtype": "bfloat16"}, "dtype: got 'bfloat16', expected one of"),
+        ({"dtype": "float64"}, "dtype: got 'float64', expected one of"),
         ({"maps": None}, "maps: got None, but rank = 4"),
     ],
 )

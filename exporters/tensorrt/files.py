@@ -1,0 +1,140 @@
+"""``less_cache_engine.json``: what a folder of engines holds, and for whom."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.onnx.manifest import Manifest, check_file, digest, manifest_of
+from less_cache._files import write_text
+
+from .limits import Limits
+
+ENGINE_MANIFEST = "less_cache_engine.json"
+STEP_ENGINE, PROMPT_ENGINE = "step.engine", "prompt.engine"
+FORMAT = "less_cache.tensorrt.1"
+FIELDS = ("format", "tensorrt", "device", "plugin", "limits", "model", "files")
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """What `ENGINE_MANIFEST` says.
+
+    Attributes
+    ----------
+    model : Manifest
+        Of the exported model that the engines were built from.
+    limits : Limits
+        Sizes of batches and prompts.
+    tensorrt : str
+        The version that built them.
+    device : dict
+        The GPU they were built on: ``name``, ``capability``.
+    plugin : str or None
+        The plugin library's file in the folder; ``None``: the engines need none.
+    """
+
+    model: Manifest
+    limits: Limits
+    tensorrt: str
+    device: dict[str, Any]
+    plugin: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it was read."""
+        return self.model.folder
+
+
+def write_engine_manifest(
+    folder: Path,
+    names: list[str],
+    model: Manifest,
+    limits: Limits,
+    *,
+    tensorrt: str,
+    device: dict[str, Any],
+    plugin: str | None,
+) -> None:
+    """Describe the files of these names in `folder`."""
+    data = {
+        "format": FORMAT,
+        "tensorrt": tensorrt,
+        "device": device,
+        "plugin": plugin,
+        "limits": limits.to_dict(),
+        "model": model.data,
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+            for name in names
+        },
+    }
+    write_text(folder / ENGINE_MANIFEST, json.dumps(data, indent=2) + "\n")
+
+
+def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineManifest:
+    """Read a folder's manifest, and see that the folder holds what it says.
+
+    Parameters
+    ----------
+    folder
+        What `build_engines` wrote.
+    verify
+        Read every file to the end and compare its digest; otherwise only the sizes.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the manifest or a file that it names is missing.
+    ValueError
+        If the manifest is damaged or of another format, or a file is truncated or another one.
+    """
+    folder = Path(folder)
+    path = folder / ENGINE_MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; less-cache export tensorrt writes it")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated, or not valid JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else data
+        raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
+    if missing := [name for name in FIELDS if name not in data]:
+        raise ValueError(f"{path}: lacks {missing}")
+    for name, wanted in data["files"].items():
+        check_file(folder / name, wanted, ENGINE_MANIFEST, verify)
+    return EngineManifest(
+        model=manifest_of(folder, data["model"]),
+        limits=Limits(**data["limits"]),
+        tensorrt=data["tensorrt"],
+        device=data["device"],
+        plugin=data["plugin"],
+    )
+
+
+def check_place(manifest: EngineManifest, tensorrt: str, device: dict[str, Any]) -> None:
+    """See that engines are run by what they were built for.
+
+    Raises
+    ------
+    ValueError
+        If TensorRT is of another version, or the GPU of another compute capability.
+    """
+    if manifest.tensorrt != tensorrt:
+        raise ValueError(
+            f"{manifest.folder}: engines of TensorRT {manifest.tensorrt}, but this is TensorRT "
+            f"{tensorrt}; build them again with less-cache export tensorrt"
+        )
+    if list(manifest.device["capability"]) != list(device["capability"]):
+        raise ValueError(
+            f"{manifest.folder}: engines for {_described(manifest.device)}, but this GPU is "
+            f"{_described(device)}; build them again on it"
+        )
+
+
+def _described(device: dict[str, Any]) -> str:
+    major, minor = device["capability"]
+    return f"{device['name']} (compute capability {major}.{minor})"

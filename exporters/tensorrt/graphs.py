@@ -1,0 +1,195 @@
+"""Two graphs for TensorRT from one exported file: a step's, and a prompt's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnxscript import ir
+from onnxscript.ir.passes import common as common_passes
+
+from exporters.onnx.blocks import attend_at_once
+from exporters.onnx.building import Builder, Value
+from exporters.onnx.chunk_body import chunk_body
+from exporters.onnx.manifest import MODEL, Manifest, read_manifest
+from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
+from exporters.onnx.parts import Layer, Values
+from exporters.onnx.step_body import step_body
+from less_cache._files import replaced
+from less_cache.policies import SinkWindow
+
+from .operators import OPSET, check_operators
+from .rewrites import rewrite, splice
+
+PROMPT_GRAPH = "prompt.onnx"
+STEP_GRAPH = "step.onnx"
+STANDARD_STEP_GRAPH = "step.standard.onnx"
+"""A step without the plugin."""
+
+MAX_SORTED = 3839
+"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held."""
+
+
+def derive_graphs(
+    folder: str | Path, *, plugin: bool = True, verify: bool = True
+) -> tuple[Path, Path]:
+    """Write a step's and a prompt's graph beside ``model.onnx``, whose weights they share.
+
+    Neither has a choice, a loop or a function in it, and neither has an operator that TensorRT's
+    parser does not list; see `operators`. Inputs and outputs keep their names. ``attention_mask``
+    is that of the new tokens alone.
+
+    Parameters
+    ----------
+    folder
+        What `exporters.onnx.export_decoder` wrote; the graphs go there too.
+    plugin
+        Leave each layer's step to the plugin ``LessAttention``; otherwise it is written out in
+        standard operators, and no plugin is needed.
+    verify
+        Compare the digest of every file with the manifest's; otherwise only the sizes.
+
+    Returns
+    -------
+    tuple of Path
+        The step's graph and the prompt's.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the folder is not what its manifest says.
+    ValueError
+        If the model has an operator that TensorRT does not take. Nothing is written then.
+    """
+    manifest = read_manifest(folder, verify=verify)
+    step = _derive(manifest, step=True, plugin=plugin)
+    prompt = _derive(manifest, step=False, plugin=plugin)
+    paths = (
+        manifest.folder / (STEP_GRAPH if plugin else STANDARD_STEP_GRAPH),
+        manifest.folder / PROMPT_GRAPH,
+    )
+    for path, model in zip(paths, (step, prompt), strict=True):
+        with replaced(path) as temporary:
+            temporary.write_bytes(model.SerializeToString())
+    return paths
+
+
+def layers_of(manifest: Manifest) -> list[Layer]:
+    """The model's layers, of which the manifest tells."""
+    full = manifest.full_layers
+    layers = []
+    for index, entry in enumerate(manifest.data["layers"]):
+        if entry["window"]:
+            window = entry["window"]
+            sliding = manifest.config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
+            layers.append(Layer(sliding.layer(0), None, window))
+        else:
+            layers.append(Layer(manifest.config.layer(full.index(index)), entry["maps"]))
+    return layers
+
+
+def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
+    # Read without the weights: they stay where they are, and are only referred to.
+    proto = onnx.load(str(manifest.folder / MODEL), load_external_data=False)
+    model = ir.from_proto(proto)
+    graph = model.graph
+    _take_whole_mask(graph)
+    choices = [node for node in graph if node.op_type == "If"]
+    layers = layers_of(manifest)
+    if len(choices) != len(layers):
+        raise ValueError(
+            f"{manifest.folder / MODEL}: {len(choices)} attention layers, but the manifest has "
+            f"{len(layers)}"
+        )
+    for index, (choice, layer) in enumerate(zip(choices, layers, strict=True)):
+        call = next(iter(choice.attributes["then_branch"].as_graph()))
+        if step and plugin:
+            _call(graph, choice, call)
+        else:
+            _write_out(graph, choice, call, layer, step, f"layer{index}")
+    model.functions.clear()
+    common_passes.RemoveUnusedNodesPass()(model)
+    if not (step and plugin):
+        graph.opset_imports.pop(DOMAIN, None)
+    if step:
+        _fix_sequence(graph)
+    _forget_shapes(graph)
+    model = ir.from_proto(_inferred(model))
+    rewrite(model)
+    model.graph.opset_imports[""] = OPSET
+    common_passes.RemoveUnusedNodesPass()(model)
+    inferred = _inferred(model)
+    check_operators(inferred)
+    return inferred
+
+
+def _take_whole_mask(graph: ir.Graph) -> None:
+    """Let the mask be the new tokens', not the last columns of a longer one."""
+    ids, mask = graph.inputs[:2]
+    for user, place in list(mask.uses()):
+        if user.op_type == "Slice" and place == 0:
+            ir.convenience.replace_all_uses_with(user.outputs[0], mask)
+            graph.remove(user, safe=True)
+    mask.shape = ids.shape
+
+
+def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node) -> None:
+    """Put the step's node into the place of the choice."""
+    node = ir.node(
+        call.op_type,
+        list(call.inputs),
+        dict(call.attributes),
+        domain=call.domain,
+        overload=call.overload,
+        num_outputs=len(call.outputs),
+        name=call.name,
+    )
+    for value, old in zip(node.outputs, call.outputs, strict=True):
+        value.name, value.type, value.shape = old.name, old.type, old.shape
+    scratch = ir.Graph([], [], nodes=[node], name="call")
+    splice(graph, choice, scratch, dict(enumerate(node.outputs)))
+
+
+def _write_out(
+    graph: ir.Graph, choice: ir.Node, call: ir.Node, layer: Layer, step: bool, prefix: str
+) -> None:
+    """Put a body in standard operators into the place of the choice."""
+    names = node_inputs(layer.config, layer.kind)
+    given: Values = {}
+    for name, value in zip(names, call.inputs, strict=True):
+        if value is None:
+            raise AssertionError(f"{call.name}: input {name} is not given")
+        given[name] = value
+    scratch = ir.Graph([], [], nodes=[], name=prefix)
+    build = Builder(scratch, prefix)
+    results: list[Value]
+    if step:
+        results = step_body(build, layer, given)
+    else:
+        results = chunk_body(build, layer, given, OPSET, attend_at_once)
+    if len(results) != len(node_outputs(layer.config)):
+        raise AssertionError(f"{call.name}: {len(results)} results")
+    splice(graph, choice, scratch, dict(enumerate(results)))
+
+
+def _fix_sequence(graph: ir.Graph) -> None:
+    for value in graph.inputs[:2]:
+        value.shape = ir.Shape([(value.shape or ["batch"])[0], 1])
+    for node in graph:
+        if node.op_type == STEP:
+            out = node.outputs[0]
+            if out.shape is not None:
+                out.shape = ir.Shape([out.shape[0], out.shape[1], 1, out.shape[3]])
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Leave inference the shapes that it can find: those on record are of any sequence."""
+    for node in graph:
+        if node.op_type != STEP:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+
+
+def _inferred(model: ir.Model) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(ir.to_proto(model), strict_mode=True, data_prop=True)

@@ -1,0 +1,95 @@
+"""What shapes an engine is built for, and the shapes of all its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from exporters.onnx.manifest import Manifest
+from less_cache._checks import check_int
+
+from .graphs import MAX_SORTED
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of batches and prompts.
+
+    Parameters
+    ----------
+    max_batch, max_prompt
+        The most sequences, and the most tokens of each at once.
+    opt_batch, opt_prompt
+        What engines are tuned for.
+    """
+
+    max_batch: int
+    max_prompt: int
+    opt_batch: int
+    opt_prompt: int
+
+    def to_dict(self) -> dict[str, int]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def check_limits(
+    manifest: Manifest,
+    max_batch: Any,
+    max_prompt: Any,
+    opt_batch: Any = None,
+    opt_prompt: Any = None,
+) -> Limits:
+    """Limits from what a user gave; ``None`` tunes for the largest.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is out of range, or TensorRT cannot sort so many pairs.
+    """
+    check_int("max_batch", max_batch, minimum=1)
+    check_int("max_prompt", max_prompt, minimum=2)
+    slots = max(entry["capacity"] for entry in manifest.data["layers"])
+    if slots + 2 > MAX_SORTED:
+        raise ValueError(
+            f"onnx_dir: the model's largest cache has {slots} slots, expected at most "
+            f"{MAX_SORTED - 2}: TensorRT sorts at most {MAX_SORTED} numbers"
+        )
+    if slots + max_prompt > MAX_SORTED:
+        raise ValueError(
+            f"max_prompt: got {max_prompt}, expected at most {MAX_SORTED - slots}: TensorRT sorts "
+            f"at most {MAX_SORTED} numbers, and the model's largest cache has {slots} slots. A "
+            "longer prompt can be appended in chunks"
+        )
+    for name, value, most in (
+        ("opt_batch", opt_batch, max_batch),
+        ("opt_prompt", opt_prompt, max_prompt),
+    ):
+        if value is not None:
+            check_int(name, value, minimum=1, maximum=most)
+    return Limits(max_batch, max_prompt, opt_batch or max_batch, opt_prompt or max_prompt)
+
+
+def input_shapes(
+    manifest: Manifest, limits: Limits, *, step: bool
+) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """The least, the usual and the largest shape of each input of an engine, by name.
+
+    Parameters
+    ----------
+    manifest
+        Of the exported model.
+    limits
+        From `check_limits`.
+    step
+        Of the step's engine; otherwise of the prompt's.
+    """
+    batches = (1, limits.opt_batch, limits.max_batch)
+    tokens = (1, 1, 1) if step else (1, limits.opt_prompt, limits.max_prompt)
+    columns = tuple(zip(batches, tokens, strict=True))
+    shapes: dict[str, Any] = dict.fromkeys(("input_ids", "attention_mask"), columns)
+    for spec in manifest.state:
+        shapes[f"past.{spec.name}"] = tuple((batch, *spec.shape) for batch in batches)
+    return shapes

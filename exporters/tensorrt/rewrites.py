@@ -1,0 +1,189 @@
+"""Operators that TensorRT's parser lacks or defines more loosely, in terms of those it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnxscript import ir
+
+from exporters.onnx.building import KINDS, Builder, Value
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def rewrite(model: ir.Model) -> None:
+    """Replace, in place, every node that one of the rules below is for.
+
+    Parameters
+    ----------
+    model
+        Its values' types must be known.
+    """
+    graph = model.graph
+    for count, node in enumerate(list(graph)):
+        rule = _RULES.get(node.op_type) if not node.domain else None
+        if rule is None:
+            continue
+        scratch = ir.Graph([], [], nodes=[], name="rewritten")
+        results = rule(Builder(scratch, f"trt{count}"), node)
+        if results is not None:
+            splice(graph, node, scratch, results)
+
+
+def splice(graph: ir.Graph, node: ir.Node, scratch: ir.Graph, results: dict[int, Value]) -> None:
+    """Put the nodes of `scratch` into the place of one node.
+
+    Parameters
+    ----------
+    graph
+        Has the node.
+    node
+        Goes.
+    scratch
+        Left empty.
+    results
+        What stands for the node's outputs, by place; the others must be unused.
+    """
+    nodes = list(scratch)
+    scratch.remove(nodes)
+    graph.insert_before(node, nodes)
+    for place, value in results.items():
+        old = node.outputs[place]
+        if old.is_graph_output():
+            # Names of outputs are the file's interface; an input may not be an output as well.
+            if value.producer() is None:
+                passed = ir.node("Identity", [value], name=f"{old.name}.passed")
+                graph.insert_before(node, passed)
+                value = passed.outputs[0]
+            value.name = old.name
+        value.type, value.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _is_float(value: Value | None) -> bool:
+    return value is not None and value.dtype in FLOATS
+
+
+def _given(node: ir.Node, place: int) -> Value | None:
+    return node.inputs[place] if place < len(node.inputs) else None
+
+
+def _needed(node: ir.Node, place: int) -> Value:
+    value = _given(node, place)
+    if value is None:
+        raise AssertionError(f"{node.op_type}: input {place} is not given")
+    return value
+
+
+def _rms_normalization(b: Builder, node: ir.Node) -> dict[int, Value]:
+    """Known from TensorRT 10.15 on; its parts are known to all versions, which fuse them."""
+    x, scale = _needed(node, 0), _needed(node, 1)
+    axis = _integer(node, "axis", -1)
+    if axis >= 0:
+        raise ValueError(f"model: {node.op_type} from axis {axis} on, expected a negative axis")
+    wide = b.cast(x, "float32", _kind(x))
+    square = b("ReduceMean", b("Mul", wide, wide), b.ints(*range(axis, 0)), keepdims=1)
+    epsilon = b.constant(_number(node, "epsilon", 1e-5), "float32")
+    normal = b("Div", wide, b("Sqrt", b("Add", square, epsilon)))
+    return {0: b("Mul", b.cast(normal, _kind(x), "float32"), scale)}
+
+
+def _rotary_embedding(b: Builder, node: ir.Node) -> dict[int, Value]:
+    """[B, H, S, D] turned by [B, S, D / 2] angles, as opset 20 has to write it."""
+    x = _needed(node, 0)
+    size = x.shape[-1] if x.shape is not None and len(x.shape) == 4 else None
+    rotated = _integer(node, "rotary_embedding_dim", 0)
+    if (
+        not isinstance(size, int)
+        or rotated not in (0, size)
+        or _integer(node, "interleaved", 0)
+        or _given(node, 3) is not None
+    ):
+        raise ValueError(
+            f"model: {node.op_type} of a kind that TensorRT is not given; export with opset=20"
+        )
+    bounds = [b.ints(0), b.ints(size // 2), b.ints(size)]
+    last = b.ints(3)
+    first = b("Slice", x, bounds[0], bounds[1], last)
+    second = b("Slice", x, bounds[1], bounds[2], last)
+    cos, sin = (b.unsqueeze(_needed(node, place), 1) for place in (1, 2))
+    turned = b("Sub", b("Mul", first, cos), b("Mul", second, sin))
+    other = b("Add", b("Mul", second, cos), b("Mul", first, sin))
+    return {0: b("Concat", turned, other, axis=-1)}
+
+
+def _cumulative_sum(b: Builder, node: ir.Node) -> dict[int, Value] | None:
+    """Listed for floats alone, which count tokens exactly up to 2^24."""
+    x, axis = _needed(node, 0), _needed(node, 1)
+    if _is_float(x):
+        return None
+    attributes = {name: _integer(node, name, 0) for name in ("exclusive", "reverse")}
+    total = b("CumSum", b.cast(x, "float32"), axis, **attributes)
+    return {0: b.cast(total, _kind(x))}
+
+
+def _clip(b: Builder, node: ir.Node) -> dict[int, Value] | None:
+    """Listed for floats alone; `Max` and `Min` are not."""
+    x = _needed(node, 0)
+    if _is_float(x):
+        return None
+    for place, op in ((1, "Max"), (2, "Min")):
+        if (bound := _given(node, place)) is not None:
+            x = b(op, x, bound)
+    return {0: x}
+
+
+def _top_k(b: Builder, node: ir.Node) -> dict[int, Value] | None:
+    """Indices in an order that does not hang on what the runtime does with equal numbers.
+
+    ONNX says that the first of equals comes first, and the policies build on it; TensorRT's layer
+    promises nothing. A second sort, by which number it is among the different ones and then by its
+    place, has no equals.
+    """
+    x, size = _needed(node, 0), _needed(node, 1)
+    if not _is_float(x) or node.outputs[0].uses() or _integer(node, "largest", 1):
+        return None
+    axis = _integer(node, "axis", -1)
+    values, places = b.many("TopK", [x, size], 2, axis=axis, largest=0, sorted=1)
+    span = b("Shape", values, start=axis, end=axis + 1)
+    zero, one, end = b.ints(0), b.ints(1), b.ints(np.iinfo(np.int32).max)
+    along = b.ints(axis)
+    before = b("Slice", values, zero, b("Sub", span, one), along)
+    after = b("Slice", values, one, end, along)
+    rises = b.cast(b("Greater", after, before), "float32")
+    nought = b.constant(0, "float32")
+    first = b("Mul", b("Slice", b.cast(places, "float32"), zero, one, along), nought)
+    group = b("CumSum", b("Concat", first, rises, axis=axis), b.constant(axis, "int64"))
+    # At most 3840 numbers in at most 3840 groups: the product is exact.
+    wide = b.cast(span, "float32")
+    key = b("Add", b("Mul", group, wide), b.cast(places, "float32"))
+    order = b.many("TopK", [key, size], 2, axis=axis, largest=0, sorted=1)[1]
+    return {1: b("GatherElements", places, order, axis=axis)}
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _number(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_float()
+
+
+def _kind(value: Value) -> str:
+    for kind, dtype in KINDS.items():
+        if dtype == value.dtype:
+            return kind
+    raise ValueError(f"model: {value.name} is of type {value.dtype}, expected one of {list(KINDS)}")
+
+
+_RULES: dict[str, Callable[[Builder, ir.Node], dict[int, Value] | None]] = {
+    "Clip": _clip,
+    "CumSum": _cumulative_sum,
+    "RMSNormalization": _rms_normalization,
+    "RotaryEmbedding": _rotary_embedding,
+    "TopK": _top_k,
+}

@@ -1,0 +1,234 @@
+"""The two graphs, run by ONNX Runtime, do what the exported file does; and TensorRT takes them."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import less_cache as lc
+from exporters.onnx import OnnxDecoder, export_decoder
+from exporters.onnx.manifest import MODEL, WEIGHTS, read_manifest
+from exporters.tensorrt.graphs import derive_graphs, layers_of
+from exporters.tensorrt.operators import OPSET, check_operators
+from tests.exporters.tensorrt.running import session_of
+from tests.helpers import POLICIES, policy_id
+from tests.integrations.models import build, less, model_of, prompts
+
+C = 8
+
+
+class Graphs:
+    """A step's and a prompt's session, spoken to like an `OnnxDecoder`."""
+
+    def __init__(self, folder, plugin):
+        self.manifest = read_manifest(folder)
+        self.sessions = [session_of(path) for path in derive_graphs(folder, plugin=plugin)]
+
+    def append(self, state, ids, mask):
+        step, prompt = self.sessions
+        logits, *arrays = (step if ids.shape[1] == 1 else prompt).run(
+            None,
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                **{f"past.{name}": array for name, array in state.items()},
+            },
+        )
+        state.update(zip(state, arrays, strict=True))
+        return logits[:, 0]
+
+
+def compare(folder, plugin, *, atol=1e-5, steps=8, lengths=(2 * C, 3)):
+    """Prompts with left padding, steps, a second turn, and a row that takes nothing in."""
+    decoder, graphs = OnnxDecoder(folder, threads=1), Graphs(folder, plugin)
+    state = decoder.new_state(len(lengths))
+    other = state.numpy()
+    ids, mask = (x.numpy() for x in prompts(list(lengths)))
+    for step in range(steps):
+        expected = decoder.append(state, ids, mask)
+        found = graphs.append(other, ids, mask)
+        rows = mask.any(1)
+        np.testing.assert_allclose(found[rows], expected[rows], atol=atol, rtol=atol)
+        chosen = expected.argmax(1)
+        np.testing.assert_array_equal(found.argmax(1)[rows], chosen[rows], err_msg=f"step {step}")
+        ids = chosen[:, None]
+        if step == 3:
+            # Different tokens: equal ones have keys of equal norms, whose order rounding decides.
+            ids = np.stack([np.arange(5, C + 8), np.arange(40, C + 43)])
+        mask = np.ones_like(ids)
+        mask[1, -1] = step % 2
+    for name, array in state.numpy().items():
+        np.testing.assert_allclose(
+            other[name].astype(np.float64),
+            array.astype(np.float64),
+            atol=100 * atol,
+            rtol=100 * atol,
+            err_msg=name,
+        )
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=policy_id)
+def test_graphs_of_every_policy_do_what_the_file_does(policy, tmp_path):
+    model = build("llama", num_hidden_layers=1)
+    capacity = 64 if isinstance(policy, lc.FullCache) else C
+    rank = 0 if isinstance(policy, lc.FullCache | lc.KeyNorm) else 4
+    kind = "paper" if isinstance(policy, lc.TOVA) else "exp"
+    config = lc.CacheConfig.from_model(model.config, capacity=capacity, policy=policy, rank=rank)
+    maps = lc.FeatureMaps.initialise(config, kind=kind, hidden=8) if rank else None
+    export_decoder(model, config, maps, tmp_path)
+    for plugin in (True, False):
+        compare(tmp_path, plugin)
+
+
+@pytest.mark.parametrize(("family", "opset"), [("gemma2", 20), ("falcon_mqa", 23)])
+def test_graphs_of_other_models_do_what_the_file_does(family, opset, tmp_path):
+    # Gemma 2 has soft-capped logits and sliding layers; Falcon has one KV head.
+    changes = {}
+    if family == "gemma2":
+        changes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    model = build(family, **changes)
+    policy = lc.Scissorhands(recent=2, window=40)
+    config, maps = less(model, capacity=C, policy=policy)
+    export_decoder(model, config, maps, tmp_path, opset=opset)
+    for plugin in (True, False):
+        compare(tmp_path, plugin, atol=1e-4 if family == "gemma2" else 1e-5)
+    layers = layers_of(read_manifest(tmp_path))
+    assert layers[-1].config == config.layer(config.num_layers - 1)
+    windows = [5, 0] if family == "gemma2" else [0, 0]
+    assert [layer.window for layer in layers] == windows
+    assert [layer.kind for layer in layers] == [None if w else "exp" for w in windows]
+
+
+def test_graphs_of_half_precision_do_what_the_file_does(tmp_path):
+    model = build("llama", num_hidden_layers=1)
+    export_decoder(model, *less(model, capacity=C), tmp_path, dtype="float16")
+    for plugin in (True, False):
+        compare(tmp_path, plugin, atol=3e-2, steps=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = model_of("llama")
+    out = tmp_path_factory.mktemp("exported")
+    return export_decoder(model, *less(model, capacity=C), out, dtype="bfloat16")
+
+
+def test_graphs_share_the_weights_and_are_checked_onnx(folder):
+    before = (folder / WEIGHTS).read_bytes()
+    for plugin in (True, False):
+        for path in derive_graphs(folder, plugin=plugin):
+            onnx.checker.check_model(str(path), full_check=True)
+            proto = onnx.load(path, load_external_data=False)
+            assert path.stat().st_size < 300_000
+            held = {t.external_data[0].value for t in proto.graph.initializer if t.external_data}
+            assert held == {WEIGHTS}
+            assert not proto.functions
+            assert {(o.domain, o.version) for o in proto.opset_import} <= {
+                ("", OPSET),
+                ("less_cache", 1),
+            }
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_a_bfloat16_step_is_the_plugins_node_and_fixed_shapes(folder):
+    path, _ = derive_graphs(folder)
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = [node for node in graph.node if node.domain]
+    assert [node.op_type for node in nodes] == ["LessAttention"] * 2
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
+    assert attributes["plugin_version"] == b"1"
+    assert attributes["plugin_namespace"] == b""
+    dims = {
+        value.name: [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert dims["input_ids"] == dims["attention_mask"] == ["batch", 1]
+    assert dims["logits"] == ["batch", 1, 97]
+    users = {node.op_type for node in graph.node if "attention_mask" in node.input}
+    assert "Slice" not in users
+    original = onnx.load(folder / MODEL, load_external_data=False).graph
+    assert [v.name for v in graph.input] == [v.name for v in original.input]
+    assert [v.name for v in graph.output] == [v.name for v in original.output]
+
+
+def test_no_loop_no_choice_and_no_scan_is_left(folder):
+    for plugin in (True, False):
+        for path in derive_graphs(folder, plugin=plugin):
+            ops = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+            assert not ops & {"Loop", "If", "Scan", "RMSNormalization", "Pad"}
+
+
+def one_node(op, kinds, *, axes_constant=True, domain=""):
+    inputs = [
+        onnx.helper.make_tensor_value_info(f"x{i}", kind, ["n"]) for i, kind in enumerate(kinds)
+    ]
+    node = onnx.helper.make_node(op, [value.name for value in inputs], ["y"], domain=domain)
+    output = onnx.helper.make_tensor_value_info("y", kinds[0], None)
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, [output]))
+
+
+F, I32, I64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (one_node("BitwiseAnd", [I64, I64]), "ai.onnx.BitwiseAnd"),
+        (one_node("CumSum", [I32, I64]), "CumSum of INT32"),
+        (one_node("ReduceSum", [F, I64]), "ReduceSum whose axes are no constant"),
+        (one_node("Gelu", [F], domain="com.microsoft"), "com.microsoft.Gelu"),
+    ],
+)
+def test_what_the_parser_does_not_take_is_told(model, message):
+    with pytest.raises(ValueError, match=f"does not take.*{message}"):
+        check_operators(model)
+
+
+def sorted_by(values):
+    """What the rewritten TopK makes of a runtime that turns equals round."""
+    from onnxscript import ir
+
+    from exporters.tensorrt.rewrites import rewrite
+
+    x = onnx.helper.make_tensor_value_info("x", F, [1, 1, "n"])
+    size = onnx.helper.make_tensor_value_info("size", I64, [1])
+    out = onnx.helper.make_tensor_value_info("y", I64, [1, 1, "n"])
+    node = onnx.helper.make_node("TopK", ["x", "size"], ["", "y"], axis=2, largest=0)
+    graph = onnx.helper.make_graph([node], "g", [x, size], [out])
+    proto = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10
+    )
+    model = ir.from_proto(proto)
+    rewrite(model)
+    # The last of equals first: negated and turned round, ONNX's own order is that.
+    proto = ir.to_proto(model)
+    first = next(node for node in proto.graph.node if node.op_type == "TopK")
+    assert len([node for node in proto.graph.node if node.op_type == "TopK"]) == 2
+    renamed = dict(zip(first.output, ("values", "places"), strict=True))
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    proto.graph.node.remove(first)
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("values", F, [1, 1, "n"]))
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("places", I64, [1, 1, "n"]))
+    turned = len(values) - 1 - np.argsort(values[::-1], kind="stable")
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {node.name for node in session.get_inputs()}
+    given = {
+        "x": values,
+        "size": np.array([len(values)]),
+        "values": values[turned],
+        "places": turned,
+    }
+    shaped = {
+        name: array if name == "size" else array[None, None]
+        for name, array in given.items()
+        if name in names
+    }
+    return session.run(None, shaped)[0][0, 0]
+
+
+def test_the_order_of_equals_does_not_hang_on_the_runtime():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4, 300).astype(np.float32)
+    values[::7], values[3::11] = np.inf, -np.inf
+    np.testing.assert_array_equal(sorted_by(values), np.argsort(values, kind="stable"))

@@ -15,36 +15,28 @@
 #include <utility>
 #include <vector>
 
-inline void check(cudaError_t status, char const* what)
-{
-    if (status != cudaSuccess)
-    {
+inline void check(cudaError_t status, char const* what) {
+    if (status != cudaSuccess) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
     }
 }
 
-inline void require(bool good, std::string const& what)
-{
-    if (!good)
-    {
+inline void require(bool good, std::string const& what) {
+    if (!good) {
         throw std::runtime_error(what);
     }
 }
 
-class Logger final : public nvinfer1::ILogger
-{
+class Logger final : public nvinfer1::ILogger {
 public:
-    void log(Severity severity, char const* message) noexcept override
-    {
-        if (severity <= Severity::kWARNING)
-        {
+    void log(Severity severity, char const* message) noexcept override {
+        if (severity <= Severity::kWARNING) {
             std::cerr << "[TensorRT] " << message << '\n';
         }
     }
 };
 
-class Stream
-{
+class Stream {
 public:
     Stream() { check(cudaStreamCreateWithFlags(&mStream, cudaStreamNonBlocking), "stream"); }
     ~Stream() { cudaStreamDestroy(mStream); }
@@ -58,20 +50,14 @@ private:
     cudaStream_t mStream{};
 };
 
-class Buffer
-{
+class Buffer {
 public:
-    explicit Buffer(std::size_t bytes)
-        : mBytes(bytes)
-    {
+    explicit Buffer(std::size_t bytes) : mBytes(bytes) {
         check(cudaMalloc(&mData, bytes), "GPU memory");
     }
     ~Buffer() { cudaFree(mData); }
     Buffer(Buffer&& other) noexcept
-        : mData(std::exchange(other.mData, nullptr))
-        , mBytes(other.mBytes)
-    {
-    }
+        : mData(std::exchange(other.mData, nullptr)), mBytes(other.mBytes) {}
     Buffer(Buffer const&) = delete;
     Buffer& operator=(Buffer const&) = delete;
     Buffer& operator=(Buffer&&) = delete;
@@ -79,22 +65,18 @@ public:
     void* data() const { return mData; }
     std::size_t bytes() const { return mBytes; }
 
-    void fill(int byte, Stream const& stream) const
-    {
+    void fill(int byte, Stream const& stream) const {
         check(cudaMemsetAsync(mData, byte, mBytes, stream.get()), "filling a buffer");
     }
-    void upload(void const* from, std::size_t bytes, Stream const& stream) const
-    {
+    void upload(void const* from, std::size_t bytes, Stream const& stream) const {
         check(cudaMemcpyAsync(mData, from, bytes, cudaMemcpyHostToDevice, stream.get()), "upload");
     }
-    void download(void* to, std::size_t bytes, Stream const& stream) const
-    {
+    void download(void* to, std::size_t bytes, Stream const& stream) const {
         check(cudaMemcpyAsync(to, mData, bytes, cudaMemcpyDeviceToHost, stream.get()), "download");
     }
-    void copyFrom(Buffer const& from, Stream const& stream) const
-    {
+    void copyFrom(Buffer const& from, Stream const& stream) const {
         check(cudaMemcpyAsync(mData, from.mData, mBytes, cudaMemcpyDeviceToDevice, stream.get()),
-            "copy on the GPU");
+              "copy on the GPU");
     }
 
 private:
@@ -103,20 +85,15 @@ private:
 };
 
 // A recorded piece of a stream's work, which one launch repeats.
-class Graph
-{
+class Graph {
 public:
     template <typename Work>
-    Graph(Stream const& stream, Work const& work)
-    {
+    Graph(Stream const& stream, Work const& work) {
         check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal), "capture");
         cudaGraph_t graph{};
-        try
-        {
+        try {
             work();
-        }
-        catch (...)
-        {
+        } catch (...) {
             cudaStreamEndCapture(stream.get(), &graph);
             cudaGraphDestroy(graph);
             throw;
@@ -130,14 +107,15 @@ public:
     Graph(Graph const&) = delete;
     Graph& operator=(Graph const&) = delete;
 
-    void launch(Stream const& stream) const { check(cudaGraphLaunch(mGraph, stream.get()), "launch"); }
+    void launch(Stream const& stream) const {
+        check(cudaGraphLaunch(mGraph, stream.get()), "launch");
+    }
 
 private:
     cudaGraphExec_t mGraph{};
 };
 
-inline std::vector<char> readFile(std::string const& path)
-{
+inline std::vector<char> readFile(std::string const& path) {
     std::ifstream file(path, std::ios::binary);
     require(file.good(), path + ": cannot be read");
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};

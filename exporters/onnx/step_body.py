@@ -46,7 +46,8 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
     old = {name: b.unsqueeze(b("GatherND", state[name], row), 2) for name in ("keys", "values")}
     old_position = b.take(state["positions"], slot)
     held = b("Greater", old_position, b.constant(EMPTY, "int32"))
-    state = merge(b, layer, state, given, (old["keys"], old["values"]), b("And", held, incoming))
+    victim = (old["keys"], old["values"])
+    state = merge(b, layer, state, given, victim, b("And", held, incoming), 1)
 
     # 4, before 2: the pair goes in first, so that a query sees itself like any other pair.
     incoming4 = b.unsqueeze(incoming, 3)
@@ -55,7 +56,7 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
         state[name] = b("ScatterND", state[name], row, pair)
     state["positions"] = b.put(state["positions"], slot, b("Where", incoming, seen, old_position))
     if policy.score is not Score.NONE:
-        first = initial_scores(b, layer, given["k"], seen)
+        first = initial_scores(b, layer, given["k"], seen, spread=False)
         old_score = b.take(state["scores"], slot)
         state["scores"] = b.put(state["scores"], slot, b("Where", incoming, first, old_score))
     if policy.history_window:
@@ -67,7 +68,8 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
     empty = b("Less", state["positions"], b.constant(0, "int32"))
     logits = b("Where", b.unsqueeze(empty, 2), b.constant(layer.lowest, layer.wide), logits)
     probabilities = b("Softmax", logits, axis=-1)
-    out = weighted_mean(b, layer, state, given, given["q"], logits, probabilities, state["values"])
+    values = state["values"]
+    out = weighted_mean(b, layer, state, given, given["q"], logits, probabilities, values, 1)
     out = b.reshape(b.cast(out, config.dtype, layer.wide), 0, config.query_heads, 1, -1)
     out = b("Where", incoming4, out, b.constant(0, config.dtype))
 

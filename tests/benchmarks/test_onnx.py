@@ -1,0 +1,64 @@
+"""The benchmarks of exported models run end to end at tiny sizes."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("psutil")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from benchmarks import onnx_decode, onnx_profile
+
+SIZES = ("--tiny", "--batch=2", "--capacity=8", "--rank=2", "--hidden=8", "--steps=2")
+
+
+def invoke(main, *arguments):
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("genai", [False, True])
+def test_decode_compares_with_full_caches(genai, tmp_path):
+    if genai:
+        pytest.importorskip("onnxruntime_genai")
+    files = [f"--json={tmp_path / 'd.json'}", f"--png={tmp_path / 'd.png'}"]
+    contexts = ["--contexts=16,32,64", "--full-up-to=32"]
+    invoke(onnx_decode.main, *SIZES, *contexts, *files, "--genai" if genai else "--no-genai")
+    report = json.loads((tmp_path / "d.json").read_text())
+    short, middle, long = report["results"]
+    assert [row["context"] for row in report["results"]] == [16, 32, 64]
+    assert short["less_bytes"] == long["less_bytes"]
+    assert short["full_bytes"] < middle["full_bytes"]
+    assert "full" not in long
+    medians = [middle[name]["median_ms"] for name in ("full", "genai") if name in middle]
+    assert middle["faster_than_best_full"] == pytest.approx(
+        min(medians) / middle["less"]["median_ms"]
+    )
+    assert ("genai" in middle) == (report["genai"] == "built")
+    assert genai or report["genai"] == "not asked for"
+    assert (tmp_path / "d.png").stat().st_size > 1000
+
+
+def test_profile_accounts_for_every_product():
+    output = invoke(onnx_profile.main, *SIZES)
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:4]
+        for line in output.splitlines()
+        if line.count("│") == 4
+    }
+    nodes = {name: int(count) for name, (count, _) in rows.items()}
+    # Two layers: q, k, v, o and three of the feed-forward each, and the head.
+    assert nodes["products with the model's weights"] == 2 * 7 + 1
+    # φ and ψ, two matrices each.
+    assert nodes["products with the maps' weights"] == 2 * 4
+    # Logits, weighted values, the merge into H, φH and φz.
+    assert nodes["products with keys and values, H and z"] == 2 * 5
+    assert "One step:" in output

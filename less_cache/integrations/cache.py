@@ -209,7 +209,11 @@ class LessCache(Cache):  # type: ignore[misc]
             layer.is_initialized = True
 
     def reset(self) -> None:
-        """Forget everything; what is allocated stays so."""
+        """Forget everything; what is allocated stays so, but for sliding windows."""
+        for layer in self.sliding_layers.values():
+            # They grow by concatenation; transformers 5.17 would leave zeros to grow from.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         super().reset()
         if self.state is not None:
             self.state.reset()

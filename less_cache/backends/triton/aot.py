@@ -2,7 +2,7 @@
 
 ::
 
-    python -m less_cache.backends.triton.aot --out kernels --arch 80,86,89,90,100,120
+    python -m less_cache.backends.triton.aot --arch 80,86,89,90,100,120
     python -m less_cache.backends.triton.aot --out kernels --arch 90 --export my-exported-model
 
 The first makes the usual kinds of caches, the second those that an exported model has; either
@@ -102,7 +102,12 @@ def write(images: Iterable[Image], folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, write, and print what there is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/kernels"),
+        help="the folder to write (default: %(default)s)",
+    )
     parser.add_argument(
         "--arch",
         type=_architectures,

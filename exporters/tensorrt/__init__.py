@@ -32,5 +32,5 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "tensorrt":
             raise
-        raise ImportError("TensorRT's Python package is needed; install less_cache[tensorrt]") from None
+        raise ImportError("TensorRT is needed; install less_cache[tensorrt]") from None
     return getattr(module, name)

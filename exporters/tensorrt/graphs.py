@@ -27,7 +27,10 @@ STANDARD_STEP_GRAPH = "step.standard.onnx"
 """A step without the plugin."""
 
 MAX_SORTED = 3839
-"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held."""
+"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held.
+
+Where that leaves no room for a prompt as long as the cache, the order is counted instead.
+"""
 
 
 def derive_graphs(
@@ -74,6 +77,11 @@ def derive_graphs(
     return paths
 
 
+def counts_order(manifest: Manifest) -> bool:
+    """Whether a cache is too large for TensorRT to sort it with a prompt."""
+    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
+
+
 def layers_of(manifest: Manifest) -> list[Layer]:
     """The model's layers, of which the manifest tells."""
     full = manifest.full_layers
@@ -115,7 +123,7 @@ def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
         _fix_sequence(graph)
     _forget_shapes(graph)
     model = ir.from_proto(_inferred(model))
-    rewrite(model)
+    rewrite(model, count=counts_order(manifest))
     model.graph.opset_imports[""] = OPSET
     common_passes.RemoveUnusedNodesPass()(model)
     inferred = _inferred(model)

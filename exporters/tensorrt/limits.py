@@ -8,7 +8,7 @@ from typing import Any
 from exporters.onnx.manifest import Manifest
 from less_cache._checks import check_int
 
-from .graphs import MAX_SORTED
+from .graphs import MAX_SORTED, counts_order
 
 Shape = tuple[int, ...]
 
@@ -52,12 +52,7 @@ def check_limits(
     check_int("max_batch", max_batch, minimum=1)
     check_int("max_prompt", max_prompt, minimum=2)
     slots = max(entry["capacity"] for entry in manifest.data["layers"])
-    if slots + 2 > MAX_SORTED:
-        raise ValueError(
-            f"onnx_dir: the model's largest cache has {slots} slots, expected at most "
-            f"{MAX_SORTED - 2}: TensorRT sorts at most {MAX_SORTED} numbers"
-        )
-    if slots + max_prompt > MAX_SORTED:
+    if slots + max_prompt > MAX_SORTED and not counts_order(manifest):
         raise ValueError(
             f"max_prompt: got {max_prompt}, expected at most {MAX_SORTED - slots}: TensorRT sorts "
             f"at most {MAX_SORTED} numbers, and the model's largest cache has {slots} slots. A "

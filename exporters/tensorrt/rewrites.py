@@ -12,21 +12,24 @@ from exporters.onnx.building import KINDS, Builder, Value
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def rewrite(model: ir.Model) -> None:
+def rewrite(model: ir.Model, *, count: bool = False) -> None:
     """Replace, in place, every node that one of the rules below is for.
 
     Parameters
     ----------
     model
         Its values' types must be known.
+    count
+        Sort by counting which pairs come before which, and so any number of them.
     """
     graph = model.graph
-    for count, node in enumerate(list(graph)):
-        rule = _RULES.get(node.op_type) if not node.domain else None
+    rules = {**_RULES, "TopK": _counted_order} if count else _RULES
+    for number, node in enumerate(list(graph)):
+        rule = rules.get(node.op_type) if not node.domain else None
         if rule is None:
             continue
         scratch = ir.Graph([], [], nodes=[], name="rewritten")
-        results = rule(Builder(scratch, f"trt{count}"), node)
+        results = rule(Builder(scratch, f"trt{number}"), node)
         if results is not None:
             splice(graph, node, scratch, results)
 
@@ -161,6 +164,26 @@ def _top_k(b: Builder, node: ir.Node) -> dict[int, Value] | None:
     key = b("Add", b("Mul", group, wide), b.cast(places, "float32"))
     order = b.many("TopK", [key, size], 2, axis=axis, largest=0, sorted=1)[1]
     return {1: b("GatherElements", places, order, axis=axis)}
+
+
+def _counted_order(b: Builder, node: ir.Node) -> dict[int, Value] | None:
+    """The order of all numbers, from each one's rank: how many are less, or as great and earlier.
+
+    TensorRT sorts only so many; it compares as many as there is memory for.
+    """
+    x = _needed(node, 0)
+    axis = _integer(node, "axis", -1)
+    if node.outputs[0].uses() or _integer(node, "largest", 1) or axis < 0:
+        return None
+    one, other = b.unsqueeze(x, axis + 1), b.unsqueeze(x, axis)
+    span = b("Squeeze", b("Shape", x, start=axis, end=axis + 1), b.ints(0))
+    place = b("Range", b.constant(0, "int64"), span, b.constant(1, "int64"))
+    earlier = b("Less", b.unsqueeze(place, 0), b.unsqueeze(place, 1))
+    before = b("Or", b("Less", other, one), b("And", b("Equal", other, one), earlier))
+    rank = b("ReduceSum", b.cast(before, "float32"), b.ints(axis + 1), keepdims=0)
+    rank = b.cast(rank, "int64")
+    places = b("Expand", place, b("Shape", x))
+    return {1: b("ScatterElements", places, rank, places, axis=axis)}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

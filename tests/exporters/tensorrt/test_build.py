@@ -150,13 +150,17 @@ def test_what_is_refused(exported, tmp_path, changes, error, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_that_cannot_be_sorted_is_refused(exported):
+def test_prompts_are_as_long_as_their_order_can_be_found(exported):
     from exporters.tensorrt.limits import check_limits
 
     manifest = read_manifest(exported)
-    manifest.data["layers"][0]["capacity"] = 3838
-    with pytest.raises(ValueError, match="largest cache has 3838 slots, expected at most 3837"):
-        check_limits(manifest, 1, 2)
+    manifest.data["layers"][0]["capacity"] = 1919
+    check_limits(manifest, 1, 1920)
+    with pytest.raises(ValueError, match="max_prompt: got 1921, expected at most 1920"):
+        check_limits(manifest, 1, 1921)
+    # A larger cache is not sorted: its order is counted.
+    manifest.data["layers"][0]["capacity"] = 1920
+    check_limits(manifest, 1, 8192)
 
 
 def test_engines_built_elsewhere_are_described(trt, exported, library, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import less_cache as lc
 from exporters.onnx import OnnxDecoder, export_decoder
 from exporters.onnx.manifest import MODEL, WEIGHTS, read_manifest
+from exporters.tensorrt import graphs
 from exporters.tensorrt.graphs import derive_graphs, layers_of
 from exporters.tensorrt.operators import OPSET, check_operators
 from tests.exporters.tensorrt.running import session_of
@@ -40,13 +41,13 @@ class Graphs:
 
 def compare(folder, plugin, *, atol=1e-5, steps=8, lengths=(2 * C, 3)):
     """Prompts with left padding, steps, a second turn, and a row that takes nothing in."""
-    decoder, graphs = OnnxDecoder(folder, threads=1), Graphs(folder, plugin)
+    decoder, derived = OnnxDecoder(folder, threads=1), Graphs(folder, plugin)
     state = decoder.new_state(len(lengths))
     other = state.numpy()
     ids, mask = (x.numpy() for x in prompts(list(lengths)))
     for step in range(steps):
         expected = decoder.append(state, ids, mask)
-        found = graphs.append(other, ids, mask)
+        found = derived.append(other, ids, mask)
         rows = mask.any(1)
         np.testing.assert_allclose(found[rows], expected[rows], atol=atol, rtol=atol)
         chosen = expected.argmax(1)
@@ -78,6 +79,21 @@ def test_graphs_of_every_policy_do_what_the_file_does(policy, tmp_path):
     export_decoder(model, config, maps, tmp_path)
     for plugin in (True, False):
         compare(tmp_path, plugin)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=policy_id)
+def test_caches_too_large_to_sort_are_ordered_by_counting(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_SORTED", 2 * C - 2)
+    model = build("llama", num_hidden_layers=1)
+    capacity = 64 if isinstance(policy, lc.FullCache) else C
+    rank = 0 if isinstance(policy, lc.FullCache) else 4
+    config = lc.CacheConfig.from_model(model.config, capacity=capacity, policy=policy, rank=rank)
+    maps = lc.FeatureMaps.initialise(config, hidden=8) if rank else None
+    export_decoder(model, config, maps, tmp_path)
+    compare(tmp_path, plugin=True)
+    _, prompt = derive_graphs(tmp_path)
+    ops = {node.op_type for node in onnx.load(prompt, load_external_data=False).graph.node}
+    assert "TopK" not in ops
 
 
 @pytest.mark.parametrize(("family", "opset"), [("gemma2", 20), ("falcon_mqa", 23)])
@@ -184,8 +200,8 @@ def test_what_the_parser_does_not_take_is_told(model, message):
         check_operators(model)
 
 
-def sorted_by(values):
-    """What the rewritten TopK makes of a runtime that turns equals round."""
+def sorting(*, count=False):
+    """A graph that sorts ``x``, rewritten."""
     from onnxscript import ir
 
     from exporters.tensorrt.rewrites import rewrite
@@ -199,9 +215,14 @@ def sorted_by(values):
         graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10
     )
     model = ir.from_proto(proto)
-    rewrite(model)
+    rewrite(model, count=count)
+    return ir.to_proto(model)
+
+
+def sorted_by(values):
+    """What the rewritten TopK makes of a runtime that turns equals round."""
     # The last of equals first: negated and turned round, ONNX's own order is that.
-    proto = ir.to_proto(model)
+    proto = sorting()
     first = next(node for node in proto.graph.node if node.op_type == "TopK")
     assert len([node for node in proto.graph.node if node.op_type == "TopK"]) == 2
     renamed = dict(zip(first.output, ("values", "places"), strict=True))
@@ -227,8 +248,23 @@ def sorted_by(values):
     return session.run(None, shaped)[0][0, 0]
 
 
-def test_the_order_of_equals_does_not_hang_on_the_runtime():
+@pytest.fixture
+def equals():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 4, 300).astype(np.float32)
     values[::7], values[3::11] = np.inf, -np.inf
-    np.testing.assert_array_equal(sorted_by(values), np.argsort(values, kind="stable"))
+    return values
+
+
+def test_the_order_of_equals_does_not_hang_on_the_runtime(equals):
+    np.testing.assert_array_equal(sorted_by(equals), np.argsort(equals, kind="stable"))
+
+
+def test_a_counted_order_is_the_sorted_one(equals):
+    proto = sorting(count=True)
+    assert all(node.op_type != "TopK" for node in proto.graph.node)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = {"x": equals[None, None], "size": np.array([len(equals)])}
+    names = {node.name for node in session.get_inputs()}
+    [found] = session.run(None, {name: given[name] for name in names})
+    np.testing.assert_array_equal(found[0, 0], np.argsort(equals, kind="stable"))

@@ -5,37 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from less_cache.policies import FullCache
 
+from .batch_state import BatchState
 from .onnx.manifest import Manifest
 from .onnx.sampling import GenerationStep, Sampler, generate_tokens
-
-
-class BatchState(Protocol):
-    """What a decoder holds between calls, for a batch of sequences.
-
-    Attributes
-    ----------
-    manifest : Manifest
-        Of the model it belongs to.
-    tokens_bound : int
-        No sequence has seen more tokens than this.
-    """
-
-    manifest: Manifest
-    tokens_bound: int
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-
-    def lengths(self) -> np.ndarray:
-        """[B] int32, tokens seen."""
-
 
 State = TypeVar("State", bound=BatchState)
 

@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
+
 
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int.
@@ -60,3 +62,25 @@ def check_choice(name: str, value: Any, allowed: Any) -> Any:
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
     return value
+
+
+def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
+    """`rows` as an array [N] of row numbers, N at least 1.
+
+    Raises
+    ------
+    TypeError
+        If it holds something else than integers.
+    ValueError
+        If it is not one-dimensional, empty, or a number lies outside ``0 .. batch_size - 1``.
+    """
+    given = np.asarray(rows)
+    if given.dtype.kind not in "iu" and given.size:
+        raise TypeError(f"{name}: got dtype {given.dtype}, expected integers")
+    if given.ndim != 1 or given.size == 0:
+        raise ValueError(f"{name}: got shape {given.shape}, expected one dimension, not empty")
+    if given.min() < 0 or given.max() >= batch_size:
+        raise ValueError(
+            f"{name}: got rows {given.min()} to {given.max()}, expected 0 to {batch_size - 1}"
+        )
+    return given

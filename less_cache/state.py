@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._checks import check_int
+from ._checks import check_int, check_rows
 from .config import CacheConfig, LayerConfig
 from .feature_maps import FeatureMaps, LayerMaps
 
@@ -243,16 +243,9 @@ class CacheState:
         return state
 
     def _row_index(self, name: str, rows: Any) -> Array:
-        given = rows.detach().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
-        if given.dtype.kind not in "iu" and given.size:
-            raise TypeError(f"{name}: got dtype {given.dtype}, expected integers")
-        if given.ndim != 1 or given.size == 0:
-            raise ValueError(f"{name}: got shape {given.shape}, expected one dimension, not empty")
-        if given.min() < 0 or given.max() >= self.batch_size:
-            raise ValueError(
-                f"{name}: got rows {given.min()} to {given.max()}, "
-                f"expected 0 to {self.batch_size - 1}"
-            )
+        if isinstance(rows, torch.Tensor):
+            rows = rows.detach().cpu().numpy()
+        given = check_rows(name, rows, self.batch_size)
         if self.is_numpy:
             return given
         return torch.as_tensor(given, dtype=torch.int64, device=self.layers[0].keys.device)

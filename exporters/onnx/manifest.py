@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,48 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
         If the manifest is damaged or of another format, or a file is truncated or another one.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
+    writer = "less-cache export onnx"
+    return manifest_of(folder, read_index(folder, MANIFEST, FORMAT, FIELDS, writer, verify))
+
+
+def read_index(
+    folder: Path, name: str, kind: str, fields: Sequence[str], writer: str, verify: bool
+) -> dict[str, Any]:
+    """Read the JSON that lists a folder's files, and see that they are those.
+
+    Parameters
+    ----------
+    folder
+        Has it.
+    name, kind
+        Of the JSON; what its ``format`` has to be.
+    fields
+        What it must have.
+    writer
+        The command that writes such folders.
+    verify
+        Read every file to the end and compare its digest; otherwise only the sizes.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_manifest`.
+    """
+    path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; less-cache export onnx writes it")
+        raise FileNotFoundError(f"{path}: no such file; {writer} writes it")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: truncated, or not valid JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != kind:
         found = data.get("format") if isinstance(data, dict) else data
-        raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
-    if missing := [name for name in FIELDS if name not in data]:
+        raise ValueError(f"{path}: format {found!r}, expected {kind!r}")
+    if missing := [field for field in fields if field not in data]:
         raise ValueError(f"{path}: lacks {missing}")
-    for name, wanted in data["files"].items():
-        check_file(folder / name, wanted, MANIFEST, verify)
-    return manifest_of(folder, data)
+    for file, wanted in data["files"].items():
+        check_file(folder / file, wanted, name, verify)
+    return data
 
 
 def manifest_of(folder: Path, data: dict[str, Any]) -> Manifest:

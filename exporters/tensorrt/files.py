@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.manifest import Manifest, check_file, digest, manifest_of
+from exporters.onnx.manifest import Manifest, digest, manifest_of, read_index
 from less_cache._files import write_text
 
 from .limits import Limits
@@ -92,20 +92,8 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
         If the manifest is damaged or of another format, or a file is truncated or another one.
     """
     folder = Path(folder)
-    path = folder / ENGINE_MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; less-cache export tensorrt writes it")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: truncated, or not valid JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else data
-        raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
-    if missing := [name for name in FIELDS if name not in data]:
-        raise ValueError(f"{path}: lacks {missing}")
-    for name, wanted in data["files"].items():
-        check_file(folder / name, wanted, ENGINE_MANIFEST, verify)
+    writer = "less-cache export tensorrt"
+    data = read_index(folder, ENGINE_MANIFEST, FORMAT, FIELDS, writer, verify)
     return EngineManifest(
         model=manifest_of(folder, data["model"]),
         limits=Limits(**data["limits"]),

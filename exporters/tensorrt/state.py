@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.batch_state import BatchState, empty_specs
 from exporters.onnx.manifest import Manifest
 from exporters.onnx.snapshots import to_cache_state
-from less_cache._checks import check_int
-from less_cache.state import EMPTY
 
 
-class TensorRTState:
+class TensorRTState(BatchState):
     """The state of a batch of sequences; `TensorRTDecoder.new_state` makes one.
 
     Attributes
@@ -30,90 +29,31 @@ class TensorRTState:
     """
 
     def __init__(self, manifest: Manifest, arrays: dict[str, Tensor]) -> None:
-        self.manifest = manifest
         self.arrays = arrays
-        self.tokens_bound = int(self.lengths().max())
-
-    def __repr__(self) -> str:
-        return f"TensorRTState(batch_size={self.batch_size}, nbytes={self.nbytes})"
+        super().__init__(manifest)
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return int(self.arrays["length"].shape[0])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays: the manifest's ``bytes_per_sequence`` times the batch size."""
-        return self.manifest.bytes_per_sequence * self.batch_size
-
     def lengths(self) -> np.ndarray:
-        """[B] int32, tokens seen."""
         return self.arrays["length"].cpu().numpy()
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Copies of all arrays; bfloat16, which NumPy has not, as float32."""
         return {name: to_numpy(tensor).copy() for name, tensor in self.arrays.items()}
 
-    def select(self, rows: Sequence[int]) -> TensorRTState:
-        """A new state of the given rows, in that order; repeats allowed.
-
-        Parameters
-        ----------
-        rows
-            [N] integers in 0 .. B - 1, at least one.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `rows` is not of that kind.
-        """
-        index = np.asarray(rows)
-        if index.ndim != 1 or index.size == 0:
-            raise ValueError(f"rows: got shape {index.shape}, expected one dimension, not empty")
-        if index.dtype.kind not in "iu":
-            raise TypeError(f"rows: got dtype {index.dtype}, expected integers")
-        if index.min() < 0 or index.max() >= self.batch_size:
-            raise ValueError(
-                f"rows: got rows {index.min()} to {index.max()}, "
-                f"expected 0 to {self.batch_size - 1}"
-            )
-        taken = torch.from_numpy(index.astype(np.int64)).to(self.arrays["length"].device)
-        return TensorRTState(self.manifest, {n: x[taken] for n, x in self.arrays.items()})
-
-    @staticmethod
-    def concat(states: Sequence[TensorRTState]) -> TensorRTState:
-        """A new state of all rows of `states`, in order.
-
-        Parameters
-        ----------
-        states
-            At least one, all of the same exported model.
-
-        Raises
-        ------
-        ValueError
-            If there is none, or they belong to different models.
-        """
-        if not states:
-            raise ValueError("states: got none, expected at least one")
-        first = states[0]
-        for i, state in enumerate(states):
-            if state.manifest.data["files"] != first.manifest.data["files"]:
-                raise ValueError(f"states[{i}]: belongs to another exported model than states[0]")
-        arrays = {name: torch.cat([s.arrays[name] for s in states]) for name in first.arrays}
-        return TensorRTState(first.manifest, arrays)
-
     def save(self, path: str | Path) -> None:
-        """Write a snapshot, which `OnnxDecoder` and `less_cache.CacheState` read as well.
-
-        Raises
-        ------
-        ValueError
-            If the model has sliding-window layers, which such a snapshot has no place for.
-        """
         arrays = {name: tensor.cpu() for name, tensor in self.arrays.items()}
         to_cache_state(self.manifest, arrays, self.tokens_bound).save(Path(path))
+
+    def _taken(self, index: np.ndarray) -> TensorRTState:
+        rows = torch.from_numpy(index.astype(np.int64)).to(self.arrays["length"].device)
+        return TensorRTState(self.manifest, {n: x[rows] for n, x in self.arrays.items()})
+
+    def _joined(self, states: Sequence[TensorRTState]) -> TensorRTState:
+        arrays = {name: torch.cat([s.arrays[name] for s in states]) for name in self.arrays}
+        return TensorRTState(self.manifest, arrays)
 
 
 def empty_arrays(manifest: Manifest, batch_size: int) -> dict[str, Tensor]:
@@ -124,13 +64,10 @@ def empty_arrays(manifest: Manifest, batch_size: int) -> dict[str, Tensor]:
     TypeError, ValueError
         If the size is no positive integer.
     """
-    check_int("batch_size", batch_size, minimum=1)
-    arrays = {}
-    for spec in manifest.state:
-        fill = EMPTY if spec.name.endswith(".positions") else 0
-        shape = (batch_size, *spec.shape)
-        arrays[spec.name] = torch.full(shape, fill, dtype=getattr(torch, spec.dtype))
-    return arrays
+    return {
+        spec.name: torch.full(shape, fill, dtype=getattr(torch, spec.dtype))
+        for spec, shape, fill in empty_specs(manifest, batch_size)
+    }
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

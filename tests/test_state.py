@@ -112,6 +112,25 @@ def test_select_makes_a_state_of_those_rows(used, rows):
     assert chosen.maps is manager.maps
 
 
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([3], ValueError, "rows: got rows 3 to 3, expected 0 to 2"),
+        ([0, -1], ValueError, "rows: got rows -1 to 0, expected 0 to 2"),
+        ([], ValueError, r"rows: got shape \(0,\), expected one dimension"),
+        ([[0]], ValueError, r"rows: got shape \(1, 1\), expected one dimension"),
+        ([0.0], TypeError, "rows: got dtype float64, expected integers"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(used, rows, error, message):
+    _, state = used
+    bits = bits_of(state)
+    for call in (state.select, state.reorder):
+        with pytest.raises(error, match=message):
+            call(rows)
+    assert bits_of(state) == bits
+
+
 def test_repeat_puts_copies_of_a_row_together(used):
     _, state = used
     before = arrays_of(state)

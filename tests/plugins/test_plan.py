@@ -12,16 +12,15 @@ import torch
 
 import less_cache as lc
 from less_cache import ops
-from less_cache.feature_maps import LayerMaps, tensor_shapes
 from less_cache.policies import Score
-from less_cache.state import allocate
 from tests.plugins.built import built
 
 pytest.importorskip("triton")
 
 from less_cache.backends.triton import launch as launching
-from less_cache.backends.triton.decode import KINDS, step
+from less_cache.backends.triton.decode import KINDS
 from less_cache.backends.triton.launch import Launch, recording
+from less_cache.backends.triton.on_meta import meta_maps, meta_step
 from less_cache.backends.triton.variants import Variant
 
 HIDDEN = 48
@@ -59,27 +58,9 @@ VARIANTS = [
 def launches(variant: Variant, splits: int | None = None) -> list[Launch]:
     """What the backend launches for one step."""
     layer = variant.config.layer(0)
-    dtype = getattr(torch, variant.dtype)
-    maps = None
-    if variant.rank:
-        shapes = tensor_shapes(
-            variant.kind,
-            query_heads=layer.query_heads,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            hidden=HIDDEN,
-            rank=layer.rank,
-        )
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        maps = LayerMaps(variant.kind, tensors).to("meta", dtype)
-    state = allocate(layer, variant.batch, device="meta")
-    q, k = (
-        torch.empty(variant.batch, heads, 1, layer.head_dim, dtype=dtype, device="meta")
-        for heads in (layer.query_heads, layer.kv_heads)
-    )
-    mask = torch.ones(variant.batch, 1, dtype=torch.bool, device="meta")
+    maps = meta_maps(layer, variant.kind if variant.rank else None, HIDDEN)
     with recording() as found:
-        step(layer, state, maps, q, k, k, mask, splits=splits)
+        meta_step(layer, variant.batch, maps, masked=True, splits=splits)
     return found
 
 

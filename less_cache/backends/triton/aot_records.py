@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 import triton
 
-from ...feature_maps import LAST_LAYERS, LayerMaps, tensor_shapes
+from ...feature_maps import LAST_LAYERS
 from ...policies import Score
-from ...state import allocate
 from .aot_layouts import POLICIES, Layout
 from .compiling import Signature, compile_kernel, signature
-from .decode import KINDS, SCORED, step
+from .decode import KINDS, SCORED
 from .launch import Launch, recording
+from .on_meta import meta_maps, meta_step
 
 HIDDEN_MULTIPLE = 16
 """The maps' hidden size is a multiple of it: rows of their matrices then begin aligned."""
@@ -134,32 +133,11 @@ def compile_layout(layout: Layout, arch: int, with_code: bool, with_ptx: bool) -
 def launches(layout: Layout) -> list[Launch]:
     """What decode steps of `layout` launch: for few and many sequences, slots shared or not."""
     layer = layout.example
-    maps = None
-    if layout.kind is not None:
-        shapes = tensor_shapes(
-            layout.kind,
-            query_heads=layer.query_heads,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            hidden=HIDDEN_MULTIPLE,
-            rank=layer.rank,
-        )
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        maps = LayerMaps(layout.kind, tensors).to("meta", getattr(torch, layer.dtype))
+    maps = meta_maps(layer, layout.kind, HIDDEN_MULTIPLE)
     found: list[Launch] = []
     for batch, splits in zip(BATCHES, (1, 2), strict=True):
-        state = allocate(layer, batch, device="meta")
-        q, k = (
-            torch.empty(
-                (batch, heads, 1, layer.head_dim),
-                dtype=getattr(torch, layer.dtype),
-                device="meta",
-            )
-            for heads in (layer.query_heads, layer.kv_heads)
-        )
-        mask = torch.ones(batch, 1, dtype=torch.bool, device="meta")
         with recording() as recorded:
-            step(layer, state, maps, q, k, k, mask, splits=splits)
+            meta_step(layer, batch, maps, masked=True, splits=splits)
         # Without maps kernel A has one tile, whatever the batch.
         again = splits > 1 and maps is None
         found += [w for w in recorded if not (again and w.kernel.__name__ == "select_and_map")]

@@ -77,13 +77,6 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
     )
 
 
-def compile_variant(variant: Variant, capability: int) -> list[Resources]:
-    """Compile all kernels that one variant's calls would launch."""
-    with recording() as launches:
-        launches_of(variant)
-    return [compile_launch(wanted, capability, str(variant)) for wanted in launches]
-
-
 def compile_all(
     variants: list[Variant], capabilities: tuple[int, ...], processes: int
 ) -> Iterator[Resources]:

@@ -6,10 +6,8 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ...config import CacheConfig
-from ...feature_maps import LayerMaps, tensor_shapes
 from ...policies import (
     H2O,
     TOVA,
@@ -21,9 +19,8 @@ from ...policies import (
     Score,
     SinkWindow,
 )
-from ...state import allocate
 from . import chunk
-from .decode import step
+from .on_meta import meta_maps, meta_step, meta_tokens
 from .scan import LARGEST_CAPACITY, eviction_times
 
 HIDDEN = 512
@@ -89,40 +86,21 @@ def launches_of(variant: Variant) -> None:
     A decode step, the attention of a chunk of `CHUNK` tokens, and the scan of as many.
     """
     layer = variant.config.layer(0)
-    dtype = getattr(torch, variant.dtype)
-
-    def heads(count: int, tokens: int) -> Tensor:
-        shape = (variant.batch, count, tokens, layer.head_dim)
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    maps = None
-    if variant.rank:
-        shapes = tensor_shapes(
-            variant.kind,
-            query_heads=layer.query_heads,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            hidden=HIDDEN,
-            rank=layer.rank,
-        )
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        maps = LayerMaps(variant.kind, tensors).to("meta", dtype)
-    mask = torch.ones(variant.batch, CHUNK, dtype=torch.bool, device="meta")
-    state = allocate(layer, variant.batch, device="meta")
-    k = heads(layer.kv_heads, 1)
-    only = mask[:, :1] if variant.masked else None
-    step(layer, state, maps, heads(layer.query_heads, 1), k, k, only)
+    maps = meta_maps(layer, variant.kind if variant.rank else None, HIDDEN)
+    state = meta_step(layer, variant.batch, maps, masked=variant.masked)
 
     columns = layer.capacity + CHUNK
-    keys = heads(layer.kv_heads, columns)
+    keys = meta_tokens(layer, variant.batch, layer.kv_heads, columns)
     positions = torch.empty(keys.shape[:3], dtype=torch.int32, device="meta")
     weight = None
     if layer.policy.score is Score.ATTENTION:
         weight = torch.empty(variant.batch, CHUNK, device="meta")
-    q = heads(layer.query_heads, CHUNK)
+    q = meta_tokens(layer, variant.batch, layer.query_heads, CHUNK)
     chunk.attend(layer, state, maps, q, keys, keys, positions, weight)
     if layer.capacity <= LARGEST_CAPACITY:
-        eviction_times(layer, q, heads(layer.kv_heads, CHUNK), mask if variant.masked else None)
+        k = meta_tokens(layer, variant.batch, layer.kv_heads, CHUNK)
+        mask = torch.ones(variant.batch, CHUNK, dtype=torch.bool, device="meta")
+        eviction_times(layer, q, k, mask if variant.masked else None)
 
 
 def selected_variants() -> list[Variant]:

@@ -1,25 +1,15 @@
 """Kernels compiled ahead of time: what is written, what it takes, and that sizes do not matter."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 import less_cache as lc
 from less_cache.backends.triton.compile_gate import read_usage
+from tests.backends.triton.compiling import run
 
 PTX_TYPES = {"u64": "ptr", "b64": "ptr", "u32": "i32", "b32": "i32", "f32": "f32"}
-
-
-def run(arguments, folder, **environment):
-    # The interpreter has no compiler, and a cache of earlier runs would compile nothing.
-    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    inherited |= {"TRITON_CACHE_DIR": str(folder / "cache"), **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
 
 
 def write_manifest(folder, config, kinds):

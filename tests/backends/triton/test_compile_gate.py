@@ -1,11 +1,10 @@
 """Every kernel compiles for every GPU generation, and takes no more than there is."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.backends.triton.compiling import run
 
 KERNELS = {
     "select_and_map",
@@ -15,14 +14,6 @@ KERNELS = {
     "sum_columns",
     "scan",
 }
-
-
-def run(arguments, folder, **environment):
-    # The interpreter has no compiler, and a cache of earlier runs would compile nothing.
-    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    inherited |= {"TRITON_CACHE_DIR": str(folder / "cache"), **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.timeout(600)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .conclude import conclude
-from .maths import ATTENTION, HISTORY, INFINITY, capped
+from .maths import ATTENTION, HISTORY, INFINITY, capped, gathered
 
 
 @triton.jit
@@ -63,14 +63,7 @@ def over_slots(
             kept = (g[:, None] < GROUP) & inside[None, :]
             at = g[:, None] * CAPACITY + slots[None, :]
             tl.store(logits + head * GROUP * CAPACITY + at, s, mask=kept)
-        top = tl.maximum(peak, tl.max(s, 1))
-        finite = tl.where(top == -INFINITY, 0.0, top)
-        weights = tl.exp(s - finite[:, None])
-        fade = tl.exp(peak - finite)
-        mass = mass * fade + tl.sum(weights, 1)
-        numerator = numerator * fade[:, None]
-        numerator += tl.dot(weights.to(DOT), value, input_precision="ieee")
-        peak = top
+        peak, mass, numerator = gathered(s, value, peak, mass, numerator, DOT)
     return peak, mass, numerator
 
 

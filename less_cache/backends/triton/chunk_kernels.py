@@ -9,7 +9,7 @@ ever stored: the second pass forms each tile of probabilities anew from its log-
 import triton
 import triton.language as tl
 
-from .maths import INFINITY, bound, capped
+from .maths import INFINITY, bound, capped, gathered
 
 
 @triton.jit
@@ -54,14 +54,7 @@ def attended(
         s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
         visible = held[None, :] & (columns[None, :] - CAPACITY <= row[:, None])
         s = tl.where(visible, s, -INFINITY)
-        top = tl.maximum(peak, tl.max(s, 1))
-        finite = tl.where(top == -INFINITY, 0.0, top)
-        weights = tl.exp(s - finite[:, None])
-        fade = tl.exp(peak - finite)
-        mass = mass * fade + tl.sum(weights, 1)
-        numerator = numerator * fade[:, None]
-        numerator += tl.dot(weights.to(DOT), value, input_precision="ieee")
-        peak = top
+        peak, mass, numerator = gathered(s, value, peak, mass, numerator, DOT)
     return peak, mass, numerator
 
 

@@ -54,6 +54,22 @@ def capped(x, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def gathered(s, value, peak, mass, numerator, DOT: tl.constexpr):
+    """Sums m, Σ exp(s - m), Σ exp(s - m) v, gone on with logits s [M, N] and values [N, D].
+
+    A row that has seen nothing yet has m = -∞, and sums of 0.
+    """
+    top = tl.maximum(peak, tl.max(s, 1))
+    finite = tl.where(top == -INFINITY, 0.0, top)
+    weights = tl.exp(s - finite[:, None])
+    fade = tl.exp(peak - finite)
+    mass = mass * fade + tl.sum(weights, 1)
+    numerator = numerator * fade[:, None]
+    numerator += tl.dot(weights.to(DOT), value, input_precision="ieee")
+    return top, mass, numerator
+
+
+@triton.jit
 def popcount(bits):
     """How many bits of each non-negative int64 are set."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)

@@ -1,85 +1,25 @@
-"""`CacheConfig`: the shapes of a cache, layer by layer, and what they cost in bytes."""
+"""`CacheConfig`: the shapes of a model's cache, its budget and its policy."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from ._checks import check_choice, check_int, check_real
+from ._checks import check_int, check_real
+from .arrays import Page, page_of
+from .dtypes import default_state_dtype, dtype_name
+from .layer_config import LayerConfig
 from .policies import Policy, policy_from_dict
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-POSITION_BYTES = 4
-LENGTH_BYTES = 4
-HISTORY_BYTES = 8
 
 FORMAT_VERSION = 1
 
-
-def dtype_name(dtype: Any) -> str:
-    """A dtype's plain name, whatever library it comes from.
-
-    Parameters
-    ----------
-    dtype
-        A name, or a dtype of torch or NumPy.
-
-    Raises
-    ------
-    ValueError
-        If it is none of float64, float32, float16 and bfloat16.
-    """
-    name = getattr(dtype, "__name__", None) or str(dtype)
-    return str(check_choice("dtype", name.removeprefix("torch."), DTYPE_BYTES))
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What one layer's cache is: everything a backend needs to know besides the arrays."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    capacity: int
-    policy: Policy
-    rank: int
-    scale: float
-    softcap: float | None
-    dtype: str
-    state_dtype: str
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.query_heads // self.kv_heads
-
-    @property
-    def score_dtype(self) -> str:
-        """Scores and sums are float32, or float64 where keys and values are."""
-        return "float64" if self.dtype == "float64" else "float32"
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot of one head: key, value, score, position, history."""
-        history = HISTORY_BYTES if self.policy.history_window else 0
-        pair = 2 * self.head_dim * DTYPE_BYTES[self.dtype]
-        return pair + DTYPE_BYTES[self.score_dtype] + POSITION_BYTES + history
-
-    @property
-    def low_rank_bytes(self) -> int:
-        """Bytes of H and z of one head."""
-        return self.rank * (self.head_dim + 1) * DTYPE_BYTES[self.state_dtype]
-
-    @property
-    def bytes_per_sequence(self) -> int:
-        """Bytes that one sequence takes in this layer."""
-        return (
-            self.kv_heads * (self.capacity * self.slot_bytes + self.low_rank_bytes) + LENGTH_BYTES
-        )
+Slots: TypeAlias = "int | float | str"
+"""A number of slots; or a share of the model's longest sequence, 0.05 or "5%"."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +35,9 @@ class CacheConfig:
     head_dim
         D, the size of a head.
     capacity
-        C, the pairs each head holds, the current token's included; or a share of `max_positions`
-        in (0, 1], rounded up; or one of these for each layer.
+        C, the pairs each head holds, the current token's included; or a share of `max_positions`,
+        as a float in (0, 1] or like ``"5%"``, rounded up. One for all; or one a layer; or, in
+        place of a layer's, one a KV head of that layer.
     policy
         Which pair leaves when the cache is full; or one policy for each layer.
     rank
@@ -115,17 +56,29 @@ class CacheConfig:
         Of H and z, likewise. Sums are formed in float32 and rounded when stored.
         Default: float32 (float64 where `dtype` is).
 
+    Attributes
+    ----------
+    The parameters, with every number filled in: `capacity` and `policy` one for all where all
+    layers and heads agree, else one a layer, else one a head of each layer.
+
     Raises
     ------
     ValueError, TypeError
         If a number is out of range, or the capacity too small for the policy.
+
+    Examples
+    --------
+    >>> import less_cache as lc
+    >>> config = lc.CacheConfig(2, 8, 2, 64, capacity=[32, [16, 128]], policy=lc.SinkWindow())
+    >>> config.capacities
+    ((32, 32), (16, 128))
     """
 
     num_layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
-    capacity: int | float | Sequence[int | float]
+    capacity: Slots | Sequence[Slots | Sequence[Slots]]
     policy: Policy | Sequence[Policy]
     rank: int = 8
     hidden: int | None = None
@@ -136,58 +89,57 @@ class CacheConfig:
     state_dtype: Any = None
 
     def __post_init__(self) -> None:
+        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("num_layers", "query_heads", "kv_heads", "head_dim"):
-            check_int(name, getattr(self, name), minimum=1)
-        check_int("rank", self.rank, minimum=0)
+            asked[name] = check_int(name, asked[name], minimum=1)
+        asked["rank"] = check_int("rank", self.rank, minimum=0)
         for name in ("hidden", "max_positions"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), minimum=1)
+            if asked[name] is not None:
+                asked[name] = check_int(name, asked[name], minimum=1)
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"query_heads: got {self.query_heads}, "
                 f"expected a multiple of kv_heads = {self.kv_heads}"
             )
         for name in ("scale", "softcap"):
-            if getattr(self, name) is not None:
-                check_real(name, getattr(self, name), above=0.0)
-        dtype = dtype_name(self.dtype)
-        default_state = "float64" if dtype == "float64" else "float32"
-        state_dtype = default_state if self.state_dtype is None else dtype_name(self.state_dtype)
-        capacities = tuple(
-            _slots(value, self.max_positions)
-            for value in _per_layer("capacity", self.capacity, self.num_layers)
-        )
-        policies = tuple(
-            _resolved(policy, capacity)
-            for policy, capacity in zip(
-                _per_layer("policy", self.policy, self.num_layers), capacities, strict=True
-            )
-        )
+            if asked[name] is not None:
+                asked[name] = check_real(name, asked[name], above=0.0)
+        asked["dtype"] = dtype_name(self.dtype)
+        if self.state_dtype is not None:
+            asked["state_dtype"] = dtype_name(self.state_dtype)
+        asked["capacity"] = _plain(self.capacity)
+        asked["policy"] = _plain(self.policy)
+        layers = tuple(_resolve_layers(asked))
         # Two spellings of the same cache are to compare equal and to hash alike.
-        normal = {
-            "capacity": _collapsed(capacities),
-            "policy": _collapsed(policies),
-            "dtype": dtype,
-            "state_dtype": state_dtype,
-            "scale": float(self.scale) if self.scale is not None else self.head_dim**-0.5,
+        resolved = {
+            **asked,
+            "capacity": _collapsed(tuple(_collapsed(layer.capacities) for layer in layers)),
+            "policy": _collapsed(tuple(_collapsed(layer.policies) for layer in layers)),
+            "scale": layers[0].scale,
+            "state_dtype": layers[0].state_dtype,
         }
-        for name, value in normal.items():
+        for name, value in (*resolved.items(), ("_asked", asked), ("_layers", layers)):
             object.__setattr__(self, name, value)
 
     @property
-    def capacities(self) -> tuple[int, ...]:
-        """C of each layer."""
-        return _per_layer("capacity", self.capacity, self.num_layers)
+    def capacities(self) -> tuple[tuple[int, ...], ...]:
+        """C of each KV head of each layer."""
+        return tuple(layer.capacities for layer in self._layers)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """The resolved policy of each layer."""
-        return _per_layer("policy", self.policy, self.num_layers)
+        """The policy of each layer, with its first head's numbers."""
+        return tuple(layer.policy for layer in self._layers)
 
     @property
     def group(self) -> int:
         """G, the query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """What a backend needs to know of each layer."""
+        return self._layers
 
     def layer(self, index: int) -> LayerConfig:
         """What a backend needs to know of layer `index`.
@@ -198,21 +150,17 @@ class CacheConfig:
             If there is no such layer.
         """
         check_int("layer", index, minimum=0, maximum=self.num_layers - 1)
-        scale = self.scale
-        if scale is None:
-            raise AssertionError("scale is filled in when the config is made")
-        return LayerConfig(
-            query_heads=self.query_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            capacity=self.capacities[index],
-            policy=self.policies[index],
-            rank=self.rank,
-            scale=scale,
-            softcap=self.softcap,
-            dtype=self.dtype,
-            state_dtype=self.state_dtype,
-        )
+        return self._layers[index]
+
+    def page(self, layer: int) -> Page:
+        """How a row of layer `layer` lies in one buffer: for engines that own the memory.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer.
+        """
+        return page_of(self.layer(layer))
 
     def bytes_per_sequence(self, dtype: Any = None) -> int:
         """Bytes that one sequence takes in all layers together, whatever its length.
@@ -223,32 +171,62 @@ class CacheConfig:
             Of keys and values; default: the config's own.
         """
         config = self if dtype is None else self.with_dtype(dtype)
-        return sum(config.layer(i).bytes_per_sequence for i in range(config.num_layers))
+        return sum(layer.bytes_per_sequence for layer in config.layers)
 
     def with_dtype(self, dtype: Any) -> CacheConfig:
         """The same cache for keys and values of another dtype."""
         name = dtype_name(dtype)
-        if name == self.dtype:
-            return self
-        # A state as wide as the pairs follows them; one the user chose narrower stays.
-        follows = self.state_dtype in ("float32", "float64")
-        return self.replace(dtype=name, state_dtype=None if follows else self.state_dtype)
+        return self if name == self.dtype else self.replace(dtype=name)
 
     def replace(self, **changes: Any) -> CacheConfig:
-        """A copy with some parameters changed, checked anew."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some parameters changed.
+
+        What was left to the library, or given as a share, is worked out anew: ``recent=None`` for
+        the new capacity, a share for the new `max_positions`, `state_dtype` for the new dtype.
+        """
+        known = self._asked
+        if unknown := sorted(set(changes) - set(known)):
+            raise TypeError(f"{unknown[0]}: no parameter of CacheConfig; expected some of {[*known]}")
+        return CacheConfig(**{**known, **changes})
 
     def baseline_plus(self) -> CacheConfig:
         """The sparse cache to compare with: rank 0, the low-rank state's bytes spent on slots.
 
-        The extra slots are rounded up, so that the comparison never favours the low-rank state.
+        Each head's extra slots are rounded up, so that the comparison never favours the low-rank
+        state.
         """
-        extra = [
-            math.ceil(layer.low_rank_bytes / layer.slot_bytes)
-            for layer in map(self.layer, range(self.num_layers))
+        capacities = [
+            [c + math.ceil(layer.low_rank_bytes / layer.slot_bytes) for c in layer.capacities]
+            for layer in self.layers
         ]
-        capacities = [c + more for c, more in zip(self.capacities, extra, strict=True)]
         return self.replace(capacity=capacities, rank=0)
+
+    def shard(self, rank: int, world: int) -> CacheConfig:
+        """The part of the cache that one of `world` tensor-parallel processes holds.
+
+        Heads are dealt out in order. Where there are more processes than KV heads, several hold
+        the same KV head, each for its own query heads.
+
+        Parameters
+        ----------
+        rank
+            Which process, from 0; not the low-rank state's rank.
+        world
+            How many there are.
+
+        Raises
+        ------
+        ValueError
+            If the heads cannot be dealt out evenly.
+        """
+        heads = kv_shard(self.query_heads, self.kv_heads, rank, world)
+        capacities = [list(layer.capacities[heads]) for layer in self.layers]
+        return self.replace(
+            query_heads=self.query_heads // world,
+            kv_heads=heads.stop - heads.start,
+            capacity=capacities,
+            scale=self.scale,
+        )
 
     @classmethod
     def for_budget(
@@ -258,7 +236,7 @@ class CacheConfig:
         policy: Policy | Sequence[Policy],
         **parameters: Any,
     ) -> CacheConfig:
-        """The config with the largest capacity, equal in all layers, that keeps within a budget.
+        """The config with the largest capacity, equal in all heads, that keeps within a budget.
 
         Parameters
         ----------
@@ -287,8 +265,7 @@ class CacheConfig:
                 f"bytes_per_sequence: got {bytes_per_sequence}, but the least that this policy and "
                 f"rank take is {smallest.bytes_per_sequence()}"
             )
-        layers = map(smallest.layer, range(smallest.num_layers))
-        slot = sum(layer.kv_heads * layer.slot_bytes for layer in layers)
+        slot = sum(layer.kv_heads * layer.slot_bytes for layer in smallest.layers)
         return cls(capacity=least + spare // slot, policy=policy, **parameters)
 
     @classmethod
@@ -296,7 +273,7 @@ class CacheConfig:
         cls,
         model_config: Any,
         *,
-        capacity: int | float | Sequence[int | float] | None = None,
+        capacity: Slots | Sequence[Slots | Sequence[Slots]] | None = None,
         policy: Policy | Sequence[Policy],
         rank: int = 8,
         **parameters: Any,
@@ -315,7 +292,9 @@ class CacheConfig:
         ValueError
             If the configuration lacks a shape, or every layer has a sliding window.
         """
-        shapes = model_shapes(model_config)
+        # The one look upward: what such a configuration means is the integrations' knowledge.
+        reader = importlib.import_module(".integrations.introspection", __package__)
+        shapes = reader.model_shapes(model_config)
         shapes.update(parameters)
         if capacity is None:
             capacity = shapes.get("max_positions")
@@ -326,10 +305,16 @@ class CacheConfig:
         return cls(capacity=capacity, policy=policy, rank=rank, **shapes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-ready data; `from_dict` reads it back."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data["capacity"] = list(self.capacities)
-        data["policy"] = [policy.to_dict() for policy in self.policies]
+        """What was asked for, as JSON-ready data; `from_dict` reads it back.
+
+        Raises
+        ------
+        ValueError
+            If a policy is a user's own that nobody registered.
+        """
+        data = dict(self._asked)
+        policies = _per_layer("policy", data["policy"], self.num_layers)
+        data["policy"] = [policy.to_dict() for policy in policies]
         return {"format": FORMAT_VERSION, **data}
 
     @classmethod
@@ -351,70 +336,65 @@ class CacheConfig:
         return cls(**fields)
 
 
-def model_shapes(model_config: Any) -> dict[str, Any]:
-    """The parameters of `CacheConfig` that a transformers configuration determines."""
-    text = model_config
-    if callable(getattr(model_config, "get_text_config", None)):
-        text = model_config.get_text_config()
-    query_heads = _attribute(text, "num_attention_heads", "n_head")
-    kv_heads = query_heads
-    if getattr(text, "model_type", "") == "falcon":
-        if not text.new_decoder_architecture and text.multi_query:
-            kv_heads = 1
-        else:
-            kv_heads = text.num_kv_heads or query_heads
-    else:
-        kv_heads = getattr(text, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None:
-        head_dim = _attribute(text, "hidden_size") // query_heads
-    shapes: dict[str, Any] = {
-        "num_layers": len(full_attention_layers(text)),
-        "query_heads": query_heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_positions": getattr(text, "max_position_embeddings", None),
-        "softcap": getattr(text, "attn_logit_softcapping", None),
-    }
-    if getattr(text, "query_pre_attn_scalar", None) is not None:
-        shapes["scale"] = text.query_pre_attn_scalar**-0.5
-    elif getattr(text, "attention_multiplier", None) is not None:
-        shapes["scale"] = text.attention_multiplier
-    dtype = getattr(text, "dtype", None)
-    if dtype is not None:
-        shapes["dtype"] = dtype_name(dtype)
-    return shapes
-
-
-def full_attention_layers(model_config: Any) -> list[int]:
-    """Indices of the model's layers that attend over everything: those that get a LESS cache.
+def kv_shard(query_heads: int, kv_heads: int, rank: int, world: int) -> slice:
+    """The KV heads that process `rank` of `world` holds.
 
     Raises
     ------
     ValueError
-        If there is none, because every layer has a sliding window.
+        If the heads cannot be dealt out evenly, or there is no such process.
     """
-    count = _attribute(model_config, "num_hidden_layers", "n_layer")
-    types = getattr(model_config, "layer_types", None)
-    if types is None:
-        sliding = getattr(model_config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"] * count
-    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    if not full:
+    check_int("world", world, minimum=1)
+    check_int("rank", rank, minimum=0, maximum=world - 1)
+    if query_heads % world or (kv_heads % world and world % kv_heads):
         raise ValueError(
-            "model_config: every layer has a sliding window, so no layer's cache grows; "
-            "set sliding_window=None in the model's configuration to let LESS hold the past instead"
+            f"world: got {world}, expected a divisor of query_heads = {query_heads} that divides "
+            f"kv_heads = {kv_heads} or is a multiple of it"
         )
-    return full
+    first = rank * kv_heads // world
+    return slice(first, first + max(1, kv_heads // world))
 
 
-def _attribute(model_config: Any, *names: str) -> Any:
-    for name in names:
-        if getattr(model_config, name, None) is not None:
-            return getattr(model_config, name)
-    raise ValueError(
-        f"model_config: {type(model_config).__name__} has no attribute {' or '.join(names)}"
-    )
+def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
+    num_layers, kv_heads = asked["num_layers"], asked["kv_heads"]
+    dtype, scale = asked["dtype"], asked["scale"]
+    layers = []
+    capacities = _per_layer("capacity", asked["capacity"], num_layers)
+    policies = _per_layer("policy", asked["policy"], num_layers)
+    for index, (capacity, policy) in enumerate(zip(capacities, policies, strict=True)):
+        heads = capacity if isinstance(capacity, tuple) else (capacity,) * kv_heads
+        if len(heads) != kv_heads:
+            raise ValueError(
+                f"capacity: got {len(heads)} entries for layer {index}, expected one, or "
+                f"{kv_heads}: one a KV head"
+            )
+        slots = tuple(_slots(value, asked["max_positions"]) for value in heads)
+        layers.append(
+            LayerConfig(
+                query_heads=asked["query_heads"],
+                kv_heads=kv_heads,
+                head_dim=asked["head_dim"],
+                capacities=slots,
+                policies=tuple(_checked_policy(policy).resolve(c) for c in slots),
+                rank=asked["rank"],
+                scale=scale if scale is not None else asked["head_dim"] ** -0.5,
+                softcap=asked["softcap"],
+                dtype=dtype,
+                state_dtype=asked["state_dtype"] or default_state_dtype(dtype),
+            )
+        )
+    return layers
+
+
+def _plain(value: Any) -> Any:
+    """The value with sequences as tuples, and NumPy's numbers as Python's."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(_plain(entry) for entry in value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        return float(value)
+    return value
 
 
 def _per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
@@ -434,7 +414,7 @@ def _collapsed(values: tuple[Any, ...]) -> Any:
 def _slots(value: Any, max_positions: int | None) -> int:
     if isinstance(value, (numbers.Integral, bool)):
         return check_int("capacity", value, minimum=1)
-    share = check_real("capacity", value, above=0.0, maximum=1.0)
+    share = check_real("capacity", parse_share(value), above=0.0, maximum=1.0)
     if max_positions is None:
         raise ValueError(
             f"capacity: got the share {share}, which needs max_positions to count slots"
@@ -443,11 +423,17 @@ def _slots(value: Any, max_positions: int | None) -> int:
     return math.ceil(round(share * max_positions, 6))
 
 
+def parse_share(value: Any) -> Any:
+    """``"5%"`` as 0.05; anything but such a text as it is."""
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            return float(value[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
 def _checked_policy(policy: Any) -> Policy:
     if not isinstance(policy, Policy):
         raise TypeError(f"policy: got {policy!r}, expected a Policy such as H2O() or SinkWindow()")
     return policy
-
-
-def _resolved(policy: Any, capacity: int) -> Policy:
-    return _checked_policy(policy).resolve(capacity)

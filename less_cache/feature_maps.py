@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._checks import check_choice
-from .config import CacheConfig
+from .config import CacheConfig, kv_shard
 
 EXPONENT_LIMIT = 30.0
 """Largest exponent of the ``"exp"`` kind: φ·z then stays finite in float32 for any length."""
@@ -107,6 +108,16 @@ class LayerMaps:
                     device=device,
                     dtype=None if dtype is None else (dtype if name in FIRST_LAYERS else last),
                 )
+                for name, tensor in self.tensors.items()
+            },
+        )
+
+    def heads(self, query_heads: slice, kv_heads: slice) -> LayerMaps:
+        """The maps of some heads alone."""
+        return LayerMaps(
+            self.kind,
+            {
+                name: tensor[query_heads if name.startswith("phi") else kv_heads]
                 for name, tensor in self.tensors.items()
             },
         )
@@ -218,7 +229,7 @@ class FeatureMaps:
         """``"paper"`` or ``"exp"``."""
         return self.layers[0].kind
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the kind and every parameter: two maps with one digest are the same."""
         digest = hashlib.sha256(self.kind.encode())
@@ -321,6 +332,28 @@ class FeatureMaps:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> FeatureMaps:
         """The maps on another device, the first layers' matrices in `dtype`."""
         layers = [layer.to(device, dtype) for layer in self.layers]
+        return FeatureMaps(layers, model_id=self.model_id, record=self.record)
+
+    def shard(self, rank: int, world: int) -> FeatureMaps:
+        """The maps of the heads that one of `world` tensor-parallel processes holds.
+
+        Parameters
+        ----------
+        rank, world
+            As of `CacheConfig.shard`, whose part of the cache these serve.
+
+        Raises
+        ------
+        ValueError
+            If the heads cannot be dealt out evenly.
+        """
+        layers = []
+        for layer in self.layers:
+            shapes = layer.shapes
+            kv_heads = kv_shard(shapes["query_heads"], shapes["kv_heads"], rank, world)
+            share = shapes["query_heads"] // world
+            query_heads = slice(rank * share, (rank + 1) * share)
+            layers.append(layer.heads(query_heads, kv_heads))
         return FeatureMaps(layers, model_id=self.model_id, record=self.record)
 
     def check_against(self, config: CacheConfig) -> None:

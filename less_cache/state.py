@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,59 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import snapshot
 from ._checks import check_int, check_rows
-from .config import CacheConfig, LayerConfig
-from .feature_maps import FeatureMaps, LayerMaps
-
-Array = Any
-"""A torch tensor, or a NumPy array where the state was made for NumPy."""
-
-EMPTY = -1
-"""The position of a slot that holds no pair."""
-
+from .arrays import EMPTY, Array, LayerArrays, empty_arrays
+from .config import CacheConfig
+from .feature_maps import FeatureMaps
+from .layer_config import LayerConfig
 
 @dataclass
-class LayerState:
-    """One layer's cache. Its size never changes; backends rewrite the arrays in place.
+class LayerState(LayerArrays):
+    """One layer's cache of a batch, and how many tokens each row has seen.
 
     Parameters
     ----------
-    keys, values
-        [B, Hkv, C, D], keys after the rotary embedding.
-    scores
-        [B, Hkv, C], what the policy holds of each pair.
-    positions
-        [B, Hkv, C] int32, each pair's place in its sequence, counted without padding; -1: empty.
-    H
-        [B, Hkv, R, D], Σ ψ(k)ᵀ v over what was evicted.
-    z
-        [B, Hkv, R], Σ ψ(k) over what was evicted.
+    keys, values, scores, positions, H, z, history
+        As of `LayerArrays`, with a row a sequence.
     length
         [B] int32, tokens seen.
-    history
-        [B, Hkv, C] int64, bits that `Scissorhands` keeps; ``None`` for other policies.
     tokens_bound
-        No sequence has seen more tokens than this; known without asking the device.
+        Where the policy is `FullCache`: no row has seen more tokens than this, so that the device
+        need not be asked whether there is room. Other policies leave it at 0.
     """
 
-    keys: Array
-    values: Array
-    scores: Array
-    positions: Array
-    H: Array
-    z: Array
-    length: Array
-    history: Array | None = None
+    length: Array = None
     tokens_bound: int = 0
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays by name, `history` only where there is one."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in fields.items()
-            if name != "tokens_bound" and value is not None
-        }
+        """The arrays by name, `history` only where there is one, and `length`."""
+        return {**self.named(), "length": self.length}
 
     @property
     def nbytes(self) -> int:
@@ -79,19 +52,31 @@ class CacheState:
     config : CacheConfig
         With the dtype that the arrays have.
     layers : list of LayerState
-    maps : FeatureMaps or None
-        The maps the low-rank state was made with.
+    maps_digest : str
+        `FeatureMaps.digest` of the maps that the low-rank state was made with; "" for rank 0.
     """
 
     def __init__(
-        self, config: CacheConfig, layers: list[LayerState], maps: FeatureMaps | None = None
+        self,
+        config: CacheConfig,
+        layers: list[LayerState],
+        maps: FeatureMaps | None = None,
+        *,
+        maps_digest: str = "",
     ) -> None:
         self.config = config
         self.layers = layers
         self.maps = maps
-        # As the backend of that name wants them; the manager prepares them.
-        self.layer_maps: list[LayerMaps | None] = [None] * len(layers)
-        self.prepared_for: str | None = None
+        self._maps_digest = maps_digest
+        # What the manager that the state was last handed to has made ready for it.
+        self.plan: Any = None
+
+    @property
+    def maps_digest(self) -> str:
+        return self._maps_digest or (self.maps.digest if self.maps else "")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
+        return self.clone()
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -171,6 +156,10 @@ class CacheState:
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
         return self._like(layers)
 
+    def clone(self) -> CacheState:
+        """A copy that goes on by itself, such as one for each continuation of a prompt."""
+        return self.select(np.arange(self.batch_size))
+
     def repeat(self, count: int) -> CacheState:
         """A new state with each row `count` times in succession.
 
@@ -196,13 +185,24 @@ class CacheState:
         for layer in self.layers:
             arrays = {name: array.to(device, copy=True) for name, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
-        return CacheState(self.config, layers, self.maps)
+        return self._like(layers)
 
     def save(self, path: str | Path) -> None:
-        """Write a snapshot: safetensors with the config inside, by way of a temporary name."""
-        from .snapshot import save_snapshot
+        """Write a snapshot: safetensors with the config inside, by way of a temporary name.
 
-        save_snapshot(self, Path(path))
+        Raises
+        ------
+        ValueError
+            If a policy is a user's own that nobody registered: it could not be read back.
+        """
+        snapshot.write(
+            Path(path),
+            self.config,
+            [layer.arrays() for layer in self.layers],
+            tokens_bounds=[layer.tokens_bound for layer in self.layers],
+            maps_digest=self.maps_digest,
+            library="numpy" if self.is_numpy else "torch",
+        )
 
     @classmethod
     def load(
@@ -232,15 +232,29 @@ class CacheState:
         ValueError
             If the file is truncated, no snapshot, or made with another config or other maps.
         """
-        from .snapshot import load_snapshot
-
-        return load_snapshot(Path(path), config, maps, device)
+        found = snapshot.read(Path(path))
+        found.check_config(config)
+        if found.config.rank:
+            if maps is None:
+                raise ValueError(
+                    f"{path}: has a low-rank state; maps must be given to go on with it"
+                )
+            if maps.digest != found.maps_digest:
+                raise ValueError(f"{path}: made with other feature maps than those given")
+        numpy = found.library == "numpy"
+        layers = []
+        for index, bound in enumerate(found.tokens_bounds):
+            layer = allocate(
+                found.config.layer(index), found.batch_size, numpy=numpy, device=device
+            )
+            found.fill(index, layer.arrays())
+            layer.tokens_bound = bound
+            layers.append(layer)
+        found.check_all_used()
+        return cls(found.config, layers, maps if found.config.rank else None)
 
     def _like(self, layers: list[LayerState]) -> CacheState:
-        state = CacheState(self.config, layers, self.maps)
-        state.layer_maps = self.layer_maps
-        state.prepared_for = self.prepared_for
-        return state
+        return CacheState(self.config, layers, self.maps, maps_digest=self._maps_digest)
 
     def _row_index(self, name: str, rows: Any) -> Array:
         if isinstance(rows, torch.Tensor):
@@ -267,23 +281,9 @@ def allocate(
     device
         Of torch tensors.
     """
-
-    def zeros(shape: Sequence[int], dtype: str) -> Array:
-        if numpy:
-            return np.zeros(shape, dtype=dtype)
-        return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
-
-    heads = (batch_size, layer.kv_heads)
-    slots = (*heads, layer.capacity)
-    positions = zeros(slots, "int32")
-    positions[...] = EMPTY
-    return LayerState(
-        keys=zeros((*slots, layer.head_dim), layer.dtype),
-        values=zeros((*slots, layer.head_dim), layer.dtype),
-        scores=zeros(slots, layer.score_dtype),
-        positions=positions,
-        H=zeros((*heads, layer.rank, layer.head_dim), layer.state_dtype),
-        z=zeros((*heads, layer.rank), layer.state_dtype),
-        length=zeros((batch_size,), "int32"),
-        history=zeros(slots, "int64") if layer.policy.history_window else None,
-    )
+    arrays = empty_arrays(layer, batch_size, numpy=numpy, device=device)
+    if numpy:
+        length: Array = np.zeros(batch_size, dtype="int32")
+    else:
+        length = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return LayerState(**arrays.named(), length=length)

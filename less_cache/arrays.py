@@ -1,0 +1,216 @@
+"""The arrays of one layer's cache, whoever owns them, and the layout of a row of them in a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layer_config import LayerConfig, Run
+
+Array = Any
+"""A torch tensor, or a NumPy array where the state was made for NumPy."""
+
+EMPTY = -1
+"""The position of a slot that holds no pair."""
+
+PAGE_ALIGNMENT = 16
+"""Each array of a page begins at a multiple of so many bytes, and so does the next page."""
+
+
+@dataclass
+class LayerArrays:
+    """What one layer's cache consists of. Backends rewrite the arrays in place.
+
+    The first axis counts the rows of a pool, P; a cache of a batch alone has P = B. N are the
+    slots of all heads, one head's after another's. Any strides will do, but D is contiguous.
+
+    Parameters
+    ----------
+    keys, values
+        [P, N, D], keys after the rotary embedding.
+    scores
+        [P, N], what the policy holds of each pair.
+    positions
+        [P, N] int32, each pair's place in its sequence, counted without padding; -1: empty.
+    H
+        [P, Hkv, R, D], Σ ψ(k)ᵀ v over what was evicted.
+    z
+        [P, Hkv, R], Σ ψ(k) over what was evicted.
+    history
+        [P, N] int64, bits that `Scissorhands` keeps; ``None`` for other policies.
+    """
+
+    keys: Array
+    values: Array
+    scores: Array
+    positions: Array
+    H: Array
+    z: Array
+    history: Array | None = None
+
+    def of_run(self, run: Run) -> LayerArrays:
+        """The arrays of heads of equal capacity as dense views [P, heads, C, ...] of these."""
+        shape = (-1, run.heads, run.layer.capacity)
+
+        def dense(array: Array) -> Array:
+            # A view, not a reshape: a copy would lose what is written to it.
+            part = array[:, run.slots]
+            if isinstance(array, np.ndarray):
+                strides = part.strides
+                split = (strides[0], strides[1] * shape[2], *strides[1:])
+                sizes = (part.shape[0], *shape[1:], *part.shape[2:])
+                return np.lib.stride_tricks.as_strided(part, sizes, split)
+            return part.unflatten(1, shape[1:])
+
+        return LayerArrays(
+            keys=dense(self.keys),
+            values=dense(self.values),
+            scores=dense(self.scores),
+            positions=dense(self.positions),
+            H=self.H[:, run.kv_heads],
+            z=self.z[:, run.kv_heads],
+            history=None if self.history is None else dense(self.history),
+        )
+
+    def named(self) -> dict[str, Array]:
+        """The arrays by name, `history` only where there is one."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(LayerArrays)}
+        return {name: array for name, array in found.items() if array is not None}
+
+
+def array_shapes(layer: LayerConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of a row and dtype of each array of a layer, by name."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "keys": ((layer.slots, layer.head_dim), layer.dtype),
+        "values": ((layer.slots, layer.head_dim), layer.dtype),
+        "scores": ((layer.slots,), layer.score_dtype),
+        "positions": ((layer.slots,), "int32"),
+        "H": ((layer.kv_heads, layer.rank, layer.head_dim), layer.state_dtype),
+        "z": ((layer.kv_heads, layer.rank), layer.state_dtype),
+    }
+    if layer.policy.history_window:
+        shapes["history"] = ((layer.slots,), "int64")
+    return shapes
+
+
+def empty_arrays(
+    layer: LayerConfig, rows: int, *, numpy: bool = False, device: Any = None
+) -> LayerArrays:
+    """Arrays of `rows` empty rows: zeros, and positions of -1.
+
+    Parameters
+    ----------
+    layer
+        Shapes and dtypes.
+    rows
+        P.
+    numpy
+        NumPy arrays instead of torch tensors.
+    device
+        Of torch tensors.
+    """
+
+    def filled(name: str, shape: Sequence[int], dtype: str) -> Array:
+        value = EMPTY if name == "positions" else 0
+        if numpy:
+            return np.full((rows, *shape), value, dtype=dtype)
+        return torch.full((rows, *shape), value, dtype=getattr(torch, dtype), device=device)
+
+    shapes = array_shapes(layer)
+    return LayerArrays(**{name: filled(name, *shapes[name]) for name in shapes})
+
+
+@dataclass(frozen=True)
+class PageField:
+    """One array of a row in a page.
+
+    Parameters
+    ----------
+    name
+        As `LayerArrays` has it.
+    shape, dtype
+        Of a row.
+    offset, nbytes
+        Where it begins in the page, and how long it is, in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """How one row of one layer lies in a buffer that an engine owns.
+
+    Examples
+    --------
+    >>> import torch, less_cache as lc
+    >>> config = lc.CacheConfig(1, 4, 2, 64, capacity=32, policy=lc.H2O(), rank=8)
+    >>> page = config.page(0)
+    >>> buffer = torch.empty(10, page.nbytes, dtype=torch.int8)  # ten rows
+    >>> page.arrays(buffer).keys.shape
+    torch.Size([10, 64, 64])
+    """
+
+    fields: tuple[PageField, ...]
+    nbytes: int
+
+    def __iter__(self) -> Iterator[PageField]:
+        return iter(self.fields)
+
+    def arrays(self, buffer: Tensor) -> LayerArrays:
+        """The arrays of all rows of a buffer, as views of it.
+
+        What the bytes are makes no difference to a row of length 0.
+
+        Parameters
+        ----------
+        buffer
+            [P, at least `nbytes`] int8 or uint8, its rows at multiples of `PAGE_ALIGNMENT` bytes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not of that kind.
+        """
+        if not isinstance(buffer, Tensor) or buffer.dtype not in (torch.int8, torch.uint8):
+            found = getattr(buffer, "dtype", type(buffer).__name__)
+            raise TypeError(f"buffer: got {found}, expected a tensor of int8 or uint8")
+        if buffer.ndim != 2 or buffer.shape[1] < self.nbytes or buffer.stride(1) != 1:
+            raise ValueError(
+                f"buffer: got shape {tuple(buffer.shape)} with strides {buffer.stride()}, expected "
+                f"[rows, at least {self.nbytes}], each row in one piece"
+            )
+        if buffer.stride(0) % PAGE_ALIGNMENT or buffer.data_ptr() % PAGE_ALIGNMENT:
+            raise ValueError(
+                f"buffer: a row begins every {buffer.stride(0)} bytes from address "
+                f"{buffer.data_ptr()}, expected multiples of {PAGE_ALIGNMENT}"
+            )
+        arrays = {}
+        for field in self.fields:
+            part = buffer[:, field.offset : field.offset + field.nbytes]
+            dtype = getattr(torch, field.dtype)
+            # A field without numbers (rank 0) has no bytes to look at.
+            whole = part.view(dtype) if field.nbytes else part.new_empty(part.shape, dtype=dtype)
+            arrays[field.name] = whole.unflatten(1, field.shape) if field.shape else whole
+        return LayerArrays(**arrays)
+
+
+def page_of(layer: LayerConfig) -> Page:
+    """The layout of a row of `layer` in one buffer."""
+    fields, offset = [], 0
+    for name, (shape, dtype) in array_shapes(layer).items():
+        nbytes = math.prod(shape) * getattr(torch, dtype).itemsize
+        fields.append(PageField(name, shape, dtype, offset, nbytes))
+        offset += -(-nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+    return Page(tuple(fields), offset)

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+from less_cache.backends.triton.compile_gate import read_usage
 
 import less_cache as lc
-from less_cache.backends.triton.compile_gate import read_usage
 from tests.backends.triton.compiling import run
 
 PTX_TYPES = {"u64": "ptr", "b64": "ptr", "u32": "i32", "b32": "i32", "f32": "f32"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from less_cache import ops
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
-from less_cache.integrations.interception import intercepted
-from less_cache.integrations.model_check import attention_modules, decoder_of
+from less_cache.integrations.transformers.interception import intercepted
+from less_cache.integrations.transformers.model_check import attention_modules, decoder_of
 from less_cache.state import allocate
 
 from .parts import Layer

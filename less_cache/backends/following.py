@@ -33,7 +33,7 @@ def eviction_times(
     arrays = empty_arrays(sparse, batch, device=k.device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if mask is None else mask
     # The column of each token, by its position; what is not there is the spare column.
-    order = (~real).to(torch.int8).argsort(1, stable=True)
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
     order = torch.cat([order, torch.full_like(order[:, :1], tokens)], 1)
     # The last query that found the pair in a slot; its own at least.
     last = torch.arange(tokens + 1, dtype=torch.int32, device=k.device)

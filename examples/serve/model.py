@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 import less_cache as lc
+from exporters.common.manifest import MANIFEST
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MANIFEST
 from less_cache.policies import FullCache
 
 SHIPPED = "less-cache-reference"

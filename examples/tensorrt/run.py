@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from exporters.onnx.sampling import Sampler
+from exporters.common.sampling import Sampler
 from exporters.tensorrt import TensorRTDecoder
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import less_cache
+from exporters.common.folders import digest
+from exporters.common.manifest import FORMAT, MANIFEST
 from less_cache import ops
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
 from .decoder import state_tensors
-from .manifest import FORMAT, MANIFEST, digest
 from .parts import Layer
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ import onnx
 import torch
 from onnxscript import ir
 
+from exporters.common.folders import replaced_files
+from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
 from less_cache._checks import check_choice, check_int
 from less_cache.config import CacheConfig, dtype_name
 from less_cache.feature_maps import FeatureMaps
@@ -24,7 +23,6 @@ from .assembly import assemble
 from .decoder import trace_decoder
 from .describing import write_manifest
 from .layers import model_layers
-from .manifest import MANIFEST, MODEL, WEIGHTS
 from .parts import Layer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -163,22 +161,6 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     for module, name, buffer in computed:
         module._buffers[name] = buffer
     return model
-
-
-@contextlib.contextmanager
-def replaced_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` if the block ends without an error.
-
-    The file named `last` moves last: it tells the others' digests, so a mixture is noticed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
-    try:
-        yield temporary
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save(prepared: Prepared, folder: Path, tokenizer: Any) -> None:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporters.common.folders import replaced_files
+from exporters.common.manifest import MODEL
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
-from .export import Prepared, prepare, replaced_files, save
-from .manifest import MODEL
+from .export import Prepared, prepare, save
 from .packing import PAST, PRESENT, hide_padding, pack_state
 
 CONFIG = "genai_config.json"

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from exporters.decoding import BatchDecoder
+from exporters.common.decoding import BatchDecoder
+from exporters.common.manifest import MODEL, WEIGHTS, read_manifest
 
-from .manifest import MODEL, WEIGHTS, check_session, read_manifest, refuse_bfloat16
 from .placement import Placement, check_providers
-from .state import OnnxState, empty_state
+from .session import check_session, refuse_bfloat16
+from .state import OnnxState, empty_state, read_state
 
 __all__ = ["OnnxDecoder", "OnnxState"]
 
@@ -105,9 +106,7 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         ValueError
             If it is damaged, or made with another config or other maps than this model's.
         """
-        from .snapshots import load_state
-
-        return load_state(self.manifest, self.placement, Path(path))
+        return read_state(self.manifest, self.placement, Path(path))
 
     def append(
         self, state: OnnxState, input_ids: np.ndarray, attention_mask: np.ndarray | None = None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
-from exporters.batch_state import BatchState, empty_specs
+from exporters.common.batch_state import BatchState, empty_specs
+from exporters.common.manifest import Manifest
+from exporters.common.snapshots import read_arrays, to_cache_state
 
-from .manifest import Manifest
-
-if TYPE_CHECKING:
-    from .placement import Placement
+from .placement import Placement
 
 
 class OnnxState(BatchState):
@@ -48,9 +47,8 @@ class OnnxState(BatchState):
         return {name: np.array(value.numpy()) for name, value in self.arrays.items()}
 
     def save(self, path: str | Path) -> None:
-        from .snapshots import save_state
-
-        save_state(self, Path(path))
+        arrays = {name: torch.from_numpy(x.numpy()) for name, x in self.arrays.items()}
+        to_cache_state(self.manifest, arrays, self.tokens_bound).save(Path(path))
 
     def _taken(self, index: np.ndarray) -> OnnxState:
         return self._of({name: value.numpy()[index] for name, value in self.arrays.items()})
@@ -81,3 +79,15 @@ def empty_state(manifest: Manifest, placement: Placement, batch_size: int) -> On
         for spec, shape, fill in empty_specs(manifest, batch_size)
     }
     return OnnxState(manifest, placement, arrays)
+
+
+def read_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
+    """The state of a snapshot.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `exporters.common.snapshots.read_arrays`.
+    """
+    arrays = read_arrays(manifest, path)
+    return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})

@@ -10,8 +10,8 @@ from typing import Any
 
 import tensorrt as trt
 
-from exporters.onnx.export import replaced_files
-from exporters.onnx.manifest import Manifest, read_manifest
+from exporters.common.folders import replaced_files
+from exporters.common.manifest import Manifest, read_manifest
 from less_cache._checks import check_int
 from less_cache._files import replaced
 

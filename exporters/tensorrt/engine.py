@@ -9,7 +9,7 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from exporters.onnx.manifest import Manifest
+from exporters.common.manifest import Manifest
 
 from .library import Log
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.manifest import Manifest, digest, manifest_of, read_index
+from exporters.common.folders import digest, read_index
+from exporters.common.manifest import Manifest, manifest_of
 from less_cache._files import write_text
 
 from .limits import Limits

@@ -8,10 +8,10 @@ import onnx
 from onnxscript import ir
 from onnxscript.ir.passes import common as common_passes
 
+from exporters.common.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import Builder, Value
 from exporters.onnx.chunk_body import chunk_body
-from exporters.onnx.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
 from exporters.onnx.step_body import step_body

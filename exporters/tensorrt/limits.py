@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from exporters.onnx.manifest import Manifest
+from exporters.common.manifest import Manifest
 from less_cache._checks import check_int
 
 from .graphs import MAX_SORTED, counts_order

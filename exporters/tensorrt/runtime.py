@@ -11,8 +11,8 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from exporters.decoding import BatchDecoder
-from exporters.onnx.snapshots import read_arrays
+from exporters.common.decoding import BatchDecoder
+from exporters.common.snapshots import read_arrays
 
 from .cuda import Device, device_info
 from .engine import TORCH_TYPES, Call, Engine
@@ -45,7 +45,7 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
 
     Attributes
     ----------
-    manifest : exporters.onnx.manifest.Manifest
+    manifest : exporters.common.manifest.Manifest
         Of the exported model.
     engines : EngineManifest
         What the folder holds.

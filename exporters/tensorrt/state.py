@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.batch_state import BatchState, empty_specs
-from exporters.onnx.manifest import Manifest
-from exporters.onnx.snapshots import to_cache_state
+from exporters.common.batch_state import BatchState, empty_specs
+from exporters.common.manifest import Manifest
+from exporters.common.snapshots import to_cache_state
 
 
 class TensorRTState(BatchState):

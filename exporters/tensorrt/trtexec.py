@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exporters.onnx.manifest import read_manifest
+from exporters.common.manifest import read_manifest
 
 from .files import PROMPT_ENGINE, STEP_ENGINE
 from .graphs import derive_graphs

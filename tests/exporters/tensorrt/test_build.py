@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from exporters.onnx.manifest import read_manifest
+from exporters.common.manifest import read_manifest
 from less_cache.cli import app
 from tests.exporters.tensorrt.conftest import C
 

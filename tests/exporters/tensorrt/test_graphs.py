@@ -6,8 +6,8 @@ import onnxruntime as ort
 import pytest
 
 import less_cache as lc
+from exporters.common.manifest import MODEL, WEIGHTS, read_manifest
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MODEL, WEIGHTS, read_manifest
 from exporters.tensorrt import graphs
 from exporters.tensorrt.graphs import derive_graphs, layers_of
 from exporters.tensorrt.operators import OPSET, check_operators

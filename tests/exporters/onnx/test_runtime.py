@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import less_cache as lc
+from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
+from exporters.common.sampling import Sampler
 from exporters.onnx import OnnxDecoder, OnnxState, export_decoder
-from exporters.onnx.manifest import MANIFEST, MODEL, WEIGHTS
-from exporters.onnx.sampling import Sampler
 from tests.exporters.exported import TorchSide, attached
 from tests.helpers import assert_same_state, held_by
 from tests.integrations.models import less, model_of, prompts

@@ -12,8 +12,8 @@ import numpy as np
 from less_cache.policies import FullCache
 
 from .batch_state import BatchState
-from .onnx.manifest import Manifest
-from .onnx.sampling import GenerationStep, Sampler, generate_tokens
+from .manifest import Manifest
+from .sampling import GenerationStep, Sampler, generate_tokens
 
 State = TypeVar("State", bound=BatchState)
 

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from less_cache.state import CacheState, LayerState, allocate
 
 from .manifest import Manifest
-
-if TYPE_CHECKING:
-    from .placement import Placement
-    from .state import OnnxState
 
 
 @dataclass(frozen=True)
@@ -75,20 +70,6 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
     for i, layer in enumerate(read.layers):
         arrays.update({f"{i}.{name}": array for name, array in _arrays(layer).items()})
     return arrays
-
-
-def save_state(state: OnnxState, path: Path) -> None:
-    """Write a snapshot; see `OnnxState.save`."""
-    arrays = {name: torch.from_numpy(x.numpy()) for name, x in state.arrays.items()}
-    to_cache_state(state.manifest, arrays, state.tokens_bound).save(path)
-
-
-def load_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
-    """Read a snapshot; see `OnnxDecoder.load_state`."""
-    from .state import OnnxState
-
-    arrays = read_arrays(manifest, path)
-    return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})
 
 
 def _maps(manifest: Manifest) -> Any:

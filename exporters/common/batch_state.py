@@ -12,7 +12,7 @@ import numpy as np
 from less_cache._checks import check_int, check_rows
 from less_cache.state import EMPTY
 
-from .onnx.manifest import Manifest, TensorSpec
+from .manifest import Manifest, TensorSpec
 
 Own = TypeVar("Own", bound="BatchState")
 

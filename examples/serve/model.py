@@ -49,7 +49,7 @@ def export_shipped(folder: Path) -> None:
     config = lc.CacheConfig.from_model(
         model.config, capacity=0.05, policy=lc.H2O(), rank=maps[0].rank, dtype=model.dtype
     )
-    export_decoder(model, config, maps, folder, tokenizer=tokenizer)
+    export_decoder(model, config, maps, folder, tokenizer=tokenizer, force=True)
 
 
 class ServedModel:

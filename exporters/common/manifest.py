@@ -8,11 +8,26 @@ from typing import Any
 
 from less_cache.config import CacheConfig
 
-from .folders import read_index
+from .fields import check_fields
+from .folders import check_files, read_index
 
 MANIFEST, MODEL, WEIGHTS = "less_cache.json", "model.onnx", "model.onnx.data"
 FORMAT = "less_cache.onnx.1"
-FIELDS = ("format", "config", "inputs", "outputs", "state", "layers", "files", "vocab_size")
+DTYPES = frozenset({"float32", "float16", "bfloat16", "int32", "int64"})
+FIELDS = {
+    "config": dict,
+    "maps_digest": (str, type(None)),
+    "vocab_size": int,
+    "eos_token_ids": [int],
+    "bytes_per_sequence": int,
+    "all_logits": bool,
+    "inputs": [str],
+    "outputs": [str],
+    "state": [{"name": str, "dtype": DTYPES, "shape": [int]}],
+    "layers": [{"capacity": int, "window": int, "maps": (str, type(None))}],
+    "files": dict,
+}
+"""What a reader needs of `MANIFEST`, as `check_fields` takes it."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +99,47 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
         If the manifest is damaged or of another format, or a file is truncated or another one.
     """
     folder = Path(folder)
-    writer = "less-cache export onnx"
-    return manifest_of(folder, read_index(folder, MANIFEST, FORMAT, FIELDS, writer, verify))
+    data = read_index(folder, MANIFEST, FORMAT, FIELDS, "less-cache export onnx")
+    manifest = manifest_of(folder, data, str(folder / MANIFEST))
+    # A model whose tensors are all small has no file of weights.
+    wanted = [name for name in (MODEL, WEIGHTS) if name == MODEL or (folder / name).exists()]
+    check_files(folder, MANIFEST, data["files"], wanted, verify)
+    return manifest
 
 
-def manifest_of(folder: Path, data: dict[str, Any]) -> Manifest:
-    """A manifest from what `MANIFEST` of a folder holds."""
+def manifest_of(folder: Path, data: Any, where: str) -> Manifest:
+    """A manifest from what `MANIFEST` of a folder holds.
+
+    Parameters
+    ----------
+    folder
+        The manifest's.
+    data
+        As `json.loads` gives it.
+    where
+        What errors begin with.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing or has another form, or two do not fit each other.
+    """
+    check_fields(where, data, FIELDS)
+    try:
+        config = CacheConfig.from_dict(data["config"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: config: {error}") from None
+    full = sum(not layer["window"] for layer in data["layers"])
+    if full != config.num_layers:
+        raise ValueError(
+            f"{where}: layers: {full} without a window, but config says {config.num_layers}"
+        )
+    names = [f"past.{entry['name']}" for entry in data["state"]]
+    if missing := [name for name in names if name not in data["inputs"]]:
+        raise ValueError(f"{where}: inputs: lacks {missing}, which state names")
     return Manifest(
         folder=folder,
-        config=CacheConfig.from_dict(data["config"]),
+        config=config,
         state=tuple(
             TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
             for entry in data["state"]

@@ -12,8 +12,8 @@ import onnx
 import torch
 from onnxscript import ir
 
-from exporters.common.folders import replaced_files
-from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
+from exporters.common.folders import check_target, is_inside, read_index, replaced_files
+from exporters.common.manifest import FORMAT, MANIFEST, MODEL, WEIGHTS
 from less_cache._checks import check_choice, check_int
 from less_cache.config import CacheConfig, dtype_name
 from less_cache.feature_maps import FeatureMaps
@@ -26,6 +26,10 @@ from .layers import model_layers
 from .parts import Layer
 
 DTYPES = ("float32", "float16", "bfloat16")
+GENAI_CONFIG = "genai_config.json"
+INDICES = (MANIFEST, GENAI_CONFIG)
+"""One of these is in every folder that was exported."""
+
 OPSETS = (20, 23)
 """The first has Gelu, the last is the newest that everything here was tried with."""
 
@@ -40,6 +44,7 @@ def export_decoder(
     opset: int = 23,
     all_logits: bool = False,
     tokenizer: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model with its cache as one ONNX file, its weights beside it, and a manifest.
 
@@ -58,7 +63,7 @@ def export_decoder(
     maps
         φ and ψ; needed where ``config.rank`` is above 0.
     out_dir
-        The folder, made if need be; files of an earlier export in it are replaced.
+        The folder. Made if it is not there; files of an earlier export in it are replaced.
     dtype
         ``"float32"``, ``"float16"`` or ``"bfloat16"``, of weights, keys and values. ONNX Runtime
         runs the first two, TensorRT all. Default: the model's own.
@@ -69,6 +74,8 @@ def export_decoder(
         Logits [B, S, vocabulary] of every token.
     tokenizer
         Saved beside the model where given.
+    force
+        Write into a folder that holds something else, too, and replace files of the same names.
 
     Returns
     -------
@@ -78,10 +85,12 @@ def export_decoder(
     Raises
     ------
     TypeError, ValueError
-        If the model is not supported, or an argument does not fit it. Nothing is written then.
+        If the model is not supported, an argument does not fit it, or the folder holds something
+        else than an earlier export. Nothing is written then.
     """
+    check_target(Path(out_dir), INDICES, force)
     prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=all_logits)
-    with replaced_files(Path(out_dir), last=MANIFEST) as folder:
+    with replaced_files(Path(out_dir), MANIFEST, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
         write_manifest(
             folder,
@@ -161,6 +170,15 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     for module, name, buffer in computed:
         module._buffers[name] = buffer
     return model
+
+
+def earlier_files(folder: Path) -> list[str]:
+    """What a later export removes from a folder: the indices, and what an earlier one listed."""
+    try:
+        files = read_index(folder, MANIFEST, FORMAT, {}, "")["files"]
+    except (OSError, ValueError):
+        files = {}
+    return [*INDICES, *filter(is_inside, files)]
 
 
 def save(prepared: Prepared, folder: Path, tokenizer: Any) -> None:

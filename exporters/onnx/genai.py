@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.common.folders import replaced_files
+from exporters.common.folders import check_target, replaced_files
 from exporters.common.manifest import MODEL
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
-from .export import Prepared, prepare, save
+from .export import GENAI_CONFIG, INDICES, Prepared, earlier_files, prepare, save
 from .packing import PAST, PRESENT, hide_padding, pack_state
 
-CONFIG = "genai_config.json"
 DTYPES = ("float32", "float16")
 
 
@@ -28,6 +27,7 @@ def export_genai(
     dtype: Any = None,
     opset: int = 23,
     tokenizer: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model with its cache for onnxruntime-genai.
 
@@ -39,7 +39,7 @@ def export_genai(
 
     Parameters
     ----------
-    model, config, maps, out_dir, dtype, opset, tokenizer
+    model, config, maps, out_dir, dtype, opset, tokenizer, force
         As of `export_decoder`.
 
     Returns
@@ -50,8 +50,10 @@ def export_genai(
     Raises
     ------
     TypeError, ValueError
-        If the model is not supported, or an argument does not fit it. Nothing is written then.
+        If the model is not supported, an argument does not fit it, or the folder holds something
+        else than an earlier export. Nothing is written then.
     """
+    check_target(Path(out_dir), INDICES, force)
     prepared = prepare(
         model, config, maps, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
     )
@@ -59,9 +61,9 @@ def export_genai(
     if pad is not None and pad != bos:
         hide_padding(prepared.graph, pad)
     pack_state(prepared.graph, prepared.layers)
-    with replaced_files(Path(out_dir), last=CONFIG) as folder:
+    with replaced_files(Path(out_dir), GENAI_CONFIG, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
-        write_text(folder / CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
+        write_text(folder / GENAI_CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
     return Path(out_dir)
 
 

@@ -16,8 +16,6 @@ from .placement import Placement, check_providers
 from .session import check_session, refuse_bfloat16
 from .state import OnnxState, empty_state, read_state
 
-__all__ = ["OnnxDecoder", "OnnxState"]
-
 
 class OnnxDecoder(BatchDecoder[OnnxState]):
     """A model that `export_decoder` wrote, with its cache.

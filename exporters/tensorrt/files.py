@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from exporters.common.folders import digest, read_index
+from exporters.common.folders import check_files, described, read_index
 from exporters.common.manifest import Manifest, manifest_of
 from less_cache._files import write_text
 
@@ -16,7 +16,14 @@ from .limits import Limits
 ENGINE_MANIFEST = "less_cache_engine.json"
 STEP_ENGINE, PROMPT_ENGINE = "step.engine", "prompt.engine"
 FORMAT = "less_cache.tensorrt.1"
-FIELDS = ("format", "tensorrt", "device", "plugin", "limits", "model", "files")
+FIELDS: dict[str, Any] = {
+    "tensorrt": str,
+    "device": {"name": str, "capability": [int]},
+    "plugin": (str, type(None)),
+    "limits": {field.name: int for field in fields(Limits)},
+    "model": dict,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,7 @@ def write_engine_manifest(
         "plugin": plugin,
         "limits": limits.to_dict(),
         "model": model.data,
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-            for name in names
-        },
+        "files": {name: described(folder / name) for name in names},
     }
     write_text(folder / ENGINE_MANIFEST, json.dumps(data, indent=2) + "\n")
 
@@ -94,10 +98,15 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
     """
     folder = Path(folder)
     writer = "less-cache export tensorrt"
-    data = read_index(folder, ENGINE_MANIFEST, FORMAT, FIELDS, writer, verify)
+    data = read_index(folder, ENGINE_MANIFEST, FORMAT, FIELDS, writer)
+    model = manifest_of(folder, data["model"], f"{folder / ENGINE_MANIFEST}: model")
+    wanted = [STEP_ENGINE, PROMPT_ENGINE]
+    if data["plugin"] is not None:
+        wanted.append(data["plugin"])
+    check_files(folder, ENGINE_MANIFEST, data["files"], wanted, verify)
     return EngineManifest(
-        model=manifest_of(folder, data["model"]),
-        limits=Limits(**data["limits"]),
+        model=model,
+        limits=Limits(**{name: data["limits"][name] for name in FIELDS["limits"]}),
         tensorrt=data["tensorrt"],
         device=data["device"],
         plugin=data["plugin"],

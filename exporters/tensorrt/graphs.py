@@ -18,6 +18,7 @@ from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
 from less_cache.policies import SinkWindow
 
+from .limits import counts_order
 from .operators import OPSET, check_operators
 from .rewrites import rewrite, splice
 
@@ -25,12 +26,6 @@ PROMPT_GRAPH = "prompt.onnx"
 STEP_GRAPH = "step.onnx"
 STANDARD_STEP_GRAPH = "step.standard.onnx"
 """A step without the plugin."""
-
-MAX_SORTED = 3839
-"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held.
-
-Where that leaves no room for a prompt as long as the cache, the order is counted instead.
-"""
 
 
 def derive_graphs(
@@ -75,11 +70,6 @@ def derive_graphs(
         with replaced(path) as temporary:
             temporary.write_bytes(model.SerializeToString())
     return paths
-
-
-def counts_order(manifest: Manifest) -> bool:
-    """Whether a cache is too large for TensorRT to sort it with a prompt."""
-    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
 
 
 def layers_of(manifest: Manifest) -> list[Layer]:

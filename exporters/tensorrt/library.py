@@ -6,9 +6,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from .operators import PLUGIN
-
-PLUGIN_VERSION = "1"
+PLUGIN, PLUGIN_VERSION = "LessAttention", "1"
 
 
 class Log(trt.ILogger):

@@ -8,9 +8,13 @@ from typing import Any
 from exporters.common.manifest import Manifest
 from less_cache._checks import check_int
 
-from .graphs import MAX_SORTED, counts_order
-
 Shape = tuple[int, ...]
+
+MAX_SORTED = 3839
+"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held.
+
+Where that leaves no room for a prompt as long as the cache, the order is counted instead.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def check_limits(
         if value is not None:
             check_int(name, value, minimum=1, maximum=most)
     return Limits(max_batch, max_prompt, opt_batch or max_batch, opt_prompt or max_prompt)
+
+
+def counts_order(manifest: Manifest) -> bool:
+    """Whether a cache is too large for TensorRT to sort it with a prompt."""
+    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
 
 
 def input_shapes(

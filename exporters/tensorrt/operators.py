@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 import onnx
 
+from exporters.onnx.nodes import STEP
+
 OPSET = 20
 """Of ONNX: the newest that TensorRT 10.0's parser takes."""
-
-PLUGIN = "LessAttention"
-"""The operator that is not standard: the plugin, on the state of one layer."""
 
 _NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}
 _FLOATS = frozenset({"FP32", "FP16", "BF16"})
@@ -97,7 +96,8 @@ def _problems(graph: onnx.GraphProto) -> Iterator[str]:
     constants.update(node.output[0] for node in graph.node if node.op_type == "Constant")
     for node in graph.node:
         op = node.op_type
-        if op == PLUGIN:
+        if op == STEP:
+            # Not standard: the plugin takes it.
             continue
         if node.domain or op not in SUPPORTED:
             yield f"{node.domain or 'ai.onnx'}.{op}"

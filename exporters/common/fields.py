@@ -14,7 +14,7 @@ _WORDS = {
 
 
 def check_fields(where: str, value: Any, wanted: Any) -> None:
-    """See that a value read from JSON has the form `wanted`.
+    """Check that a value read from JSON has the form `wanted`.
 
     Parameters
     ----------

@@ -133,7 +133,7 @@ def read_index(
 
 
 def check_files(folder: Path, name: str, files: Any, wanted: Sequence[str], verify: bool) -> None:
-    """See that a folder holds the files that its index lists, and that it lists those `wanted`.
+    """Check that a folder holds the files that its index lists, and that it lists those `wanted`.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def is_inside(name: str) -> bool:
 
 
 def check_file(path: Path, wanted: Mapping[str, Any], manifest: str, verify: bool) -> None:
-    """See that a file has the size, and if `verify` the digest, that a manifest says.
+    """Check that a file has the size, and if `verify` the digest, that a manifest says.
 
     Raises
     ------

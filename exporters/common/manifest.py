@@ -32,7 +32,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One array of the state: dtype, and shape without the batch axis; its name lacks ``past.``."""
+    """One array of the state: name without ``past.``, dtype, shape without the batch axis."""
 
     name: str
     dtype: str
@@ -46,16 +46,16 @@ class Manifest:
     Attributes
     ----------
     folder : Path
-        Where it was read.
+        Where it was read from.
     config : CacheConfig
-        Of the full-attention layers.
+        That of the full-attention layers.
     state : tuple of TensorSpec
         The state's arrays, in the order of the model's inputs and outputs.
     vocab_size : int
     eos_token_ids : tuple of int
         Tokens that end a text.
     data : dict
-        All of it, as JSON has it.
+        The whole manifest, as read from JSON.
     """
 
     folder: Path
@@ -82,7 +82,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
-    """Read a folder's manifest, and see that the folder holds what it says.
+    """Read a folder's manifest, and check the folder against it.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     FileNotFoundError
         If the manifest or a file that it names is missing.
     ValueError
-        If the manifest is damaged or of another format, or a file is truncated or another one.
+        If the manifest is damaged or of another format, or a file is truncated or is another file.
     """
     folder = Path(folder)
     data = read_index(folder, MANIFEST, FORMAT, FIELDS, "less-cache export onnx")

@@ -1,4 +1,4 @@
-"""Snapshots of an exported model's state: `less_cache.CacheState`'s, which both sides read."""
+"""Snapshots of an exported model's state, in the format of `less_cache.CacheState`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .manifest import Manifest
 
 @dataclass(frozen=True)
 class _Maps:
-    """All that a snapshot asks of feature maps: which they are."""
+    """In place of feature maps, of which a snapshot needs only the digest."""
 
     digest: str
 
 
 def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int) -> CacheState:
-    """A copy of a state as the library's own, on the CPU.
+    """Copy a state into a `CacheState` on the CPU.
 
     Parameters
     ----------
     manifest
-        Of the exported model.
+        The exported model's.
     arrays
-        By the manifest's names.
+        The state's, by the manifest's names.
     bound
         No sequence has seen more tokens than this.
 
@@ -53,7 +53,7 @@ def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int)
 
 
 def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
-    """A snapshot's arrays by the manifest's names, on the CPU.
+    """Read a snapshot's arrays, by the manifest's names, to the CPU.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def _maps(manifest: Manifest) -> Any:
 
 
 def _arrays(layer: LayerState) -> dict[str, Any]:
-    """Those of a layer's arrays that an exported model has too."""
+    """The arrays of a layer that an exported model has, too."""
     return {
         name: array
         for name, array in layer.arrays().items()
@@ -89,5 +89,5 @@ def _check_layers(manifest: Manifest) -> None:
     sliding = len(manifest.data["layers"]) - len(manifest.full_layers)
     if sliding:
         raise ValueError(
-            f"state: {sliding} layer(s) have a sliding window, which a snapshot has no place for"
+            f"state: {sliding} layer(s) have a sliding window, which a snapshot cannot hold"
         )

@@ -31,7 +31,7 @@ INDICES = (MANIFEST, GENAI_CONFIG)
 """One of these is in every folder that was exported."""
 
 OPSETS = (20, 23)
-"""The first has Gelu, the last is the newest that everything here was tried with."""
+"""The oldest has Gelu; the newest is the last that was tested."""
 
 
 def export_decoder(
@@ -59,21 +59,21 @@ def export_decoder(
         A causal language model that `less_cache.attach` takes, on the CPU. Its sliding-window
         layers become caches of their window's size.
     config
-        For its full-attention layers.
+        The config of its full-attention layers.
     maps
-        φ and ψ; needed where ``config.rank`` is above 0.
+        φ and ψ; needed if ``config.rank`` is above 0.
     out_dir
         The folder. Made if it is not there; files of an earlier export in it are replaced.
     dtype
         ``"float32"``, ``"float16"`` or ``"bfloat16"``, of weights, keys and values. ONNX Runtime
         runs the first two, TensorRT all. Default: the model's own.
     opset
-        Of ONNX, 20 to 23. The newest has operators of its own for norms and rotary embeddings,
-        and is a tenth faster on a CPU; take an older one for an older runtime.
+        ONNX's opset, 20 to 23. The newest has operators for norms and rotary embeddings, and is a
+        tenth faster on a CPU; an older runtime may need an older one.
     all_logits
-        Logits [B, S, vocabulary] of every token.
+        Give the logits of every token, [B, S, vocabulary].
     tokenizer
-        Saved beside the model where given.
+        Saved beside the model.
     force
         Write into a folder that holds something else, too, and replace files of the same names.
 
@@ -106,18 +106,18 @@ def export_decoder(
 
 @dataclass
 class Prepared:
-    """A model on its way to a file.
+    """A model, ready to be saved.
 
     Attributes
     ----------
     model
         The transformers model, of the dtype asked for.
     config : CacheConfig
-        Of that dtype.
+        The config, with that dtype.
     layers : list of Layer
-        Of the model, in order.
+        The model's layers, in order.
     graph : onnx_ir.Model
-        What will be saved.
+        The graph to save.
     """
 
     model: Any
@@ -142,7 +142,7 @@ def prepare(
         raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
     name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), dtypes)
     config = config.with_dtype(name)
-    # It refuses what does not go together.
+    # It refuses maps that do not fit the config.
     CacheManager(config, maps, backend="torch")
     layers = model_layers(model, config, maps.kind if maps is not None else None)
     if {parameter.device.type for parameter in model.parameters()} != {"cpu"}:
@@ -155,10 +155,10 @@ def prepare(
 
 
 def _converted(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of another dtype, as if it had been loaded so.
+    """A copy in another dtype, as if it had been loaded in that dtype.
 
-    What is computed rather than loaded stays: rotary frequencies of 16 bits turn by the wrong
-    angle far from the start.
+    Buffers that are computed instead of loaded stay as they are: rotary frequencies in 16 bits
+    would give wrong angles far from the start.
     """
     model = copy.deepcopy(model)
     computed = [
@@ -182,7 +182,7 @@ def earlier_files(folder: Path) -> list[str]:
 
 
 def save(prepared: Prepared, folder: Path, tokenizer: Any) -> None:
-    """Write the graph, its weights, and what a user of the model needs beside it."""
+    """Write the graph and its weights, the model's configurations and the tokenizer."""
     # Small constants stay in the graph, where shape inference can read them.
     ir.save(prepared.graph, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
     onnx.checker.check_model(str(folder / MODEL), full_check=True)

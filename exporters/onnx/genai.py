@@ -31,16 +31,16 @@ def export_genai(
 ) -> Path:
     """Write a model with its cache for onnxruntime-genai.
 
-    The library keeps the state as it does that of a recurrent model: two tensors a layer, of a
-    size that no length changes. Prompts, steps, batches and later turns work as with any model;
-    beams and rewinding do not, for what was evicted does not come back. A batch's prompts may be
-    padded on the left where the model has a padding token that is not its first token: the
-    library's mask does not tell padding, so the file does.
+    The library keeps the state like that of a recurrent model: two tensors a layer, whose size
+    does not grow. Prompts, steps, batches and later turns work as with any model. Beams and
+    rewinding do not: what was evicted does not come back. A batch's prompts may be padded on the
+    left if the model has a padding token that differs from the token that texts begin with. The
+    library's mask does not mark padding, so the file itself looks for that token.
 
     Parameters
     ----------
     model, config, maps, out_dir, dtype, opset, tokenizer, force
-        As of `export_decoder`.
+        See `export_decoder`.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
     length = getattr(text, "max_position_embeddings", None) or 2**20
     return {
         "model": {
-            # How it calls a decoder with one file; what the layers are is the file's own affair.
+            # The library's name for any decoder in one file; it does not look at the layers.
             "type": "llama",
             "vocab_size": text.vocab_size,
             "context_length": length,

@@ -1,4 +1,4 @@
-"""What a session of ONNX Runtime has to be to run an exported model."""
+"""Checks that ONNX Runtime can run an exported model, and that a session is the model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TYPES = {
 
 
 def check_session(manifest: Manifest, inputs: list[Any], outputs: list[Any]) -> None:
-    """See that a session's inputs and outputs are those of the manifest.
+    """Check that a session's inputs and outputs are those of the manifest.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def check_session(manifest: Manifest, inputs: list[Any], outputs: list[Any]) -> 
 
 
 def refuse_bfloat16(manifest: Manifest) -> None:
-    """Refuse a model that ONNX Runtime has no kernels for.
+    """Refuse a model for which ONNX Runtime has no kernels.
 
     Raises
     ------

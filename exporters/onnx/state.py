@@ -1,4 +1,4 @@
-"""`OnnxState`: what an exported model holds between calls, as arrays that a session reads."""
+"""`OnnxState`: what an exported model holds between calls, in arrays that a session reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OnnxState(BatchState):
     Attributes
     ----------
     manifest : Manifest
-        Of the model it belongs to.
+        That of the model it belongs to.
     arrays : dict of str to OrtValue
         By name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; see the manifest.
     """
@@ -32,7 +32,7 @@ class OnnxState(BatchState):
     ) -> None:
         self.placement = placement
         self.arrays = arrays
-        # What a step's outputs that may not lie over its inputs are written to, in turn.
+        # Buffers for those outputs of a step that must not overwrite its inputs; used in turn.
         self.spare: dict[str, ort.OrtValue] = {}
         super().__init__(manifest)
 
@@ -72,7 +72,7 @@ def empty_state(manifest: Manifest, placement: Placement, batch_size: int) -> On
     Raises
     ------
     TypeError, ValueError
-        If the size is no positive integer.
+        If `batch_size` is not a positive integer.
     """
     arrays = {
         spec.name: placement.put(np.full(shape, fill, dtype=spec.dtype))

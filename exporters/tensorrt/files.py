@@ -1,4 +1,4 @@
-"""``less_cache_engine.json``: what a folder of engines holds, and for whom."""
+"""``less_cache_engine.json``: what a folder of engines holds, and where they run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EngineManifest:
     Attributes
     ----------
     model : Manifest
-        Of the exported model that the engines were built from.
+        That of the exported model that the engines were built from.
     limits : Limits
         Sizes of batches and prompts.
     tensorrt : str
@@ -80,7 +80,7 @@ def write_engine_manifest(
 
 
 def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineManifest:
-    """Read a folder's manifest, and see that the folder holds what it says.
+    """Read a folder's manifest, and check the folder against it.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
     FileNotFoundError
         If the manifest or a file that it names is missing.
     ValueError
-        If the manifest is damaged or of another format, or a file is truncated or another one.
+        If the manifest is damaged or of another format, or a file is truncated or is another file.
     """
     folder = Path(folder)
     writer = "less-cache export tensorrt"
@@ -114,7 +114,7 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
 
 
 def check_place(manifest: EngineManifest, tensorrt: str, device: dict[str, Any]) -> None:
-    """See that engines are run by what they were built for.
+    """Check that TensorRT and the GPU are those that the engines were built for.
 
     Raises
     ------

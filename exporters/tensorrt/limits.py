@@ -1,4 +1,4 @@
-"""What shapes an engine is built for, and the shapes of all its inputs."""
+"""The sizes that an engine is built for, and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Limits:
     max_batch, max_prompt
         The most sequences, and the most tokens of each at once.
     opt_batch, opt_prompt
-        What engines are tuned for.
+        The sizes that engines are tuned for.
     """
 
     max_batch: int
@@ -35,7 +35,7 @@ class Limits:
     opt_prompt: int
 
     def to_dict(self) -> dict[str, int]:
-        """As JSON has it."""
+        """The four numbers by name, for JSON."""
         return asdict(self)
 
 
@@ -84,11 +84,11 @@ def input_shapes(
     Parameters
     ----------
     manifest
-        Of the exported model.
+        The exported model's.
     limits
         From `check_limits`.
     step
-        Of the step's engine; otherwise of the prompt's.
+        For the step's engine; otherwise for the prompt's.
     """
     batches = (1, limits.opt_batch, limits.max_batch)
     tokens = (1, 1, 1) if step else (1, limits.opt_prompt, limits.max_prompt)

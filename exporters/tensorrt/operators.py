@@ -1,7 +1,7 @@
 """Which operators and types TensorRT's ONNX parser takes, as far as our graphs use them.
 
-The list is that of the parser's own documentation for TensorRT 10.0, the least version that is
-meant to work; later ones only added to it. Graphs are declared as of the opset that it knows.
+The list is that of the parser's own documentation for TensorRT 10.0; later versions only added to
+it. Graphs are declared with the newest opset of that version.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ _CONSTANT_INPUTS = {
     "Squeeze": 1,
     "Unsqueeze": 1,
 }
-"""Inputs, by place, that have to be known when the graph is read: axes."""
+"""Inputs, by place, that must be constants: axes."""
 
 
 def check_operators(model: onnx.ModelProto) -> None:
-    """See that the parser takes every node of a graph.
+    """Check that the parser takes every node of a graph.
 
     Parameters
     ----------
     model
-        With the types of all its values, as shape inference leaves it.
+        With the types of all its values, as shape inference finds them.
 
     Raises
     ------
     ValueError
-        If it has an operator that the parser does not know, or not with this type.
+        If the parser does not know an operator, or does not take it with this type.
     """
     if problems := sorted(set(_problems(model.graph))):
         raise ValueError(
@@ -111,7 +111,7 @@ def _problems(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _data(node: onnx.NodeProto) -> list[str]:
-    """The values that an operator's listed types speak of."""
+    """The values to which an operator's listed types apply."""
     if node.op_type == "Constant":
         return [node.output[0]]
     if node.op_type == "Cast":

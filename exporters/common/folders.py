@@ -56,16 +56,16 @@ def check_target(folder: Path, indices: Sequence[str], force: bool) -> None:
     Parameters
     ----------
     folder
-        Where files shall go; need not exist.
+        Where files will go; need not exist.
     indices
-        Names of files that tell an earlier export.
+        Names of files, one of which every earlier export has.
     force
         Take any folder.
 
     Raises
     ------
     ValueError
-        If it is a file, or holds anything but none of `indices`.
+        If it is a file, or is not empty and holds none of `indices`.
     """
     if not folder.exists():
         return
@@ -101,9 +101,9 @@ def read_index(
     Parameters
     ----------
     folder
-        Has it.
+        The folder with the JSON.
     name, kind
-        Of the JSON; what its ``format`` has to be.
+        The JSON's name, and what its ``format`` has to be.
     fields
         What it must have, as `check_fields` takes it.
     writer
@@ -138,9 +138,9 @@ def check_files(folder: Path, name: str, files: Any, wanted: Sequence[str], veri
     Parameters
     ----------
     folder
-        Has them.
+        The folder with the files.
     name
-        Of the index.
+        The index's name.
     files
         Its field ``files``: size and digest of each file, by its path from the folder.
     wanted

@@ -39,7 +39,7 @@ def attend_in_blocks(
     weight
         [B, S], what each query's probabilities count for; ``None`` if no score needs them.
     opset
-        Of the loop's body.
+        The opset of the loop's body.
 
     Returns
     -------

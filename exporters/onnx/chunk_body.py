@@ -44,7 +44,7 @@ def chunk_body(
     given
         The inputs, by the names of `nodes.node_inputs`.
     opset
-        That of the loop over blocks of queries.
+        The opset of the loop over blocks of queries.
     attend
         `attend_in_blocks`, or another function that does the same.
     """

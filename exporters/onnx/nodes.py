@@ -41,7 +41,7 @@ def node_outputs(layer: LayerConfig) -> list[str]:
 def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
     """What a plugin needs to know to take the body's place; the body has it built in.
 
-    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 where there is none,
+    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 if there is none,
     ``maps`` is ``"none"`` at rank 0.
     """
     policy = layer.policy

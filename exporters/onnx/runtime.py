@@ -28,13 +28,13 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         ONNX Runtime's execution providers, as `onnxruntime.InferenceSession` takes them.
         Default: CUDA, if this build has it, then the CPU.
     threads
-        Of one call. Default: ONNX Runtime's own choice, one a core.
+        How many threads one call uses. Default: ONNX Runtime's own choice, one a core.
     verify
         Compare the digest of every file with the manifest's; otherwise only the sizes.
     optimize
         Let ONNX Runtime rewrite the graph as it loads it.
     in_place
-        Let a step write the new state over the old one.
+        Let a step write the new state over the old one, in the same memory.
 
     Attributes
     ----------

@@ -87,7 +87,7 @@ def read_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxStat
     Raises
     ------
     FileNotFoundError, ValueError
-        As `exporters.common.snapshots.read_arrays`.
+        See `exporters.common.snapshots.read_arrays`.
     """
     arrays = read_arrays(manifest, path)
     return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})

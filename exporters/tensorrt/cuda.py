@@ -32,7 +32,7 @@ class Device:
     Parameters
     ----------
     index
-        Of the GPU.
+        The GPU's index.
     """
 
     def __init__(self, index: int) -> None:

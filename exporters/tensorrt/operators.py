@@ -13,7 +13,7 @@ import onnx
 from exporters.onnx.nodes import STEP
 
 OPSET = 20
-"""Of ONNX: the newest that TensorRT 10.0's parser takes."""
+"""The newest of ONNX that TensorRT 10.0's parser takes."""
 
 _NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}
 _FLOATS = frozenset({"FP32", "FP16", "BF16"})

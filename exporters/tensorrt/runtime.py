@@ -46,7 +46,7 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
     Attributes
     ----------
     manifest : exporters.common.manifest.Manifest
-        Of the exported model.
+        The exported model's.
     engines : EngineManifest
         The folder's manifest.
 

@@ -13,9 +13,7 @@ from .arrays import Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 
 
-def check_tokens(
-    layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array, v: Array
-) -> None:
+def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array, v: Array) -> None:
     """Refuse new tokens that do not fit the layer.
 
     Parameters
@@ -146,7 +144,9 @@ def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
     if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
     if array.ndim != 1 or (size is not None and array.shape[0] != size):
-        raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected [{'batch' if size is None else size}]")
+        raise ValueError(
+            f"{name}: got shape {tuple(array.shape)}, expected [{'batch' if size is None else size}]"
+        )
     if isinstance(array, Tensor) and array.device != k.device:
         raise ValueError(f"{name}: on device {array.device}, expected {k.device}")
 

@@ -16,6 +16,7 @@ from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .layer_config import LayerConfig
 
+
 @dataclass
 class LayerState(LayerArrays):
     """One layer's cache of a batch, and how many tokens each row has seen.

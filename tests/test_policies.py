@@ -5,7 +5,7 @@ import pytest
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Gain, Policy, Start, parse_policy, policy_from_dict
+from less_cache.policies import Policy, parse_policy, policy_from_dict
 from tests.helpers import POLICIES, policy_id
 
 BAD = {

@@ -23,8 +23,10 @@ KNOWN_CIRCLES = {
     ("less_cache.cli_export", "less_cache.cli"),
     # Convenience methods of a class (load, save, ...) whose code is in a module of its own.
     ("less_cache.feature_maps", "less_cache.maps_io"),
-    ("less_cache.integrations.cache", "less_cache.integrations.cache_io"),
-    ("less_cache.state", "less_cache.snapshot"),
+    (
+        "less_cache.integrations.transformers.cache",
+        "less_cache.integrations.transformers.saving",
+    ),
 }
 
 OUTSIDE_TRANSFORMERS = (

@@ -15,7 +15,8 @@ from onnxscript import ir
 from exporters.common.folders import check_target, is_inside, read_index, replaced_files
 from exporters.common.manifest import FORMAT, MANIFEST, MODEL, WEIGHTS
 from less_cache._checks import check_choice, check_int
-from less_cache.config import CacheConfig, dtype_name
+from less_cache.config import CacheConfig
+from less_cache.dtypes import dtype_name
 from less_cache.feature_maps import FeatureMaps
 from less_cache.manager import CacheManager
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from less_cache.config import CacheConfig, full_attention_layers
+from less_cache.config import CacheConfig
+from less_cache.integrations.introspection import full_attention_layers
 from less_cache.integrations.transformers.falcon import check_falcon
-from less_cache.integrations.transformers.model_check import attention_modules, check_fit, check_model
+from less_cache.integrations.transformers.model_check import (
+    attention_modules,
+    check_fit,
+    check_model,
+)
 from less_cache.policies import SinkWindow
 
 from .parts import Layer

@@ -43,9 +43,7 @@ def eviction_times(
     for stop in (prompt, *range(prompt + 1, tokens + 1)):
         keys, queries = k[:, :, start:stop], q[:, :, start:stop]
         padding = None if mask is None else real[:, start:stop]
-        attend(
-            sparse, arrays, None, queries, keys, keys, lengths=seen, mask=padding, clean=True
-        )
+        attend(sparse, arrays, None, queries, keys, keys, lengths=seen, mask=padding, clean=True)
         seen += real[:, start:stop].sum(1)
         for run in layer.runs:
             held = arrays.of_run(run).positions.long() % (tokens + 1)

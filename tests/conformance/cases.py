@@ -132,11 +132,24 @@ CASES = (
         vectorised_policies=True,
         examples=20,
     ),
-    BackendCase("torch-float64", "torch", "float64", 1e-9, 1e-9, vectorised_policies=True, examples=250),
-    BackendCase("torch-float32", "torch", "float32", 2e-5, 5e-5, vectorised_policies=True, examples=250),
+    BackendCase(
+        "torch-float64", "torch", "float64", 1e-9, 1e-9, vectorised_policies=True, examples=250
+    ),
+    BackendCase(
+        "torch-float32", "torch", "float32", 2e-5, 5e-5, vectorised_policies=True, examples=250
+    ),
     BackendCase("torch-float16", "torch", "float16", 1e-2, 1e-2, vectorised_policies=True),
     BackendCase("torch-bfloat16", "torch", "bfloat16", 6e-2, 6e-2, vectorised_policies=True),
-    BackendCase("torch-cuda", "torch", "float32", 2e-5, 5e-5, device="cuda", skip=NO_GPU, vectorised_policies=True),
+    BackendCase(
+        "torch-cuda",
+        "torch",
+        "float32",
+        2e-5,
+        5e-5,
+        device="cuda",
+        skip=NO_GPU,
+        vectorised_policies=True,
+    ),
     # Without a GPU the kernels run under Triton's interpreter (see tests/conftest.py), slowly.
     BackendCase(
         "triton-float32",

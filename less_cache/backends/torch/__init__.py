@@ -41,9 +41,7 @@ def check_config(config: CacheConfig) -> None:
             )
 
 
-def prepare_maps(
-    maps: LayerMaps, layer: LayerConfig, device: Any
-) -> tuple[JoinedMaps, ...]:
+def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> tuple[JoinedMaps, ...]:
     """The maps of each run of heads on the arrays' device, in the dtype of computing."""
     placed = maps.to(device, getattr(torch, layer.score_dtype))
     return tuple(join(placed.heads(run.query_heads, run.kv_heads)) for run in layer.runs)

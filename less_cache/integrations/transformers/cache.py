@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..._checks import check_int
 from ...config import CacheConfig
-from ..introspection import full_attention_layers
 from ...manager import CacheManager
 from ...state import CacheState
+from ..introspection import full_attention_layers
 
 ROLLBACK = (
     "{name}: not supported by LessCache, which cannot take tokens back: what it evicted is merged "

@@ -87,7 +87,7 @@ class Less:
         return self.state.nbytes
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.manager.append(self.state, layer, q, k, v)
+        return self.manager.attend(self.state, layer, q, k, v)
 
     def rewind(self) -> None:
         """Nothing to undo: every step costs the same."""

@@ -86,7 +86,7 @@ class Less:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, S, D]."""
-        return self.manager.append(self.state, layer, q, k, v)
+        return self.manager.attend(self.state, layer, q, k, v)
 
 
 class Decoder:

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.onnx_contestants import Exported, export_all, random_llama
-from exporters.onnx.manifest import MODEL
+from exporters.common.manifest import MODEL
 from less_cache.policies import parse_policy
 
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")

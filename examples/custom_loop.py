@@ -168,7 +168,7 @@ def main(
     state = manager.init(batch)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return manager.append(state, layer, q, k, v)
+        return manager.attend(state, layer, q, k, v)
 
     generator = torch.Generator().manual_seed(seed)
     tokens, seconds = generate(

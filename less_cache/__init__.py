@@ -10,18 +10,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .arrays import LayerArrays, Page, empty_arrays
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .manager import CacheManager
+from .ops import StepPlan, plan_step, step
 from .policies import (
     H2O,
     TOVA,
     DecayedH2O,
     FullCache,
+    Gain,
     KeyNorm,
+    ObservationWindow,
     Policy,
     Scissorhands,
     SinkWindow,
+    Start,
+    register_policy,
 )
 from .state import CacheState, LayerState
 
@@ -40,11 +46,21 @@ __all__ = [
     "DecayedH2O",
     "FeatureMaps",
     "FullCache",
+    "Gain",
     "KeyNorm",
+    "LayerArrays",
     "LayerState",
+    "ObservationWindow",
+    "Page",
     "Policy",
     "Scissorhands",
     "SinkWindow",
+    "Start",
+    "StepPlan",
+    "empty_arrays",
+    "plan_step",
+    "register_policy",
+    "step",
 ]
 
 

@@ -294,7 +294,7 @@ def info(
 def _load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
 
-    from .config import dtype_name
+    from .dtypes import dtype_name
 
     kind = getattr(torch, dtype_name(dtype))
     if name == SHIPPED:

@@ -36,6 +36,9 @@ def onnx(
         str,
         typer.Option("--format", help="onnx: for OnnxDecoder; genai: for onnxruntime_genai.Model."),
     ] = "onnx",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that holds something else, too.")
+    ] = False,
 ) -> None:
     """Write one ONNX file for prompts, steps and later turns, and its weights beside it."""
     from ._checks import check_choice
@@ -53,7 +56,7 @@ def onnx(
     rank = read[0].rank if read is not None else 0
     config = _config(loaded, capacity, "fullcache" if policy == "full" else policy, rank)
     write = export_genai if layout == "genai" else export_decoder
-    write(loaded, config, read, out, dtype=dtype, opset=opset, tokenizer=tokenizer)
+    write(loaded, config, read, out, dtype=dtype, opset=opset, tokenizer=tokenizer, force=force)
     console.print(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
     console.print(f"Written: {out}")
 

@@ -14,7 +14,7 @@ from ._checks import check_int, check_real
 from .arrays import Page, page_of
 from .dtypes import default_state_dtype, dtype_name
 from .layer_config import LayerConfig
-from .policies import Policy, policy_from_dict
+from .policies import Policy, check_registered, policy_from_dict
 
 FORMAT_VERSION = 1
 
@@ -186,7 +186,9 @@ class CacheConfig:
         """
         known = self._asked
         if unknown := sorted(set(changes) - set(known)):
-            raise TypeError(f"{unknown[0]}: no parameter of CacheConfig; expected some of {[*known]}")
+            raise TypeError(
+                f"{unknown[0]}: no parameter of CacheConfig; expected some of {[*known]}"
+            )
         return CacheConfig(**{**known, **changes})
 
     def baseline_plus(self) -> CacheConfig:
@@ -314,6 +316,8 @@ class CacheConfig:
         """
         data = dict(self._asked)
         policies = _per_layer("policy", data["policy"], self.num_layers)
+        for policy in policies:
+            check_registered(policy)
         data["policy"] = [policy.to_dict() for policy in policies]
         return {"format": FORMAT_VERSION, **data}
 

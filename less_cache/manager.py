@@ -1,7 +1,8 @@
-"""`CacheManager`: the cache as a user meets it. Checks what comes in, and hands it to a backend."""
+"""`CacheManager`: the cache as a user meets it. A thin face over the step of `ops`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,24 @@ import numpy as np
 import torch
 
 from ._checks import check_choice, check_int
-from .backends import MODULES, get_backend, runs_on_triton
-from .config import CacheConfig, LayerConfig, dtype_name
-from .feature_maps import FeatureMaps, LayerMaps
-from .policies import Score
+from .arrays import Array
+from .backends import BACKENDS, best_backend, get_backend
+from .call import check_room, check_tokens, checked_mask
+from .config import CacheConfig
+from .dtypes import dtype_name
+from .feature_maps import FeatureMaps
+from .ops import StepPlan, plan_step
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
 
-Array = Any
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a manager has made ready for the states of one device and dtype."""
+
+    manager: CacheManager
+    backend: str
+    layers: tuple[StepPlan, ...]
 
 
 class CacheManager:
@@ -37,6 +48,18 @@ class CacheManager:
     ------
     ValueError, TypeError
         If config, maps and backend do not go together.
+
+    Examples
+    --------
+    >>> import torch, less_cache as lc
+    >>> config = lc.CacheConfig(1, 4, 2, 64, capacity=32, policy=lc.SinkWindow(), rank=0)
+    >>> manager = lc.CacheManager(config)
+    >>> state = manager.init(batch_size=3)
+    >>> q, k, v = torch.randn(3, 4, 100, 64), torch.randn(3, 2, 100, 64), torch.randn(3, 2, 100, 64)
+    >>> manager.attend(state, layer=0, q=q, k=k, v=v).shape
+    torch.Size([3, 4, 100, 64])
+    >>> state.length.tolist(), state.layers[0].keys.shape
+    ([100, 100, 100], torch.Size([3, 64, 64]))
     """
 
     def __init__(
@@ -44,12 +67,7 @@ class CacheManager:
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
-        check_choice("backend", backend, ("auto", *MODULES))
-        # Which backend a state on a CUDA GPU gets, by its dtype, once it is known.
-        self._on_cuda: dict[str, str] | None = {} if backend == "auto" else None
-        if backend == "auto":
-            custom = any(policy.score is Score.CUSTOM for policy in config.policies)
-            backend = "reference" if custom else "torch"
+        check_choice("backend", backend, ("auto", *BACKENDS))
         if maps is not None and not isinstance(maps, FeatureMaps):
             raise TypeError(f"maps: got {type(maps).__name__}, expected FeatureMaps")
         if config.rank and maps is None:
@@ -58,16 +76,28 @@ class CacheManager:
             raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
         if maps is not None:
             maps.check_against(config)
-        self._backends = {backend: get_backend(backend)}
-        self._backends[backend].check_config(config)
+        if backend != "auto":
+            get_backend(backend).check_config(config)
         self.config = config
         self.maps = maps
         self.backend = backend
-        # By backend, device and dtype: states are made often, maps are converted once.
-        self._prepared: dict[tuple[str, str, str], list[LayerMaps]] = {}
+        # By device and dtype: states are made often, maps are converted once.
+        self._plans: dict[tuple[str, str], _Plan] = {}
 
     def __repr__(self) -> str:
         return f"CacheManager({self.config}, {self.maps}, backend={self.backend!r})"
+
+    def backend_on(self, device: str = "cpu") -> str:
+        """The name of the backend that states on a device get.
+
+        Parameters
+        ----------
+        device
+            ``"cpu"``, ``"cuda"``, ..., or ``"numpy"``.
+        """
+        if self.backend != "auto":
+            return self.backend
+        return best_backend(self.config, device.partition(":")[0])
 
     def init(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> CacheState:
         """An empty cache for `batch_size` sequences.
@@ -90,20 +120,19 @@ class CacheManager:
         check_int("batch_size", batch_size, minimum=1)
         numpy = isinstance(dtype, (type, np.dtype))
         config = self.config if dtype is None else self.config.with_dtype(dtype)
-        if numpy and self.backend != "reference":
+        if numpy and self.backend != "auto" and "numpy" not in BACKENDS[self.backend].devices:
             raise ValueError(
                 f"dtype: got NumPy's {dtype_name(dtype)}, which backend 'reference' alone takes; "
                 f"this one is {self.backend!r}"
             )
         if numpy and device is not None:
             raise ValueError(f"device: got {device!r}, but NumPy arrays have none; leave it out")
-        layers = [
-            allocate(config.layer(i), batch_size, numpy=numpy, device=device)
-            for i in range(config.num_layers)
-        ]
-        return self._adopt(CacheState(config, layers, self.maps))
+        layers = [allocate(x, batch_size, numpy=numpy, device=device) for x in config.layers]
+        state = CacheState(config, layers, self.maps)
+        state.plan = self._plan_for(state)
+        return state
 
-    def append(
+    def attend(
         self, state: CacheState, layer: int, q: Array, k: Array, v: Array, mask: Array | None = None
     ) -> Array:
         """Attend from S new tokens, and take them into the cache: the one operation.
@@ -140,25 +169,21 @@ class CacheManager:
         """
         if not isinstance(state, CacheState):
             raise TypeError(f"state: got {type(state).__name__}, expected a CacheState from init()")
-        if state.config is not self.config and state.config != self.config.with_dtype(
-            state.config.dtype
-        ):
-            raise ValueError(
-                f"state: made for another config: {differences(state.config, self.config)}"
-            )
-        if state.maps is not self.maps:
-            raise ValueError("state: made with other feature maps than this manager's")
-        backend = self._backend_for(state)
-        if state.prepared_for != backend:
+        if state.plan is None or state.plan.manager is not self:
             self._adopt(state)
-        spec = state.config.layer(layer)
-        layer_state = state.layers[layer]
-        _check_inputs(spec, layer_state, q, k, v)
-        mask = _checked_mask(layer_state, k, mask)
-        if spec.policy.score is Score.NONE:
-            _check_room(spec, layer_state, mask, int(k.shape[2]))
-        maps = state.layer_maps[layer]
-        return self._backends[backend].append(spec, layer_state, maps, q, k, v, mask)
+        layers = state.plan.layers
+        # A bool is an int, too, but names no layer.
+        if type(layer) is not int or not 0 <= layer < len(layers):
+            check_int("layer", layer, minimum=0, maximum=len(layers) - 1)
+        plan, held = layers[layer], state.layers[layer]
+        check_tokens(plan.layer, held.keys, len(held.length), q, k, v)
+        if mask is not None:
+            mask = checked_mask(k, mask)
+        if not plan.layer.policy.evicts:
+            _check_room(plan, held, mask, int(k.shape[2]))
+        out = plan.run(held, q, k, v, held.length, mask=mask, clean=True)
+        held.length += k.shape[2] if mask is None else mask.sum(1, dtype=held.length.dtype)
+        return out
 
     def load(self, path: str | Path, *, device: Any = None) -> CacheState:
         """Read a snapshot that `CacheState.save` wrote, to go on with it.
@@ -170,114 +195,64 @@ class CacheManager:
         ValueError
             If it is damaged, or made with another config or other maps.
         """
-        return self._adopt(CacheState.load(path, self.config, self.maps, device=device))
+        state = CacheState.load(path, self.config, self.maps, device=device)
+        state.plan = self._plan_for(state)
+        return state
 
-    def _adopt(self, state: CacheState) -> CacheState:
-        if state.is_numpy and self.backend != "reference":
+    def _adopt(self, state: CacheState) -> None:
+        """Check once that a state is one of this manager's kind, and make ready for it."""
+        if state.config is not self.config:
+            wanted = self.config.with_dtype(state.config.dtype)
+            if state.config != wanted:
+                raise ValueError(
+                    f"state: made for another config: {differences(state.config, wanted)}"
+                )
+        if state.maps is not self.maps:
+            own = "" if self.maps is None else self.maps.digest
+            if state.maps_digest != own:
+                raise ValueError("state: made with other feature maps than this manager's")
+        state.plan = self._plan_for(state)
+
+    def _plan_for(self, state: CacheState) -> _Plan:
+        config = state.config
+        where = "numpy" if state.is_numpy else str(state.layers[0].keys.device)
+        key = (where, config.dtype)
+        if key in self._plans:
+            return self._plans[key]
+        kind = where.partition(":")[0]
+        name = self.backend
+        if name == "auto":
+            name = best_backend(config, kind)
+        if kind == "numpy" and "numpy" not in BACKENDS[name].devices:
             raise ValueError(
                 "state: holds NumPy arrays, which backend 'reference' alone takes; "
                 f"this one is {self.backend!r}"
             )
-        name = self._backend_for(state)
-        backend = self._backends.setdefault(name, get_backend(name))
-        backend.check_config(state.config)
-        if self.maps is not None:
-            first = state.layers[0].keys
-            device = None if state.is_numpy else first.device
-            key = (name, str(device), state.config.dtype)
-            if key not in self._prepared:
-                self._prepared[key] = [
-                    backend.prepare_maps(maps, state.config.layer(i), device)
-                    for i, maps in enumerate(self.maps)
-                ]
-            state.layer_maps = list(self._prepared[key])
-        state.prepared_for = name
-        return state
-
-    def _backend_for(self, state: CacheState) -> str:
-        """The backend that runs this state: "auto" prefers Triton's kernels on a CUDA GPU."""
-        if self._on_cuda is None or state.is_numpy or not state.layers[0].keys.is_cuda:
-            return self.backend
-        dtype = state.config.dtype
-        if dtype not in self._on_cuda:
-            usable = self.backend == "torch" and runs_on_triton(state.config)
-            self._on_cuda[dtype] = "triton" if usable else self.backend
-        return self._on_cuda[dtype]
-
-
-def _check_inputs(spec: LayerConfig, state: LayerState, q: Array, k: Array, v: Array) -> None:
-    batch = state.keys.shape[0]
-    library = np.ndarray if isinstance(state.keys, np.ndarray) else torch.Tensor
-    for name, array, heads in (
-        # First k: it says how many tokens are new.
-        ("k", k, spec.kv_heads),
-        ("q", q, spec.query_heads),
-        ("v", v, spec.kv_heads),
-    ):
-        if not isinstance(array, library):
-            raise TypeError(
-                f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
-            )
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name}: got shape {tuple(array.shape)}, expected [batch, heads, tokens, head_dim]"
-            )
-        expected = (batch, heads, k.shape[2], spec.head_dim)
-        if tuple(array.shape) != expected:
-            raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {expected}")
-        if array.dtype != state.keys.dtype:
-            raise TypeError(f"{name}: got dtype {array.dtype}, expected {state.keys.dtype}")
-        if not isinstance(array, np.ndarray) and array.device != state.keys.device:
-            raise ValueError(f"{name}: on device {array.device}, expected {state.keys.device}")
-    if k.shape[2] == 0:
-        raise ValueError("k: got 0 tokens, expected at least 1")
-
-
-def _checked_mask(state: LayerState, k: Array, mask: Array | None) -> Array | None:
-    if mask is None:
-        return None
-    numpy = isinstance(k, np.ndarray)
-    if not isinstance(mask, np.ndarray if numpy else torch.Tensor):
-        expected = "ndarray" if numpy else "Tensor"
-        raise TypeError(f"mask: got {type(mask).__name__}, expected {expected}")
-    expected_shape = (k.shape[0], k.shape[2])
-    if tuple(mask.shape) != expected_shape:
-        raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, expected [batch, tokens] = {expected_shape}"
+        get_backend(name).check_config(config)
+        maps = self.maps if self.maps is not None else [None] * config.num_layers
+        layers = tuple(
+            plan_step(layer, own, device=where, backend=name)
+            for layer, own in zip(config.layers, maps, strict=True)
         )
-    if not numpy and mask.device != k.device:
-        raise ValueError(f"mask: on device {mask.device}, expected {k.device}")
-    if mask.dtype in (bool, torch.bool):
-        return mask
-    kinds: Any = mask.dtype
-    integer = kinds.kind in "iu" if numpy else not (kinds.is_floating_point or kinds.is_complex)
-    if not integer:
-        raise TypeError(
-            f"mask: got dtype {mask.dtype} (it could hold NaN), expected booleans or 0 and 1"
-        )
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"mask: got values {mask.min()} to {mask.max()}, expected only 0 and 1")
-    return mask != 0
+        self._plans[key] = _Plan(self, name, layers)
+        return self._plans[key]
 
 
-def _check_room(spec: LayerConfig, state: LayerState, mask: Array | None, new_tokens: int) -> None:
+def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> None:
     """Refuse tokens that a full cache cannot take, asking the device only when it may matter."""
+    capacity = min(plan.layer.capacities)
     if not isinstance(state.length, np.ndarray) and torch.compiler.is_compiling():
         incoming = new_tokens if mask is None else mask.sum(1)
         torch._assert_async(
-            ((state.length + incoming) <= spec.capacity).all(),
-            f"FullCache: more tokens than capacity = {spec.capacity}",
+            ((state.length + incoming) <= capacity).all(),
+            f"FullCache: more tokens than capacity = {capacity}",
         )
         # Nobody counts while compiled: the next call that is not has to ask the device.
-        state.tokens_bound = spec.capacity
+        state.tokens_bound = capacity
         return
-    if state.tokens_bound + new_tokens > spec.capacity:
-        state.tokens_bound = int(state.length.max())
-        incoming = new_tokens if mask is None else mask.sum(1)
-        total = int((state.length + incoming).max())
-        if total > spec.capacity:
-            raise ValueError(
-                f"k: {total} tokens in all, but {spec.policy} holds at most "
-                f"capacity = {spec.capacity}"
-            )
+    if state.tokens_bound + new_tokens > capacity:
+        length = state.length if isinstance(state.length, np.ndarray) else state.length.cpu()
+        padding = mask if mask is None or isinstance(mask, np.ndarray) else mask.cpu()
+        state.tokens_bound = int(length.max())
+        check_room(plan.layer, length, padding, new_tokens)
     state.tokens_bound += new_tokens

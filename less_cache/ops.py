@@ -1,24 +1,243 @@
-"""`append` as a functional `torch.library` operator: what ``torch.export`` sees of a cache."""
+"""The step over plain tensors that anybody may own, and as `torch.library` operators.
+
+`plan_step` says once what a layer is; `step` is then called for new tokens. `less_cache::step_` is
+the same as an operator that changes the arrays in place: what ``torch.compile`` sees. The operator
+`less_cache::step` has no side effects, and is what ``torch.export`` sees.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import torch_backend
-from .config import LayerConfig
+from . import call
+from ._checks import check_choice, check_int
+from .arrays import Array, LayerArrays
+from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
+from .config import CacheConfig
 from .feature_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
+from .layer_config import LayerConfig
 from .policies import policy_from_dict
-from .state import LayerState
+
+_PLANS: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class StepPlan:
+    """All that steps of one layer have in common: shapes, backend, and its maps made ready.
+
+    Attributes
+    ----------
+    layer : LayerConfig
+    backend : str
+    """
+
+    def __init__(self, layer: LayerConfig, backend: str, maps: PreparedMaps | None) -> None:
+        self.layer = layer
+        self.backend = backend
+        self.module: Backend = get_backend(backend)
+        self.maps = maps
+        # An operator takes numbers, but no objects.
+        self.number = next(_NUMBERS)
+        _PLANS[self.number] = self
+
+    def run(
+        self,
+        arrays: LayerArrays,
+        q: Array,
+        k: Array,
+        v: Array,
+        lengths: Array,
+        rows: Array | None = None,
+        mask: Array | None = None,
+        *,
+        clean: bool = False,
+    ) -> Array:
+        """`Backend.attend` of what has been checked; one node where it is compiled."""
+        if torch.compiler.is_compiling():
+            state = [arrays.keys, arrays.values, arrays.scores, arrays.positions]
+            state += [arrays.H, arrays.z]
+            if arrays.history is not None:
+                state.append(arrays.history)
+            return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
+        return self.module.attend(
+            self.layer,
+            arrays,
+            self.maps,
+            q,
+            k,
+            v,
+            lengths=lengths,
+            rows=rows,
+            mask=mask,
+            clean=clean,
+        )
+
+
+def plan_step(
+    layer: LayerConfig,
+    maps: LayerMaps | None = None,
+    *,
+    device: Any = "cpu",
+    backend: str = "auto",
+) -> StepPlan:
+    """Make ready for `step` on one layer; do this once, not in every step.
+
+    Parameters
+    ----------
+    layer
+        ``config.layer(i)``, with the dtype that the arrays will have.
+    maps
+        The layer's φ and ψ, ``feature_maps[i]``, where its rank is above 0.
+    device
+        Where the arrays will be; ``"numpy"`` for NumPy's.
+    backend
+        As of `CacheManager`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If layer, maps, device and backend do not go together.
+    """
+    if not isinstance(layer, LayerConfig):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected CacheConfig.layer(i)")
+    if maps is not None and not isinstance(maps, LayerMaps):
+        raise TypeError(f"maps: got {type(maps).__name__}, expected FeatureMaps[i]")
+    if (maps is None) != (layer.rank == 0):
+        raise ValueError(
+            f"maps: got {'none' if maps is None else 'some'}, but the layer's rank is {layer.rank}"
+        )
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    numpy = device == "numpy"
+    config = _config_of(layer)
+    if backend == "auto":
+        backend = best_backend(config, "numpy" if numpy else torch.device(device).type)
+    module = get_backend(backend)
+    module.check_config(config)
+    prepared = None
+    if maps is not None:
+        prepared = module.prepare_maps(maps, layer, None if numpy else torch.device(device))
+    return StepPlan(layer, backend, prepared)
+
+
+def step(
+    plan: StepPlan,
+    arrays: LayerArrays,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    lengths: Array,
+    rows: Array | None = None,
+    mask: Array | None = None,
+    query_start_loc: Array | None = None,
+    max_query_len: int | None = None,
+) -> Array:
+    """Attend from new tokens and take them in, over arrays that the caller owns.
+
+    What `CacheManager.attend` does, for engines with a memory of their own: nothing is kept but
+    what `arrays` hold, and `lengths` is never advanced. On a GPU nothing waits for the device.
+
+    Parameters
+    ----------
+    plan
+        From `plan_step`.
+    arrays
+        The layer's, changed in place; ``config.page(i).arrays(buffer)``, or from `empty_arrays`.
+    q
+        [B, Hq, S, D]; or packed: [T, Hq, D].
+    k, v
+        [B, Hkv, S, D]; or packed: [T, Hkv, D].
+    lengths
+        [B] int32 or int64, tokens seen before these. A row of length 0 counts as empty whatever
+        bytes it holds.
+    rows
+        [B] int32 or int64: sequence i lives in row ``rows[i]`` of the arrays. ``None``: in row i.
+        Padded calls may name one spare row many times; what it holds then is anything. The numbers
+        are not checked on a GPU.
+    mask
+        [B, S], true or 1 at tokens; not for packed sequences.
+    query_start_loc
+        [B + 1] int32 or int64: sequence i has the tokens from ``query_start_loc[i]`` to
+        ``query_start_loc[i + 1]``, which may be none.
+    max_query_len
+        No packed sequence is longer: what a GPU pads to, since nobody reads there how long they
+        are. Default: T.
+
+    Returns
+    -------
+    Array
+        As `q`; zero at padding.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If anything above is not so; nothing has changed then.
+
+    Examples
+    --------
+    >>> import torch, less_cache as lc
+    >>> config = lc.CacheConfig(1, 4, 2, 64, capacity=32, policy=lc.SinkWindow(), rank=0)
+    >>> plan = lc.plan_step(config.layer(0))
+    >>> pool = lc.empty_arrays(config.layer(0), 100)  # of a hundred sequences
+    >>> q, k, v = torch.randn(3, 4, 1, 64), torch.randn(3, 2, 1, 64), torch.randn(3, 2, 1, 64)
+    >>> rows, lengths = torch.tensor([7, 0, 42]), torch.tensor([0, 0, 0])
+    >>> lc.step(plan, pool, q, k, v, lengths=lengths, rows=rows).shape
+    torch.Size([3, 4, 1, 64])
+    """
+    if not isinstance(plan, StepPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected one of plan_step()")
+    call.check_arrays(plan.layer, arrays)
+    call.check_pool(arrays, lengths, rows)
+    if rows is None and len(lengths) < len(arrays.keys):
+        arrays = LayerArrays(**{n: x[: len(lengths)] for n, x in arrays.named().items()})
+    run = functools.partial(plan.run, arrays)
+    if query_start_loc is None:
+        call.check_tokens(plan.layer, arrays.keys, len(lengths), q, k, v)
+        checked = call.checked_mask(k, mask)
+        call.check_room(plan.layer, lengths, checked, k.shape[2])
+        return run(q, k, v, lengths, rows, checked)
+    if mask is not None:
+        raise ValueError("mask: given with query_start_loc, but packed sequences have no padding")
+    if max_query_len is not None:
+        check_int("max_query_len", max_query_len, minimum=1)
+    call.check_packed(plan.layer, arrays.keys, lengths, q, k, v, query_start_loc)
+    return call.run_packed(
+        run,
+        q,
+        k,
+        v,
+        lengths=lengths,
+        rows=rows,
+        query_start_loc=query_start_loc,
+        max_query_len=max_query_len,
+    )
+
+
+def _config_of(layer: LayerConfig) -> CacheConfig:
+    """A config of one such layer, for a backend to look at; capacities do not matter to it."""
+    return CacheConfig(
+        num_layers=1,
+        query_heads=layer.query_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        capacity=max(layer.capacities),
+        policy=layer.policy,
+        rank=layer.rank,
+        dtype=layer.dtype,
+        state_dtype=layer.state_dtype,
+    )
 
 
 def state_names(layer: LayerConfig) -> tuple[str, ...]:
-    """The arrays that `layer`'s state consists of, `length` aside: those that hold anything.
+    """The arrays that `layer`'s state consists of, lengths aside: those that hold anything.
 
     Without a low-rank state there is no H and no z; a history only where the policy keeps one.
     """
@@ -31,16 +250,19 @@ def state_names(layer: LayerConfig) -> tuple[str, ...]:
 
 
 def map_names(kind: str | None) -> tuple[str, ...]:
-    """The feature maps' parameters, in the order in which the operator takes them."""
+    """The feature maps' parameters, in the order in which the operators take them."""
     return () if kind is None else (*FIRST_LAYERS, *LAST_LAYERS[kind])
 
 
 def layer_spec(layer: LayerConfig, kind: str | None) -> str:
     """`layer` and its maps' kind as one string, which an operator may take and a graph may hold."""
     fields = {
-        name: getattr(layer, name) for name in LayerConfig.__dataclass_fields__ if name != "policy"
+        name: getattr(layer, name)
+        for name in LayerConfig.__dataclass_fields__
+        if name != "policies"
     }
-    return json.dumps({**fields, "policy": layer.policy.to_dict(), "kind": kind}, sort_keys=True)
+    policies = [policy.to_dict() for policy in layer.policies]
+    return json.dumps({**fields, "policies": policies, "kind": kind}, sort_keys=True)
 
 
 @functools.cache
@@ -48,32 +270,31 @@ def read_spec(spec: str) -> tuple[LayerConfig, str | None]:
     """What `layer_spec` wrote."""
     fields: dict[str, Any] = json.loads(spec)
     kind = fields.pop("kind")
-    fields["policy"] = policy_from_dict(fields["policy"])
+    fields["policies"] = tuple(policy_from_dict(policy) for policy in fields["policies"])
+    fields["capacities"] = tuple(fields["capacities"])
     return LayerConfig(**fields), kind
 
 
-def make_state(layer: LayerConfig, length: Tensor, arrays: Sequence[Tensor]) -> LayerState:
-    """A `LayerState` of copies: H and z of no rows where the layer has none."""
-    names = state_names(layer)
-    held: dict[str, Any] = {n: x.clone() for n, x in zip(names, arrays, strict=True)}
+def make_arrays(layer: LayerConfig, tensors: Sequence[Tensor]) -> LayerArrays:
+    """`LayerArrays` of the tensors that `state_names` names; H and z of no rows at rank 0."""
+    held: dict[str, Any] = dict(zip(state_names(layer), tensors, strict=True))
     if not layer.rank:
         wide = getattr(torch, layer.state_dtype)
-        heads = held["scores"].shape[:2]
+        heads = (held["scores"].shape[0], layer.kv_heads)
         held["H"] = held["keys"].new_zeros((*heads, 0, layer.head_dim), dtype=wide)
         held["z"] = held["keys"].new_zeros((*heads, 0), dtype=wide)
-    return LayerState(**held, length=length.clone())
+    return LayerArrays(**held)
 
 
-def make_maps(kind: str | None, tensors: Sequence[Tensor], dtype: torch.dtype) -> LayerMaps | None:
-    """The maps with their matrices in `dtype`; ``None`` without a kind."""
+def make_maps(kind: str | None, tensors: Sequence[Tensor]) -> LayerMaps | None:
+    """The maps that the tensors are the parameters of; ``None`` without a kind."""
     if kind is None:
         return None
-    maps = LayerMaps(kind, dict(zip(map_names(kind), tensors, strict=True)))
-    return maps.to(dtype=dtype)
+    return LayerMaps(kind, dict(zip(map_names(kind), tensors, strict=True)))
 
 
-@torch.library.custom_op("less_cache::append", mutates_args=())
-def append(
+@torch.library.custom_op("less_cache::step", mutates_args=())
+def functional_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,7 +304,7 @@ def append(
     maps: list[Tensor],
     spec: str,
 ) -> list[Tensor]:
-    """`CacheManager.append` of one layer, without side effects.
+    """The step of one layer without side effects.
 
     Parameters
     ----------
@@ -108,13 +329,13 @@ def append(
         The output [B, Hq, S, D], then the new state in the same order.
     """
     layer, kind = read_spec(spec)
-    held = make_state(layer, length, state)
-    prepared = make_maps(kind, maps, held.scores.dtype)
-    out = torch_backend.append(layer, held, prepared, q, k, v, mask != 0)
-    return [out, *(getattr(held, name) for name in state_names(layer))]
+    copies = [array.clone() for array in state]
+    plan = plan_step(layer, make_maps(kind, maps), device=q.device, backend="torch")
+    out = plan.run(make_arrays(layer, copies), q, k, v, length, mask=mask != 0)
+    return [out, *copies]
 
 
-@append.register_fake
+@functional_step.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -126,3 +347,50 @@ def _(
     spec: str,
 ) -> list[Tensor]:
     return [torch.empty_like(q), *(torch.empty_like(array) for array in state)]
+
+
+@torch.library.custom_op("less_cache::step_", mutates_args=("state",))
+def step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    rows: Tensor | None,
+    state: list[Tensor],
+    plan: int,
+    clean: bool,
+) -> Tensor:
+    """The step of one layer over its arrays in place: one node of a compiled graph.
+
+    Parameters
+    ----------
+    q, k, v, mask, lengths, rows, clean
+        As of `Backend.attend`.
+    state
+        keys, values, scores, positions, H, z, and history where there is one.
+    plan
+        `StepPlan.number` of a plan that is kept.
+
+    Returns
+    -------
+    Tensor
+        [B, Hq, S, D].
+    """
+    arrays = LayerArrays(*state)
+    return _PLANS[plan].run(arrays, q, k, v, lengths, rows, mask, clean=clean)
+
+
+@step_in_place.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    rows: Tensor | None,
+    state: list[Tensor],
+    plan: int,
+    clean: bool,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -16,6 +16,7 @@ from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .layer_config import LayerConfig
 
+
 @dataclass
 class LayerState(LayerArrays):
     """One layer's cache of a batch, and how many tokens each row has seen.
@@ -242,11 +243,9 @@ class CacheState:
             if maps.digest != found.maps_digest:
                 raise ValueError(f"{path}: made with other feature maps than those given")
         numpy = found.library == "numpy"
-        layers = []
+        layers, batch_size = [], found.batch_size
         for index, bound in enumerate(found.tokens_bounds):
-            layer = allocate(
-                found.config.layer(index), found.batch_size, numpy=numpy, device=device
-            )
+            layer = allocate(found.config.layer(index), batch_size, numpy=numpy, device=device)
             found.fill(index, layer.arrays())
             layer.tokens_bound = bound
             layers.append(layer)

@@ -2,86 +2,87 @@
 
 Training and evaluation know every token beforehand. Two passes then replace the token-by-token
 loop: `eviction_times` runs the policy alone and notes when each pair leaves, and `attend` computes
-all outputs in one masked product. The result equals `append` called token by token.
+all outputs in one masked product. The result equals `CacheManager.attend` called token by token.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_int
-from .backends import get_backend
-from .backends.torch_common import pair_logits
-from .config import LayerConfig
+from ._checks import check_choice, check_int
+from .backends import BACKENDS, best_backend, get_backend
+from .config import CacheConfig
 from .feature_maps import LayerMaps
-from .policies import Score
-from .state import allocate
+from .layer_config import LayerConfig
 
 INFINITY = float("inf")
 
 
 @torch.no_grad()
-def eviction_times(layer: LayerConfig, q: Tensor, k: Tensor, *, prompt: int = 1) -> Tensor:
+def eviction_times(
+    layer: LayerConfig,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    *,
+    prompt: int = 1,
+    backend: str = "auto",
+) -> Tensor:
     """When each pair of known sequences leaves its slot.
 
     Parameters
     ----------
     layer
-        Capacity, policy, scale; its rank does not matter.
+        Capacities, policy, scale; its rank does not matter.
     q
         [B, Hq, N, D], after the rotary embedding.
     k
         [B, Hkv, N, D], likewise.
+    mask
+        [B, N] booleans, false at padding; ``None``: no padding.
     prompt
-        How many of the first tokens come in one `append`; the others come one by one.
+        How many of the first tokens come in one call; the others come one by one.
+    backend
+        As of `CacheManager`.
 
     Returns
     -------
     Tensor
         [B, Hkv, N] int32: the first query that no longer finds the pair in a slot; N for pairs
-        that stay.
+        that stay; at padding, which never is in a slot, its own index.
 
     Raises
     ------
     ValueError
-        If `prompt` is not between 1 and N.
+        If `prompt` is not between 1 and N, or a policy that never evicts has no room for all.
     """
-    batch, kv_heads, tokens, _ = k.shape
+    tokens = k.shape[2]
     check_int("prompt", prompt, minimum=1, maximum=tokens)
-    if layer.policy.score is Score.POSITION and prompt == 1:
-        return _window_times(layer, k)
-    sparse = dataclasses.replace(layer, rank=0, dtype=_name(k.dtype))
-    backend = get_backend("torch")
-    state = allocate(sparse, batch, device=k.device)
-    # The last query that found the pair in a slot; its own at least.
-    last = torch.arange(tokens, dtype=torch.int32, device=k.device).expand(batch, kv_heads, -1)
-    last = last.contiguous()
-    spare = torch.zeros(batch, kv_heads, 1, dtype=torch.int32, device=k.device)
-    last = torch.cat([last, spare], 2)
-    start = 0
-    for stop in (prompt, *range(prompt + 1, tokens + 1)):
-        keys = k[:, :, start:stop]
-        backend.append(sparse, state, None, q[:, :, start:stop], keys, keys, None)
-        # An empty slot's position, -1, is the spare column.
-        held = state.positions.long() % (tokens + 1)
-        last.scatter_(2, held, torch.full_like(held, stop - 1, dtype=torch.int32))
-        start = stop
-    times = last[:, :, :tokens] + 1
-    # Within the prompt every query sees all before it: what its end evicts leaves after it.
-    return times.clamp_min_(prompt)
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    if not layer.policy.evicts and tokens > min(layer.capacities):
+        raise ValueError(
+            f"k: {tokens} tokens, but {layer.policy} holds at most capacity = "
+            f"{min(layer.capacities)}"
+        )
+    if backend == "auto":
+        backend = best_backend(_sparse_config(layer, k), k.device.type)
+    return get_backend(backend).eviction_times(layer, q, k, mask, prompt=prompt)
 
 
-def _window_times(layer: LayerConfig, k: Tensor) -> Tensor:
-    """`eviction_times` of a window, which needs no look at the pairs."""
-    batch, kv_heads, tokens, _ = k.shape
-    position = torch.arange(tokens, dtype=torch.int32, device=k.device)
-    leaves = position + (layer.capacity - layer.policy.sinks)
-    stays = (position < layer.policy.sinks) | (leaves > tokens)
-    return leaves.masked_fill_(stays, tokens).expand(batch, kv_heads, -1).contiguous()
+def _sparse_config(layer: LayerConfig, k: Tensor) -> CacheConfig:
+    """A config of one such layer, without the low-rank state that no eviction depends on."""
+    return CacheConfig(
+        num_layers=1,
+        query_heads=layer.query_heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        capacity=max(layer.capacities),
+        policy=layer.policy,
+        rank=0,
+        dtype=k.dtype,
+    )
 
 
 def attend(
@@ -93,7 +94,7 @@ def attend(
     times: Tensor,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Every query's output, as `append` would give it.
+    """Every query's output, as the step would give it.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def attend(
     gone = times.unsqueeze(2) <= rows.view(-1, 1)
     ahead = positions > rows.view(-1, 1)
     grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-    logits = pair_logits(layer, grouped, k, wide).view(shape)
+    logits = pair_logits(layer, grouped.to(wide), k.to(wide)).view(shape)
     logits = logits.masked_fill((gone | ahead).unsqueeze(2), -INFINITY)
     peak = logits.amax(4, keepdim=True).detach()
     if maps is None:
@@ -187,5 +188,9 @@ def attend_all(
     return torch.cat(parts, 2)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def pair_logits(layer: LayerConfig, queries: Tensor, keys: Tensor) -> Tensor:
+    """q·k·scale, soft-capped where the model does so: [B, Hkv, M, N] from [.., M, D], [.., N, D]."""
+    logits = queries @ keys.transpose(2, 3) * layer.scale
+    if layer.softcap is None:
+        return logits
+    return (logits / layer.softcap).tanh() * layer.softcap

@@ -10,6 +10,7 @@ import torch
 
 import less_cache as lc
 from less_cache.feature_maps import tensor_shapes
+from less_cache.layer_config import LayerConfig
 
 POLICIES = (
     lc.FullCache(),
@@ -19,7 +20,9 @@ POLICIES = (
     lc.Scissorhands(window=5),
     lc.KeyNorm(sinks=1, recent=2),
     lc.DecayedH2O(factor=0.9),
+    lc.ObservationWindow(window=4, neighbours=3),
 )
+"""One of each registered policy, with numbers that small caches have room for."""
 
 
 def policy_id(policy: lc.Policy) -> str:
@@ -121,26 +124,32 @@ class Held:
     length: np.ndarray
 
 
-def held_by(layer: lc.LayerState) -> Held:
-    """What a layer holds, empty slots (which may hold anything) set to zero and put first."""
+def held_by(layer: lc.LayerState, config: LayerConfig) -> Held:
+    """What a layer holds, heads apart: [B, Hkv, most slots], empty slots zero and put first."""
     arrays = {name: as_numpy(array) for name, array in layer.arrays().items()}
-    positions = arrays["positions"]
-    order = np.argsort(positions, axis=2, kind="stable")
-    empty = np.take_along_axis(positions, order, 2) < 0
-
-    def sorted_slots(name: str) -> np.ndarray:
-        array = arrays[name]
-        if array.ndim == 4:
-            taken = np.take_along_axis(array, order[..., None], 2)
-            return np.where(empty[..., None], 0, taken)
-        return np.where(empty, 0, np.take_along_axis(array, order, 2))
-
+    batch, most = arrays["positions"].shape[0], max(config.capacities)
+    small = (batch, config.kv_heads, most)
+    found = {
+        name: np.zeros(small if array.ndim == 2 else (*small, array.shape[2]), array.dtype)
+        for name, array in arrays.items()
+        if name in ("keys", "values", "scores", "positions", "history")
+    }
+    found["positions"] -= 1
+    for head, capacity in enumerate(config.capacities):
+        slots = config.head_slots(head)
+        positions = arrays["positions"][:, slots]
+        order = np.argsort(positions, axis=1, kind="stable")
+        for name, into in found.items():
+            array = arrays[name][:, slots]
+            index = order if array.ndim == 2 else order[..., None]
+            taken = np.take_along_axis(array, index, 1)
+            empty = np.take_along_axis(positions, order, 1) < 0
+            empty = empty if array.ndim == 2 else empty[..., None]
+            blank = -1 if name == "positions" else 0
+            into[:, head, most - capacity :] = np.where(empty, blank, taken)
     return Held(
-        positions=np.take_along_axis(positions, order, 2),
-        keys=sorted_slots("keys"),
-        values=sorted_slots("values"),
-        scores=sorted_slots("scores"),
-        history=sorted_slots("history") if "history" in arrays else None,
+        **{name: found[name] for name in ("positions", "keys", "values", "scores")},
+        history=found.get("history"),
         H=arrays["H"],
         z=arrays["z"],
         length=arrays["length"],

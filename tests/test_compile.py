@@ -26,14 +26,14 @@ def make(policy, **changes):
     states = [manager.init(3) for _ in range(2)]
     for state in states:
         for layer in range(2):
-            manager.append(state, layer, *torch_inputs(config, 3, 4))
+            manager.attend(state, layer, *torch_inputs(config, 3, 4))
     return manager, *states
 
 
 def step_of(manager, state):
     def step(q, k, v, mask):
-        first = manager.append(state, 0, q, k, v, mask)
-        return manager.append(state, 1, first, k, v, mask)
+        first = manager.attend(state, 0, q, k, v, mask)
+        return manager.attend(state, 1, first, k, v, mask)
 
     return step
 
@@ -64,11 +64,11 @@ def test_a_compiled_step_equals_an_eager_one_and_is_compiled_once(policy, masked
 def test_inductor_compiles_a_step():
     manager, eager, compiled = make(lc.H2O())
     step = torch.compile(
-        lambda *inputs: manager.append(compiled, 0, *inputs), fullgraph=True, backend="inductor"
+        lambda *inputs: manager.attend(compiled, 0, *inputs), fullgraph=True, backend="inductor"
     )
     for turn in range(STEPS):
         inputs = inputs_of(manager, turn, masked=True)
-        expected = manager.append(eager, 0, *inputs)
+        expected = manager.attend(eager, 0, *inputs)
         torch.testing.assert_close(step(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,9 +137,9 @@ def test_a_full_cache_that_was_filled_while_compiled_still_refuses_the_next_toke
     config = small_config(policy=lc.FullCache(), capacity=6, rank=0, num_layers=1)
     manager = lc.CacheManager(config, backend="torch")
     state = manager.init(2)
-    manager.append(state, 0, *torch_inputs(config, 2, 3))
+    manager.attend(state, 0, *torch_inputs(config, 2, 3))
     step = torch.compile(
-        lambda q, k, v: manager.append(state, 0, q, k, v), fullgraph=True, backend="aot_eager"
+        lambda q, k, v: manager.attend(state, 0, q, k, v), fullgraph=True, backend="aot_eager"
     )
     one = torch_inputs(config, 2, 1)
     for _ in range(3):
@@ -148,5 +148,5 @@ def test_a_full_cache_that_was_filled_while_compiled_still_refuses_the_next_toke
     with pytest.raises(RuntimeError, match="FullCache: more tokens than capacity = 6"):
         step(*one)
     with pytest.raises(ValueError, match=r"^k: 7 tokens in all"):
-        manager.append(state, 0, *one)
+        manager.attend(state, 0, *one)
     assert bits_of(state) == before

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import less_cache as lc
-from less_cache.config import dtype_name, full_attention_layers
+from less_cache.dtypes import dtype_name
+from less_cache.integrations.introspection import full_attention_layers
 from tests.helpers import POLICIES, policy_id, small_config
 
 BAD = {

@@ -48,8 +48,8 @@ def bench(backend: str, tokens: int, *, numpy: bool = False, **changes: Any) -> 
         return arrays if numpy else [torch.as_tensor(array) for array in arrays]
 
     for layer in range(config.num_layers):
-        manager.append(state, layer, *inputs(5))
-        manager.append(state, layer, *inputs(1))
+        manager.attend(state, layer, *inputs(5))
+        manager.attend(state, layer, *inputs(1))
     mask: Any = np.ones((BATCH, tokens), dtype=bool)
     mask = mask if numpy else torch.as_tensor(mask)
     q, k, v = inputs(tokens)
@@ -58,7 +58,7 @@ def bench(backend: str, tokens: int, *, numpy: bool = False, **changes: Any) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """One way to spoil a call to `append`."""
+    """One way to spoil a call to `attend`."""
 
     name: str
     argument: str
@@ -177,7 +177,7 @@ def test_bad_calls_are_refused_by_name_and_change_nothing(bad, backend, tokens):
     before = bits_of(this.state)
     bounds = [layer.tokens_bound for layer in this.state.layers]
     with pytest.raises(bad.error, match=rf"^{bad.argument}: "):
-        this.manager.append(**call)
+        this.manager.attend(**call)
     assert bits_of(this.state) == before
     assert [layer.tokens_bound for layer in this.state.layers] == bounds
 
@@ -201,7 +201,7 @@ def test_bad_calls_of_a_numpy_state_are_refused(bad):
     this = bench("reference", 2, numpy=True)
     before = bits_of(this.state)
     with pytest.raises(bad.error, match=rf"^{bad.argument}: "):
-        this.manager.append(**{"state": this.state, **this.call, **bad.change(this)})
+        this.manager.attend(**{"state": this.state, **this.call, **bad.change(this)})
     assert bits_of(this.state) == before
 
 
@@ -294,10 +294,10 @@ def test_there_are_at_least_sixty_ways_to_be_refused():
 def test_a_full_cache_refuses_what_it_has_no_room_for(backend, tokens):
     this = bench(backend, tokens, policy=lc.FullCache(), capacity=7)
     if tokens == 1:
-        this.manager.append(this.state, **this.call)
+        this.manager.attend(this.state, **this.call)
     before = bits_of(this.state)
     with pytest.raises(ValueError, match=r"^k: 8 tokens in all, but FullCache.*capacity = 7"):
-        this.manager.append(this.state, **this.call)
+        this.manager.attend(this.state, **this.call)
     assert bits_of(this.state) == before
 
 
@@ -305,12 +305,12 @@ def test_a_full_cache_refuses_what_it_has_no_room_for(backend, tokens):
 def test_padding_takes_no_room_in_a_full_cache(backend):
     this = bench(backend, 3, policy=lc.FullCache(), capacity=8)
     for _ in range(5):
-        this.manager.append(this.state, **{**this.call, "mask": torch.zeros(BATCH, 3).bool()})
+        this.manager.attend(this.state, **{**this.call, "mask": torch.zeros(BATCH, 3).bool()})
     one = torch.tensor([[False, True, False]]).expand(BATCH, 3)
-    this.manager.append(this.state, **{**this.call, "mask": one})
-    this.manager.append(this.state, **{**this.call, "mask": one})
+    this.manager.attend(this.state, **{**this.call, "mask": one})
+    this.manager.attend(this.state, **{**this.call, "mask": one})
     with pytest.raises(ValueError, match=r"^k: 9 tokens"):
-        this.manager.append(this.state, **{**this.call, "mask": one})
+        this.manager.attend(this.state, **{**this.call, "mask": one})
     assert this.state.layers[0].length.tolist() == [8] * BATCH
 
 
@@ -319,14 +319,14 @@ def test_a_moved_row_brings_its_length_to_a_full_cache():
     manager = lc.CacheManager(config)
     state = manager.init(2)
     q, k, v = torch_inputs(config, 2, 4)
-    manager.append(state, 0, q, k, v, torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
+    manager.attend(state, 0, q, k, v, torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
     state.reorder([1, 1])
     for token in range(3):
-        manager.append(state, 0, *(x[:, :, token : token + 1] for x in (q, k, v)))
+        manager.attend(state, 0, *(x[:, :, token : token + 1] for x in (q, k, v)))
     with pytest.raises(ValueError, match=r"^k: 5 tokens"):
-        manager.append(state, 0, *(x[:, :, :1] for x in (q, k, v)))
+        manager.attend(state, 0, *(x[:, :, :1] for x in (q, k, v)))
     state.reset()
-    manager.append(state, 0, q, k, v)
+    manager.attend(state, 0, q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8])
@@ -335,7 +335,7 @@ def test_masks_of_booleans_and_of_zeros_and_ones_mean_the_same(dtype):
     for kind in (torch.bool, dtype):
         this = bench("torch", 4)
         mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).to(kind)
-        outs.append(this.manager.append(this.state, **{**this.call, "mask": mask}))
+        outs.append(this.manager.attend(this.state, **{**this.call, "mask": mask}))
     assert torch.equal(*outs)
 
 
@@ -344,7 +344,7 @@ def test_inputs_are_left_as_they_were(backend):
     this = bench(backend, 3)
     mask = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
     copies = {name: this.call[name].clone() for name in ("q", "k", "v")}
-    this.manager.append(this.state, **{**this.call, "mask": mask})
+    this.manager.attend(this.state, **{**this.call, "mask": mask})
     for name, copy in copies.items():
         assert torch.equal(this.call[name], copy)
 
@@ -364,8 +364,8 @@ def test_a_state_goes_from_one_backend_to_the_other():
     state, alone = managers[0].init(2), managers[0].init(2)
     for turn, tokens in enumerate((5, 1, 4, 1, 1)):
         inputs = torch_inputs(CONFIG, 2, tokens, seed=turn)
-        out = managers[turn % 2].append(state, 0, *inputs)
-        torch.testing.assert_close(out, managers[0].append(alone, 0, *inputs))
+        out = managers[turn % 2].attend(state, 0, *inputs)
+        torch.testing.assert_close(out, managers[0].attend(alone, 0, *inputs))
 
 
 def test_a_numpy_state_stays_with_the_reference():
@@ -374,7 +374,7 @@ def test_a_numpy_state_stays_with_the_reference():
     before = bits_of(state)
     arrays = [array.numpy() for array in torch_inputs(CONFIG, 2, 1)]
     with pytest.raises(ValueError, match=r"^state: .*NumPy"):
-        lc.CacheManager(CONFIG, MAPS, backend="torch").append(state, 0, *arrays)
+        lc.CacheManager(CONFIG, MAPS, backend="torch").attend(state, 0, *arrays)
     assert bits_of(state) == before
     reference.append(state, 0, *arrays)
 
@@ -396,8 +396,8 @@ def test_a_sixteen_bit_low_rank_state_is_kept_in_sixteen_bits():
     state, wide = manager.init(2), lc.CacheManager(CONFIG, MAPS).init(2)
     for tokens in (12, 1, 1, 4):
         inputs = torch_inputs(CONFIG, 2, tokens)
-        manager.append(state, 0, *inputs)
-        lc.CacheManager(CONFIG, MAPS).append(wide, 0, *inputs)
+        manager.attend(state, 0, *inputs)
+        lc.CacheManager(CONFIG, MAPS).attend(wide, 0, *inputs)
     assert state.layers[0].H.dtype == state.layers[0].z.dtype == torch.bfloat16
     # Each call rounds the sum once, by at most 2**-9 of its size.
     exact = wide.layers[0].H
@@ -410,7 +410,7 @@ def test_length_counts_tokens_of_each_row():
     assert this.state.length.tolist() == [6, 6, 6]
     mask = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0]])
     for layer in range(2):
-        this.manager.append(this.state, **{**this.call, "layer": layer, "mask": mask})
+        this.manager.attend(this.state, **{**this.call, "layer": layer, "mask": mask})
     assert this.state.length.tolist() == [9, 7, 6]
 
 
@@ -420,7 +420,7 @@ def test_autograd_does_not_reach_into_the_state():
     state = manager.init(1)
     for tokens in (9, 1, 1):
         inputs = [x.requires_grad_() for x in torch_inputs(config, 1, tokens)]
-        assert not manager.append(state, 0, *inputs).requires_grad
+        assert not manager.attend(state, 0, *inputs).requires_grad
     assert not any(array.requires_grad for array in state.layers[0].arrays().values())
 
 

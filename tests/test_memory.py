@@ -54,7 +54,7 @@ def test_the_size_is_the_same_after_any_number_of_tokens():
     arrays = [layer.arrays() for layer in state.layers]
     for tokens in (1, 100, 1, 37, 1):
         for layer in range(2):
-            manager.append(state, layer, *torch_inputs(config, 2, tokens))
+            manager.attend(state, layer, *torch_inputs(config, 2, tokens))
         assert state.nbytes == 2 * config.bytes_per_sequence()
         for old, layer in zip(arrays, state.layers, strict=True):
             assert all(layer.arrays()[name] is array for name, array in old.items())
@@ -77,11 +77,11 @@ def test_after_a_long_prompt_nothing_but_the_state_is_alive(backend, policy):
     config = small_config(policy=policy, num_layers=1)
     manager = lc.CacheManager(config, random_maps(config), backend=backend)
     tokens = 60 if backend == "reference" else 3000
-    manager.append(manager.init(1), 0, *torch_inputs(config, 1, 9))
+    manager.attend(manager.init(1), 0, *torch_inputs(config, 1, 9))
     before = living_bytes()
     state = manager.init(1)
-    manager.append(state, 0, *torch_inputs(config, 1, tokens))
-    manager.append(state, 0, *torch_inputs(config, 1, 1))
+    manager.attend(state, 0, *torch_inputs(config, 1, tokens))
+    manager.attend(state, 0, *torch_inputs(config, 1, 1))
     assert living_bytes() - before == state.nbytes
     for array in state.layers[0].arrays().values():
         assert array.untyped_storage().nbytes() == array.nbytes
@@ -97,11 +97,11 @@ PROMPT_OF_32K = """
     manager = lc.CacheManager(config, lc.FeatureMaps.initialise(config, hidden=32), backend="torch")
     state = manager.init(1)
     warm = [torch.zeros(1, 8, 600, 64) for _ in range(3)]
-    manager.append(state, 0, *warm)
+    manager.attend(state, 0, *warm)
     state.reset()
     q, k, v = (torch.rand(1, 8, 32 * 1024, 64) for _ in range(3))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = manager.append(state, 0, q, k, v)
+    out = manager.attend(state, 0, q, k, v)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     print(json.dumps({

@@ -5,7 +5,7 @@ import pytest
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Policy, Score, parse_policy, policy_from_dict
+from less_cache.policies import Policy, parse_policy, policy_from_dict
 from tests.helpers import POLICIES, policy_id
 
 BAD = {
@@ -107,7 +107,7 @@ def run(policy, capacity, queries, keys):
     held = []
     for query, key in zip(queries, keys, strict=True):
         q, k = (np.full((1, 1, 1, 1), float(number)) for number in (query, key))
-        manager.append(state, 0, q, k, k)
+        manager.attend(state, 0, q, k, k)
         positions = state.layers[0].positions[0, 0]
         held.append(sorted(positions[positions >= 0].tolist()))
     return held, state.layers[0]

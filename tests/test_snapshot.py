@@ -35,7 +35,7 @@ def append(manager, state, tokens, seed, masked=False):
             dtype = getattr(torch, state.config.dtype)
             given = [torch.as_tensor(array).to(dtype) for array in arrays]
             mask = None if mask is None else torch.as_tensor(mask)
-        outs.append(manager.append(state, layer, *given, mask))
+        outs.append(manager.attend(state, layer, *given, mask))
     return outs
 
 
@@ -187,7 +187,7 @@ def test_a_snapshot_keeps_its_dtype_and_takes_no_inputs_of_another(tmp_path):
     assert resumed.layers[0].keys.dtype == torch.float16
     before = bits_of(resumed)
     with pytest.raises(TypeError, match=r"^k: got dtype torch.float32, expected torch.float16"):
-        manager.append(resumed, 0, *(torch.zeros(3, heads, 1, 4) for heads in (4, 2, 2)))
+        manager.attend(resumed, 0, *(torch.zeros(3, heads, 1, 4) for heads in (4, 2, 2)))
     assert bits_of(resumed) == before
 
 

@@ -22,7 +22,7 @@ def used(request):
         given = [*arrays, mask]
         if request.param == "torch":
             given = [torch.as_tensor(array) for array in given]
-        manager.append(state, layer, *given)
+        manager.attend(state, layer, *given)
     return manager, state
 
 
@@ -149,9 +149,9 @@ def test_to_copies_a_torch_state_and_refuses_a_numpy_one(used):
     copy = state.to("cpu")
     assert bits_of(copy) == bits
     inputs = [torch.ones(3, heads, 1, 4) for heads in (4, 2, 2)]
-    out = manager.append(copy, 0, *inputs)
+    out = manager.attend(copy, 0, *inputs)
     assert bits_of(state) == bits, "a copy shares no memory with its origin"
-    assert torch.equal(manager.append(state, 0, *inputs), out)
+    assert torch.equal(manager.attend(state, 0, *inputs), out)
     assert state.to("meta").layers[0].keys.device.type == "meta"
     assert [layer.tokens_bound for layer in copy.layers] == [
         layer.tokens_bound for layer in state.layers

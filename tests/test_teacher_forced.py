@@ -1,4 +1,4 @@
-"""The teacher-forced form gives what `append` gives token by token."""
+"""The teacher-forced form gives what `attend` gives token by token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def token_by_token(config, maps, q, k, v, prompt):
     stops = [prompt, *range(prompt + 1, TOKENS + 1)]
     starts = [0, *stops[:-1]]
     outputs = [
-        manager.append(state, 0, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b])
+        manager.attend(state, 0, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b])
         for a, b in zip(starts, stops, strict=True)
     ]
     return torch.cat(outputs, 2), state

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 import less_cache as lc
+from exporters.common.manifest import MANIFEST
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MANIFEST
 from less_cache.policies import FullCache
 
 SHIPPED = "less-cache-reference"
@@ -49,7 +49,7 @@ def export_shipped(folder: Path) -> None:
     config = lc.CacheConfig.from_model(
         model.config, capacity=0.05, policy=lc.H2O(), rank=maps[0].rank, dtype=model.dtype
     )
-    export_decoder(model, config, maps, folder, tokenizer=tokenizer)
+    export_decoder(model, config, maps, folder, tokenizer=tokenizer, force=True)
 
 
 class ServedModel:

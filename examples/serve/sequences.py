@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from exporters.onnx.sampling import Sampler
+from exporters.onnx import Sampler
 
 from .detokenize import Decodes, Detokenizer, StopStrings
 

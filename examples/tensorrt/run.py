@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from exporters.onnx.sampling import Sampler
-from exporters.tensorrt import TensorRTDecoder
+from exporters.tensorrt import Sampler, TensorRTDecoder
 
 
 def main() -> None:

@@ -15,16 +15,16 @@ IR_VERSION = 10
 
 
 def assemble(model: ir.Model, layers: list[Layer], opset: int) -> ir.Model:
-    """Put into the place of each `APPEND` node: if S = 1 then `STEP` else `CHUNK`.
+    """Replace each `APPEND` node by a choice: `STEP` if S = 1, else `CHUNK`.
 
     Parameters
     ----------
     model
         From `decoder.trace_decoder`; changed in place.
     layers
-        Of the model, in order.
+        The model's, in order.
     opset
-        Of ONNX.
+        ONNX's opset.
     """
     graph = model.graph
     head = ir.Graph([], [], nodes=[], name="head")
@@ -56,7 +56,7 @@ def assemble(model: ir.Model, layers: list[Layer], opset: int) -> ir.Model:
 
 
 def _shorten_mask(build: Builder, ids: Value, mask: Value) -> None:
-    """Let the mask cover all tokens so far, as is usual elsewhere: the new ones' part is taken."""
+    """Take a mask of all tokens so far, as is usual elsewhere, and use only the new ones' part."""
     users = list(mask.uses())
     tokens = build("Neg", build.dim(ids, 1))
     new = build("Slice", mask, tokens, build.ints(2**31 - 1), build.ints(1))
@@ -113,7 +113,7 @@ def _choose(
 
 
 def _share_embedding(graph: ir.Graph) -> None:
-    """Let a tied head read the embedding, of which tracing left it a transposed copy."""
+    """Let a tied head read the embedding instead of the transposed copy that tracing made."""
     initializers = list(graph.initializers.values())
     for table in initializers:
         if not any(user.op_type == "Gather" and place == 0 for user, place in table.uses()):
@@ -137,7 +137,7 @@ def _is_transposed(table: Value, copy: Value) -> bool:
 
 
 def _forget_origins(model: ir.Model) -> None:
-    """Drop what tells where a node came from: paths of the machine that exported it."""
+    """Drop the notes on where nodes came from: they hold paths of the exporting machine."""
     model.metadata_props.clear()
     model.doc_string = None
     for graph in (model.graph, *(body.graph for body in model.functions.values())):

@@ -21,7 +21,7 @@ def attend_in_blocks(
     *,
     opset: int,
 ) -> tuple[Value, Value | None]:
-    """Attend from new queries over what is held, the new pairs among it.
+    """Attend from new queries over all pairs, the new ones included.
 
     Parameters
     ----------
@@ -30,22 +30,23 @@ def attend_in_blocks(
     layer
         Shapes and maps' kind.
     state
-        H and z; keys, values [B, Hkv, N, D] and positions [B, Hkv, N], the last S of them new.
+        H and z; keys and values [B, Hkv, N, D] and positions [B, Hkv, N], of which the last S are
+        new.
     maps
         For φ.
     q
         [B, Hq, S, D].
     weight
-        [B, S], what each query's probabilities count for, where anybody asks.
+        [B, S], what each query's probabilities count for; ``None`` if no score needs them.
     opset
-        Of the loop's body.
+        The opset of the loop's body.
 
     Returns
     -------
     out
         [B, Hq, S, D].
     gained
-        [B, Hkv, N], each pair's weighted sum of probabilities, where there is a weight.
+        [B, Hkv, N], each pair's weighted sum of probabilities; ``None`` without `weight`.
     """
     config = layer.config
     rows, span = b.dim(q, 2), b.dim(state["keys"], 2)
@@ -97,7 +98,7 @@ def attend_at_once(
     *,
     opset: int,
 ) -> tuple[Value, Value | None]:
-    """`attend_in_blocks` with one block and no loop, for runtimes whose loops are narrow."""
+    """`attend_in_blocks` with one block and no loop, for runtimes whose loops are limited."""
     rows, span = b.dim(q, 2), b.dim(state["keys"], 2)
     bounds = (b.ints(0), rows, b("Sub", span, rows), span)
     bias = _bias(b, layer, state["positions"])
@@ -106,7 +107,7 @@ def attend_at_once(
 
 
 def _bias(b: Builder, layer: Layer, positions: Value) -> Value:
-    """[B, Hkv, N]: empty slots get the lowest number by a sum, in one pass over small numbers."""
+    """[B, Hkv, N], to be added to the logits: the lowest number at empty slots, else zero."""
     empty = b("Less", positions, b.constant(0, "int32"))
     return b("Where", empty, b.constant(layer.lowest, layer.wide), b.constant(0, layer.wide))
 
@@ -122,8 +123,8 @@ def _attend(
 ) -> tuple[Value, Value]:
     """One block's output [B, Hq, s, D] and probabilities [B, Hkv, G * s, n].
 
-    Of the state, keys and values are those that the block may see, and positions are all. The
-    bounds are the block's first row and the one behind its last, how many pairs are not new, and n.
+    `state` has the keys and values that the block may see, but all positions. `bounds` are the
+    block's first row, the row after its last, the number of pairs that are not new, and n.
     """
     config = layer.config
     start, stop, kept, upto = bounds
@@ -132,7 +133,7 @@ def _attend(
     if config.group == 1:
         logits = b("Add", logits, hidden)
     else:
-        # [B, Hkv, G * S, N] as [B, Hkv, G, S, N], for a group's heads share what they see.
+        # [B, Hkv, G * S, N] as [B, Hkv, G, S, N]: the heads of a group see the same pairs.
         size = b("Sub", stop, start)
         split = b("Concat", b.ints(0, 0, config.group), size, upto, axis=0)
         logits = b("Add", b("Reshape", logits, split), b.unsqueeze(hidden, 2))
@@ -145,7 +146,7 @@ def _attend(
 
 
 def _gained(b: Builder, layer: Layer, share: Value, probabilities: Value) -> Value:
-    """[B, Hkv, n]: the sum over a block's queries, each counting for its share [B, s]."""
+    """[B, Hkv, n]: a sum over a block's queries, with their weights [B, s]."""
     share = b("Concat", *[share] * layer.config.group, axis=1)
     return b("Squeeze", b("MatMul", b.unsqueeze(share, 1, 2), probabilities), b.ints(2))
 
@@ -157,7 +158,7 @@ def _hidden(
     bias: Value,
     bounds: tuple[Value, Value, Value],
 ) -> Value:
-    """What is added to the logits: [B, Hkv, S, N], or with 1 for S, zero where a pair is seen."""
+    """What is added to the logits, zero where a pair is seen: [B, Hkv, S or 1, N]."""
     start, kept, upto = bounds
     lowest, zero = b.constant(layer.lowest, layer.wide), b.constant(0, layer.wide)
     one = b.constant(1, "int64")
@@ -171,5 +172,6 @@ def _hidden(
         oldest = b("Sub", b.unsqueeze(own, 3), b.constant(layer.window - 1, "int32"))
         held = b("Slice", positions, b.ints(0), upto, b.ints(2))
         future = b("Or", future, b("Less", b.unsqueeze(held, 2), oldest))
-    # Twice the lowest is -inf; where all is hidden from padding, one number stays finite: its own.
+    # Twice the lowest number is -inf. But a query's own pair is never in its future: even where
+    # padding sees nothing, that number stays finite.
     return b("Add", b("Where", future, lowest, zero), b.unsqueeze(bias, 2))

@@ -1,4 +1,4 @@
-"""Nodes added to a graph one by one, in the words of the operators they become."""
+"""Adding nodes to a graph, each by the name of its operator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 class Builder:
     """Adds nodes to the end of a graph.
 
-    ``build("Add", x, y)`` is the output of a new node; names of values are made of `prefix`, which
+    ``build("Add", x, y)`` is the output of a new node. Names of values begin with `prefix`, which
     must be unique in a file.
     """
 
@@ -64,7 +64,7 @@ class Builder:
         return list(node.outputs)
 
     def constant(self, numbers: Any, kind: str) -> Value:
-        """A constant of one of `KINDS`, made once however often it is asked for."""
+        """A constant of one of `KINDS`; the same one if asked for again."""
         array = np.asarray(numbers, dtype=KINDS[kind].numpy())
         key = (kind, array.shape, array.tobytes())
         if key not in self._constants:
@@ -80,7 +80,7 @@ class Builder:
         return self("Shape", value, start=axis, end=axis + 1)
 
     def cast(self, value: Value, kind: str, given: str | None = None) -> Value:
-        """The value as another kind; itself where it is known to be `given`, the same one."""
+        """The value as another kind; itself if it is known to be of that kind, `given`."""
         return value if kind == given else self("Cast", value, to=KINDS[kind])
 
     def unsqueeze(self, value: Value, *axes: int) -> Value:
@@ -88,11 +88,11 @@ class Builder:
         return self("Unsqueeze", value, self.ints(*axes))
 
     def reshape(self, value: Value, *shape: int) -> Value:
-        """The value in another shape, in which 0 stands for the size there was."""
+        """The value in another shape, in which 0 keeps the size of that axis."""
         return self("Reshape", value, self.ints(*shape))
 
     def take(self, array: Value, index: Value, size: int | None = None) -> Value:
-        """``array[b, h, index]`` along the slots; `size`: of an axis behind them."""
+        """``array[b, h, index]`` along the slots; `size` is that of a further axis."""
         if size is not None:
             index = self.spread(index, size)
         return self("GatherElements", array, index, axis=2)

@@ -33,7 +33,7 @@ def chunk_body(
     opset: int,
     attend: Callable[..., tuple[Value, Value | None]] = attend_in_blocks,
 ) -> list[Value]:
-    """The output [B, Hq, S, D] and the new state; the new must not lie in the old one's memory.
+    """The output [B, Hq, S, D] and the new state, which must not share memory with the old one.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ def chunk_body(
     layer
         Shapes, policy and maps' kind.
     given
-        By the names of `nodes.node_inputs`.
+        The inputs, by the names of `nodes.node_inputs`.
     opset
-        Of the loop over blocks of queries.
+        The opset of the loop over blocks of queries.
     attend
         `attend_in_blocks`, or another function that does the same.
     """
@@ -52,7 +52,7 @@ def chunk_body(
     state = {name: given[name] for name in ops.state_names(config)}
     tokens = b.cast(given["mask"], "bool")
     tokens4 = b.unsqueeze(tokens, 1, 3)
-    # Padding may hold anything, NaN too, which no lowest number would hide.
+    # Padding may hold NaN, which adding the lowest number would not hide.
     blank = b.constant(0, config.dtype)
     q, k, v = (b("Where", tokens4, given[name], blank) for name in ("q", "k", "v"))
     ones = b.cast(tokens, "int32")
@@ -98,7 +98,7 @@ def chunk_body(
 def _evict_one(
     b: Builder, layer: Layer, state: Values, maps: Values, seen: Value, incoming: Value
 ) -> Values:
-    """Where a row is full and has new tokens, its victim leaves; its slot becomes empty."""
+    """If a row is full and has new tokens, its victim leaves and the slot becomes empty."""
     config = layer.config
     if config.policy.score is Score.NONE:
         return state
@@ -122,10 +122,10 @@ def _faded(b: Builder, layer: Layer, age: Value) -> Value:
 def _history(
     b: Builder, layer: Layer, state: Values, q: Value, ranks: Value, incoming: Value
 ) -> Value:
-    """[B, Hkv, N] int64: each pair's bits after the new queries, of which the last few count."""
+    """[B, Hkv, N] int64: each pair's bits after the new queries; only the last few count."""
     config = layer.config
     window, group = config.policy.history_window, config.group
-    # The columns of the last real queries, oldest first; below 1, a row has fewer.
+    # Ranks of the last real queries, oldest first; numbers below 1 where a row has fewer.
     back = b.constant(np.arange(window - 1, -1, -1), "int32")
     wanted = b("Sub", b("Squeeze", incoming, b.ints(2)), back)
     below = b("Less", b.unsqueeze(ranks, 1), b.unsqueeze(wanted, 2))
@@ -164,7 +164,7 @@ def _history(
 
 
 def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -> Values:
-    """The state with C pairs: the others leave, by (protected, score, position).
+    """The state with C pairs; the others leave, in order of (protected, score, position).
 
     No pair's score changes while pairs leave one by one, so one sort finds them all.
     """
@@ -186,7 +186,7 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
         gone = b("Greater", b.take(positions, leaving), b.constant(EMPTY, "int32"))
         pairs = [b.take(state[name], leaving, config.head_dim) for name in ("keys", "values")]
         state = merge(b, layer, state, maps, (pairs[0], pairs[1]), gone)
-    # Slots in order of age, empty ones last: the same for every padding.
+    # Oldest first, empty slots last: an order that does not depend on the padding.
     age = b.take(positions, staying)
     age = b("Where", b("Less", age, b.constant(0, "int32")), b.constant(INT_MAX, "int32"), age)
     staying = b.take(staying, _order(b, age, capacity))
@@ -207,5 +207,5 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
 
 
 def _order(b: Builder, array: Value, size: Value) -> Value:
-    """Indices that sort along the slots; among equals the first comes first."""
+    """Indices that sort along the slots; equal numbers keep their order."""
     return b.many("TopK", [array, size], 2, axis=2, largest=0, sorted=1)[1]

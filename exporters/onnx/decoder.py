@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from less_cache import ops
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
-from less_cache.integrations.interception import intercepted
-from less_cache.integrations.model_check import attention_modules, decoder_of
+from less_cache.integrations.transformers.interception import intercepted
+from less_cache.integrations.transformers.model_check import attention_modules, decoder_of
 from less_cache.state import allocate
 
 from .parts import Layer
@@ -29,11 +29,11 @@ class Decoder(nn.Module):
     model
         The transformers model.
     layers
-        What `layers.model_layers` made of it.
+        From `layers.model_layers`.
     maps
-        Of the layers that have any, in order.
+        Those of the layers that have maps, in order.
     all_logits
-        Logits of every token instead of each row's last one.
+        Give the logits of every token instead of each row's last one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
                     for name in ops.map_names(layer.kind)
                 )
             self.maps.append(held)
-        # What a call works on, between the model's layers.
+        # Set by `forward`; `attend` reads and extends them, layer by layer.
         self.past: list[list[Tensor]] = []
         self.present: list[list[Tensor]] = []
         self.mask = self.length = torch.empty(0)
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         return out
 
     def keep_last(self, module: Any, args: Any, output: Any) -> None:
-        """Leave of the hidden states each row's last token, before the head sees them."""
+        """Keep only the hidden state of each row's last token, before the head sees it."""
         hidden = output.last_hidden_state
         column = torch.arange(hidden.shape[1], dtype=torch.int32, device=hidden.device)
         last = (self.mask * column).amax(1).to(torch.int64)
@@ -125,7 +125,7 @@ def trace_decoder(
     wrapper = Decoder(model, layers, maps, all_logits)
     tokens = torch.ones(2, 3, dtype=torch.int64)
     state = state_tensors(layers)
-    # Two tensors: one given twice would be one input to the tracer.
+    # A copy: the tracer would take one tensor given twice for one input.
     inputs = {"input_ids": tokens, "attention_mask": tokens.clone()}
     inputs.update({f"past.{name}": tensor for name, tensor in state.items()})
     dynamic = {name: {0: BATCH} for name in inputs}

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import less_cache
+from exporters.common.folders import listed
+from exporters.common.manifest import FORMAT, MANIFEST
 from less_cache import ops
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
 from .decoder import state_tensors
-from .manifest import FORMAT, MANIFEST, digest
 from .parts import Layer
 
 
@@ -59,9 +60,6 @@ def write_manifest(
         ],
         "opset": opset,
         "less_cache": less_cache.__version__,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
-            for path in sorted(folder.iterdir())
-        },
+        "files": listed(folder),
     }
     write_text(folder / MANIFEST, json.dumps(data, indent=2) + "\n")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,11 @@ import onnx
 import torch
 from onnxscript import ir
 
+from exporters.common.folders import check_target, is_inside, read_index, replaced_files
+from exporters.common.manifest import FORMAT, MANIFEST, MODEL, WEIGHTS
 from less_cache._checks import check_choice, check_int
-from less_cache.config import CacheConfig, dtype_name
+from less_cache.config import CacheConfig
+from less_cache.dtypes import dtype_name
 from less_cache.feature_maps import FeatureMaps
 from less_cache.manager import CacheManager
 
@@ -24,12 +24,15 @@ from .assembly import assemble
 from .decoder import trace_decoder
 from .describing import write_manifest
 from .layers import model_layers
-from .manifest import MANIFEST, MODEL, WEIGHTS
 from .parts import Layer
 
 DTYPES = ("float32", "float16", "bfloat16")
+GENAI_CONFIG = "genai_config.json"
+INDICES = (MANIFEST, GENAI_CONFIG)
+"""One of these is in every folder that was exported."""
+
 OPSETS = (20, 23)
-"""The first has Gelu, the last is the newest that everything here was tried with."""
+"""The oldest has Gelu; the newest is the last that was tested."""
 
 
 def export_decoder(
@@ -42,6 +45,7 @@ def export_decoder(
     opset: int = 23,
     all_logits: bool = False,
     tokenizer: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model with its cache as one ONNX file, its weights beside it, and a manifest.
 
@@ -56,21 +60,23 @@ def export_decoder(
         A causal language model that `less_cache.attach` takes, on the CPU. Its sliding-window
         layers become caches of their window's size.
     config
-        For its full-attention layers.
+        The config of its full-attention layers.
     maps
-        φ and ψ; needed where ``config.rank`` is above 0.
+        φ and ψ; needed if ``config.rank`` is above 0.
     out_dir
-        The folder, made if need be; files of an earlier export in it are replaced.
+        The folder. Made if it is not there; files of an earlier export in it are replaced.
     dtype
         ``"float32"``, ``"float16"`` or ``"bfloat16"``, of weights, keys and values. ONNX Runtime
         runs the first two, TensorRT all. Default: the model's own.
     opset
-        Of ONNX, 20 to 23. The newest has operators of its own for norms and rotary embeddings,
-        and is a tenth faster on a CPU; take an older one for an older runtime.
+        ONNX's opset, 20 to 23. The newest has operators for norms and rotary embeddings, and is a
+        tenth faster on a CPU; an older runtime may need an older one.
     all_logits
-        Logits [B, S, vocabulary] of every token.
+        Give the logits of every token, [B, S, vocabulary].
     tokenizer
-        Saved beside the model where given.
+        Saved beside the model.
+    force
+        Write into a folder that holds something else, too, and replace files of the same names.
 
     Returns
     -------
@@ -80,10 +86,12 @@ def export_decoder(
     Raises
     ------
     TypeError, ValueError
-        If the model is not supported, or an argument does not fit it. Nothing is written then.
+        If the model is not supported, an argument does not fit it, or the folder holds something
+        else than an earlier export. Nothing is written then.
     """
+    check_target(Path(out_dir), INDICES, force)
     prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=all_logits)
-    with replaced_files(Path(out_dir), last=MANIFEST) as folder:
+    with replaced_files(Path(out_dir), MANIFEST, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
         write_manifest(
             folder,
@@ -99,18 +107,18 @@ def export_decoder(
 
 @dataclass
 class Prepared:
-    """A model on its way to a file.
+    """A model, ready to be saved.
 
     Attributes
     ----------
     model
         The transformers model, of the dtype asked for.
     config : CacheConfig
-        Of that dtype.
+        The config, with that dtype.
     layers : list of Layer
-        Of the model, in order.
+        The model's layers, in order.
     graph : onnx_ir.Model
-        What will be saved.
+        The graph to save.
     """
 
     model: Any
@@ -135,7 +143,7 @@ def prepare(
         raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
     name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), dtypes)
     config = config.with_dtype(name)
-    # It refuses what does not go together.
+    # It refuses maps that do not fit the config.
     CacheManager(config, maps, backend="torch")
     layers = model_layers(model, config, maps.kind if maps is not None else None)
     if {parameter.device.type for parameter in model.parameters()} != {"cpu"}:
@@ -148,10 +156,10 @@ def prepare(
 
 
 def _converted(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of another dtype, as if it had been loaded so.
+    """A copy in another dtype, as if it had been loaded in that dtype.
 
-    What is computed rather than loaded stays: rotary frequencies of 16 bits turn by the wrong
-    angle far from the start.
+    Buffers that are computed instead of loaded stay as they are: rotary frequencies in 16 bits
+    would give wrong angles far from the start.
     """
     model = copy.deepcopy(model)
     computed = [
@@ -165,24 +173,17 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-@contextlib.contextmanager
-def replaced_files(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` if the block ends without an error.
-
-    The file named `last` moves last: it tells the others' digests, so a mixture is noticed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
+def earlier_files(folder: Path) -> list[str]:
+    """What a later export removes from a folder: the indices, and what an earlier one listed."""
     try:
-        yield temporary
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files = read_index(folder, MANIFEST, FORMAT, {}, "")["files"]
+    except (OSError, ValueError):
+        files = {}
+    return [*INDICES, *filter(is_inside, files)]
 
 
 def save(prepared: Prepared, folder: Path, tokenizer: Any) -> None:
-    """Write the graph, its weights, and what a user of the model needs beside it."""
+    """Write the graph and its weights, the model's configurations and the tokenizer."""
     # Small constants stay in the graph, where shape inference can read them.
     ir.save(prepared.graph, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
     onnx.checker.check_model(str(folder / MODEL), full_check=True)

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporters.common.folders import check_target, replaced_files
+from exporters.common.manifest import MODEL
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
-from .export import Prepared, prepare, replaced_files, save
-from .manifest import MODEL
+from .export import GENAI_CONFIG, INDICES, Prepared, earlier_files, prepare, save
 from .packing import PAST, PRESENT, hide_padding, pack_state
 
-CONFIG = "genai_config.json"
 DTYPES = ("float32", "float16")
 
 
@@ -27,19 +27,20 @@ def export_genai(
     dtype: Any = None,
     opset: int = 23,
     tokenizer: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model with its cache for onnxruntime-genai.
 
-    The library keeps the state as it does that of a recurrent model: two tensors a layer, of a
-    size that no length changes. Prompts, steps, batches and later turns work as with any model;
-    beams and rewinding do not, for what was evicted does not come back. A batch's prompts may be
-    padded on the left where the model has a padding token that is not its first token: the
-    library's mask does not tell padding, so the file does.
+    The library keeps the state like that of a recurrent model: two tensors a layer, whose size
+    does not grow. Prompts, steps, batches and later turns work as with any model. Beams and
+    rewinding do not: what was evicted does not come back. A batch's prompts may be padded on the
+    left if the model has a padding token that differs from the token that texts begin with. The
+    library's mask does not mark padding, so the file itself looks for that token.
 
     Parameters
     ----------
-    model, config, maps, out_dir, dtype, opset, tokenizer
-        As of `export_decoder`.
+    model, config, maps, out_dir, dtype, opset, tokenizer, force
+        See `export_decoder`.
 
     Returns
     -------
@@ -49,8 +50,10 @@ def export_genai(
     Raises
     ------
     TypeError, ValueError
-        If the model is not supported, or an argument does not fit it. Nothing is written then.
+        If the model is not supported, an argument does not fit it, or the folder holds something
+        else than an earlier export. Nothing is written then.
     """
+    check_target(Path(out_dir), INDICES, force)
     prepared = prepare(
         model, config, maps, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
     )
@@ -58,9 +61,9 @@ def export_genai(
     if pad is not None and pad != bos:
         hide_padding(prepared.graph, pad)
     pack_state(prepared.graph, prepared.layers)
-    with replaced_files(Path(out_dir), last=CONFIG) as folder:
+    with replaced_files(Path(out_dir), GENAI_CONFIG, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
-        write_text(folder / CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
+        write_text(folder / GENAI_CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
     return Path(out_dir)
 
 
@@ -74,7 +77,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
     length = getattr(text, "max_position_embeddings", None) or 2**20
     return {
         "model": {
-            # How it calls a decoder with one file; what the layers are is the file's own affair.
+            # The library's name for any decoder in one file; it does not look at the layers.
             "type": "llama",
             "vocab_size": text.vocab_size,
             "context_length": length,

@@ -1,36 +1,41 @@
-"""What each layer of a transformers model is, once exported."""
+"""The layers of a transformers model, as the exporter sees them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from less_cache.config import CacheConfig, full_attention_layers
-from less_cache.integrations.falcon import check_falcon
-from less_cache.integrations.model_check import attention_modules, check_fit, check_model
+from less_cache.config import CacheConfig
+from less_cache.integrations.introspection import full_attention_layers
+from less_cache.integrations.transformers.falcon import check_falcon
+from less_cache.integrations.transformers.model_check import (
+    attention_modules,
+    check_fit,
+    check_model,
+)
 from less_cache.policies import SinkWindow
 
 from .parts import Layer
 
 
 def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Layer]:
-    """Each of the model's layers as an exported one.
+    """Describe each layer of a model for the export.
 
-    A sliding-window layer is a cache of as many slots as its window that lets the oldest pair go
-    and remembers nothing of it.
+    A sliding-window layer becomes a cache with as many slots as its window, which drops the oldest
+    pair and remembers nothing of it.
 
     Parameters
     ----------
     model
         A transformers model that `less_cache.attach` takes.
     config
-        Of its full-attention layers.
+        That of its full-attention layers.
     kind
-        Of their maps.
+        The kind of their maps.
 
     Raises
     ------
     TypeError, ValueError
-        If the model is none of those, or the config does not fit it.
+        If the model is not supported, or the config does not fit it.
     """
     check_model(model)
     if model.config.model_type == "falcon":

@@ -20,7 +20,7 @@ STEP = "LessAttention"
 """One new token of each sequence."""
 
 CHUNK = "LessAttentionChunk"
-"""Several new tokens, padding among them: a prompt, a chunk of one, a later turn."""
+"""Several new tokens, which may include padding: a prompt, a chunk of one, a later turn."""
 
 
 def node_inputs(layer: LayerConfig, kind: str | None) -> list[str]:
@@ -39,9 +39,9 @@ def node_outputs(layer: LayerConfig) -> list[str]:
 
 
 def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
-    """What a plugin in the body's place needs to know; the body has it built in.
+    """What a plugin needs to know to take the body's place; the body has it built in.
 
-    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 where there is none,
+    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 if there is none,
     ``maps`` is ``"none"`` at rank 0.
     """
     policy = layer.policy
@@ -67,13 +67,13 @@ def function(name: str, layer: Layer, opset: int, overload: str) -> ir.Function:
     Parameters
     ----------
     name
-        Which of the two.
+        Which of the two it defines.
     layer
         Shapes, policy and maps' kind.
     opset
-        Of the body.
+        The body's.
     overload
-        Tells the bodies of layers that differ apart; ``""`` for the first.
+        A name that keeps the bodies of different layers apart; ``""`` for the first.
     """
     config = layer.config
     inputs = [ir.Value(name=key) for key in node_inputs(config, layer.kind)]
@@ -85,7 +85,7 @@ def function(name: str, layer: Layer, opset: int, overload: str) -> ir.Function:
     else:
         outputs = chunk_body(build, layer, given, opset)
     for value, key in zip(outputs, node_outputs(config), strict=True):
-        # What a policy leaves alone is an input that passes through.
+        # An array that the policy does not change is still an input here; outputs need nodes.
         result = build("Identity", value) if value in inputs else value
         result.name = f"present_{key}"
         graph.outputs.append(result)

@@ -4,9 +4,9 @@
 ``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
 parts, H, z, and last the length. So zeros are an empty state. Positions are exact up to 2^24.
 
-The library takes all layers' tensors for equal in shape: where they are not, they end in zeros.
-Past and present may lie in one place: every present tensor is made of copies, each of which needs
-all that the layer read of its past ones.
+The library expects the tensors of all layers to have the same shape: smaller ones are filled up
+with zeros. Past and present may share memory: a present tensor is written last, when its layer has
+read all of the past ones.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .parts import Layer, Values
 
 PAST, PRESENT = "past_key_values", "present"
 HISTORY_PARTS, PART_BITS = 3, 21
-"""A history of up to 62 bits, in floats that hold 24 bits exactly."""
+"""A history has up to 62 bits, and a float32 holds only 24 exactly."""
 
 
 def pack_state(model: ir.Model, layers: list[Layer]) -> None:
-    """Give an assembled graph packed inputs and outputs in the place of the state's own."""
+    """Replace the state's inputs and outputs of an assembled graph by packed ones."""
     graph = model.graph
     old_inputs = {str(value.name): value for value in graph.inputs}
     results: Values = {}
@@ -61,7 +61,7 @@ def pack_state(model: ir.Model, layers: list[Layer]) -> None:
 
 
 def hide_padding(model: ir.Model, pad_token: int) -> None:
-    """Let the padding tokens that a sequence begins with count as padding, whatever the mask says.
+    """Treat padding tokens at the start of a sequence as padding, whatever the mask says.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def hide_padding(model: ir.Model, pad_token: int) -> None:
 
 
 def _columns(layer: Layer) -> dict[str, int]:
-    """How many columns each array takes in ``conv_state``, in order."""
+    """How many columns of ``conv_state`` each array takes, in order."""
     config = layer.config
     sizes = {"scores": config.capacity, "positions": config.capacity}
     if config.policy.history_window:
@@ -189,7 +189,7 @@ def _packed(
 
 
 def _filled(b: Builder, array: Value, rank: int, missing: int) -> Value:
-    """The array of `rank` axes with `missing` zeros at the end of its third."""
+    """An array of `rank` axes, its third axis longer by `missing` zeros."""
     if not missing:
         return array
     return b("Pad", array, b.ints(*(0,) * (rank + 2), missing, *(0,) * (rank - 3)))

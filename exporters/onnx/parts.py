@@ -21,16 +21,16 @@ Values = dict[str, Value]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as its bodies need it.
+    """What the bodies need to know of a layer.
 
     Parameters
     ----------
     config
         Shapes, capacity, policy and dtypes.
     kind
-        Of its feature maps; ``None`` at rank 0.
+        The kind of its feature maps; ``None`` at rank 0.
     window
-        Of a sliding-window layer: how many tokens a query sees, itself included; 0: all.
+        How many tokens a query of a sliding-window layer sees, itself included; 0: all.
     """
 
     config: LayerConfig
@@ -39,17 +39,17 @@ class Layer:
 
     @property
     def wide(self) -> str:
-        """What scores and sums are formed in."""
+        """The dtype of scores and sums."""
         return self.config.score_dtype
 
     @property
     def lowest(self) -> float:
-        """The lowest number: what is not seen gets it, so that a softmax over nothing is finite."""
+        """The logit of what is not seen. It is finite, so that a softmax over nothing is, too."""
         return float(np.finfo(self.wide).min)
 
 
 def protected(b: Builder, layer: Layer, positions: Value, seen: Value) -> Value:
-    """[B, Hkv, N]: never evicted, when `seen` [B, 1, 1] tokens came before the incoming one."""
+    """[B, Hkv, N]: which pairs must stay when a token comes after `seen` [B, 1, 1] others."""
     policy = layer.config.policy
     first = b("Sub", seen, b.constant(policy.protected_recent, "int32"))
     recent = b("GreaterOrEqual", positions, first)
@@ -73,7 +73,8 @@ def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
     infinity = b.constant(np.inf, layer.wide)
     ranked = b("Where", kept, infinity, state["scores"])
     least = b("ReduceMin", ranked, b.ints(2))
-    # Where a slot is empty, every pair may stay: the least position then is the empty slot's.
+    # With an empty slot nothing leaves: no pair is ruled out then, and the empty slot has the
+    # least position.
     room = b("Equal", b("ReduceMin", positions, b.ints(2)), empty)
     least = b("Where", room, infinity, least)
     return b("ArgMin", b("Where", b("Greater", ranked, least), last, positions), axis=2)
@@ -82,7 +83,7 @@ def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
 def initial_scores(
     b: Builder, layer: Layer, k: Value, positions: Value, *, spread: bool = True
 ) -> Value:
-    """Scores that new pairs start from, [B, Hkv, S], or what spreads to it; positions [B, 1, S]."""
+    """The first scores of new pairs, [B, Hkv, S] if `spread`; `positions` is [B, 1, S]."""
     config = layer.config
     if config.policy.score is Score.POSITION:
         scores = b.cast(positions, layer.wide)
@@ -95,7 +96,7 @@ def initial_scores(
 
 
 def phi(b: Builder, layer: Layer, maps: Values, q: Value, tokens: int | None = None) -> Value:
-    """φ of queries [B, Hq, S, D]: [B, Hq, S, R]. `tokens` is S, where it is known."""
+    """φ of queries [B, Hq, S, D]: [B, Hq, S, R]. `tokens` is S, if it is known."""
     weights = (maps["phi_w1"], maps["phi_w2"])
     features = _two_layers(b, layer, q, weights, layer.config.query_heads, tokens)
     if layer.kind == "exp":
@@ -104,7 +105,7 @@ def phi(b: Builder, layer: Layer, maps: Values, q: Value, tokens: int | None = N
 
 
 def psi(b: Builder, layer: Layer, maps: Values, k: Value, tokens: int | None = None) -> Value:
-    """ψ of keys [B, Hkv, S, D]: [B, Hkv, S, R]. `tokens` is S, where it is known."""
+    """ψ of keys [B, Hkv, S, D]: [B, Hkv, S, R]. `tokens` is S, if it is known."""
     weights = (maps["psi_w1"], maps["psi_w2"])
     features = _two_layers(b, layer, k, weights, layer.config.kv_heads, tokens)
     if layer.kind == "exp":
@@ -125,14 +126,14 @@ def merge(
 ) -> Values:
     """The state with H += ψ(k)ᵀ v and z += ψ(k) over those pairs [B, Hkv, N, D] that are `gone`.
 
-    `count` is N, where it is known.
+    `count` is N, if it is known.
     """
     if layer.kind is None:
         return state
     config = layer.config
     keys, values = pairs
     gone = b.unsqueeze(gone, 3)
-    # A slot that leaves nothing may hold anything, and 0 * inf is no 0.
+    # A slot from which nothing leaves may hold anything, and 0 * inf is not 0.
     zero = b.constant(0, layer.wide)
     features = b("Where", gone, psi(b, layer, maps, keys, count), zero)
     values = b("Where", gone, b.cast(values, layer.wide, config.dtype), zero)
@@ -150,9 +151,9 @@ def merge(
 def pair_logits(b: Builder, layer: Layer, q: Value, keys: Value) -> Value:
     """q·k·scale, soft-capped where the model does so: [B, Hkv, G * S, N].
 
-    The queries [B, Hq, S, D] are scaled before they are grouped by KV head: next to the product,
-    ONNX Runtime would fuse the scale into it, and then a single query loses its fast kernel.
-    In bfloat16, which has three digits, the scale itself would be off.
+    The queries [B, Hq, S, D] are scaled before they are grouped by KV head. Next to the product,
+    ONNX Runtime would fuse the scale into it, and so lose its fast kernel for a single query.
+    bfloat16 is too coarse for the scale itself: there the logits are scaled.
     """
     config = layer.config
     coarse = config.dtype == "bfloat16"
@@ -181,7 +182,7 @@ def weighted_mean(
 ) -> Value:
     """(φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), [B, Hkv, G * S, D], s being the logits.
 
-    A mean of two means, so that no exponential is left that could overflow.
+    Computed as a mean of two means, so that no exponential can overflow.
     """
     config = layer.config
     weights = b.cast(probabilities, config.dtype, layer.wide)
@@ -191,10 +192,10 @@ def weighted_mean(
     features = b.reshape(phi(b, layer, maps, q, tokens), 0, config.kv_heads, -1, config.rank)
     H, z = (b.cast(state[name], layer.wide, config.state_dtype) for name in ("H", "z"))
     low_rank = b("MatMul", features, b.unsqueeze(z, 3))
-    # The largest probability is exp(maximum) / Σ exp(s), which gives the sum away.
+    # The largest probability is exp(maximum) / Σ exp(s); the sum follows from it.
     log_peak = b("Log", b("ReduceMax", probabilities, b.ints(3)))
     log_mass = b("Sub", b("ReduceMax", logits, b.ints(3)), log_peak)
-    # An empty state has log 0 = -inf, and the pairs have all the weight.
+    # For an empty state this is log 0 = -inf: the pairs get all the weight.
     share = b("Sigmoid", b("Sub", log_mass, b("Log", low_rank)))
     tiny = b.constant(np.finfo(layer.wide).tiny, layer.wide)
     mean = b("Div", b("MatMul", features, H), b("Max", low_rank, tiny))
@@ -214,7 +215,7 @@ def persistent_bits(
 def popcount(b: Builder, layer: Layer, bits: Value) -> Value:
     """How many bits of each non-negative int64 are set, as a score.
 
-    Looked up eight bits at a time: not every runtime has operators on bits.
+    Looked up eight bits at a time, since not every runtime has operators on bits.
     """
     table = b.constant([number.bit_count() for number in range(256)], layer.wide)
     counts = []
@@ -246,7 +247,7 @@ def _two_layers(
         sizes = b("Shape", rows, start=1, end=3)
         back = b("Concat", b.ints(heads), sizes, b.ints(config.rank), axis=0)
     else:
-        # One node instead of three, of which each takes a tenth of the time of a small product.
+        # One node instead of three. Each would take a tenth of a small product's time.
         back = b.ints(heads, -1, tokens, config.rank)
     return b("Transpose", b("Reshape", features, back), perm=[1, 0, 2, 3])
 

@@ -1,4 +1,4 @@
-"""Where a session's tensors live: on the CPU, or on the GPU its provider runs on."""
+"""Where a session's tensors live: on the CPU, or on the GPU that its provider uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Placement:
 
     def put(self, array: np.ndarray) -> ort.OrtValue:
         """A copy of `array` there."""
-        # An OrtValue over NumPy's memory would not outlive the array; one made so owns its own.
+        # An OrtValue over NumPy's memory would not outlive the array; this one owns its memory.
         value = self.empty(array.shape, array.dtype)
         value.update_inplace(np.ascontiguousarray(array))
         return value
@@ -43,7 +43,7 @@ class Placement:
 
 
 def check_providers(providers: Sequence[Any] | None) -> list[Any]:
-    """The providers to ask for: those given, else CUDA where it is there, and the CPU.
+    """The providers to ask for: those given; else CUDA, if this build has it, and the CPU.
 
     Raises
     ------

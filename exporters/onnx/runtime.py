@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from exporters.decoding import BatchDecoder
+from exporters.common.decoding import BatchDecoder
+from exporters.common.manifest import MODEL, WEIGHTS, read_manifest
 
-from .manifest import MODEL, WEIGHTS, check_session, read_manifest, refuse_bfloat16
 from .placement import Placement, check_providers
-from .state import OnnxState, empty_state
-
-__all__ = ["OnnxDecoder", "OnnxState"]
+from .session import check_session, refuse_bfloat16
+from .state import OnnxState, empty_state, read_state
 
 
 class OnnxDecoder(BatchDecoder[OnnxState]):
@@ -27,15 +26,15 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         What `export_decoder` wrote.
     providers
         ONNX Runtime's execution providers, as `onnxruntime.InferenceSession` takes them.
-        Default: CUDA where this build has it, then the CPU.
+        Default: CUDA, if this build has it, then the CPU.
     threads
-        Of one call. Default: ONNX Runtime's own choice, one a core.
+        How many threads one call uses. Default: ONNX Runtime's own choice, one a core.
     verify
         Compare the digest of every file with the manifest's; otherwise only the sizes.
     optimize
         Let ONNX Runtime rewrite the graph as it loads it.
     in_place
-        Let a step write the new state over the old one.
+        Let a step write the new state over the old one, in the same memory.
 
     Attributes
     ----------
@@ -48,8 +47,8 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
     FileNotFoundError
         If the folder, or a file that its manifest names, is missing.
     ValueError
-        If a file is truncated or another one, the model does not have the manifest's tensors, or a
-        provider is not there.
+        If a file is truncated or is another file, the model does not have the manifest's tensors,
+        or this ONNX Runtime lacks a provider.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         Raises
         ------
         TypeError, ValueError
-            If the size is no positive integer.
+            If `batch_size` is not a positive integer.
         """
         return empty_state(self.manifest, self.placement, batch_size)
 
@@ -105,9 +104,7 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         ValueError
             If it is damaged, or made with another config or other maps than this model's.
         """
-        from .snapshots import load_state
-
-        return load_state(self.manifest, self.placement, Path(path))
+        return read_state(self.manifest, self.placement, Path(path))
 
     def append(
         self, state: OnnxState, input_ids: np.ndarray, attention_mask: np.ndarray | None = None
@@ -126,14 +123,15 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         Returns
         -------
         numpy.ndarray
-            Logits [B, vocabulary] after each row's last token, in the model's dtype; of a row that
-            has none, they mean nothing. Of a model exported with ``all_logits``, those of all
-            tokens, [B, S, vocabulary].
+            Logits [B, vocabulary] after each row's last token, in the model's dtype. Those of a
+            row without tokens mean nothing. A model exported with ``all_logits`` gives those of
+            all tokens, [B, S, vocabulary].
 
         Raises
         ------
         TypeError, ValueError
-            If anything above is not so, or a `FullCache` has no room; the state is untouched then.
+            If an argument is not as described, or a `FullCache` has no room. The state is then
+            unchanged.
         """
         ids, mask = self.checked(state, input_ids, attention_mask)
         new_tokens = ids.shape[1]
@@ -146,8 +144,8 @@ class OnnxDecoder(BatchDecoder[OnnxState]):
         for spec in self.manifest.state:
             past = state.arrays[spec.name]
             binding.bind_ortvalue_input(f"past.{spec.name}", past)
-            # Only a step's operators read all of an array before they write it; and every layer
-            # reads the lengths.
+            # A step's operators read all of an array before they write it; a chunk's do not. The
+            # lengths are read by every layer.
             if self.in_place and new_tokens == 1 and spec.name != "length":
                 present[spec.name] = past
             else:

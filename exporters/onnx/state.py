@@ -1,20 +1,19 @@
-"""`OnnxState`: what an exported model holds between calls, as arrays that a session reads."""
+"""`OnnxState`: what an exported model holds between calls, in arrays that a session reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
-from exporters.batch_state import BatchState, empty_specs
+from exporters.common.batch_state import BatchState, empty_specs
+from exporters.common.manifest import Manifest
+from exporters.common.snapshots import read_arrays, to_cache_state
 
-from .manifest import Manifest
-
-if TYPE_CHECKING:
-    from .placement import Placement
+from .placement import Placement
 
 
 class OnnxState(BatchState):
@@ -23,7 +22,7 @@ class OnnxState(BatchState):
     Attributes
     ----------
     manifest : Manifest
-        Of the model it belongs to.
+        That of the model it belongs to.
     arrays : dict of str to OrtValue
         By name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; see the manifest.
     """
@@ -33,7 +32,7 @@ class OnnxState(BatchState):
     ) -> None:
         self.placement = placement
         self.arrays = arrays
-        # What a step's outputs that may not lie over its inputs are written to, in turn.
+        # Buffers for those outputs of a step that must not overwrite its inputs; used in turn.
         self.spare: dict[str, ort.OrtValue] = {}
         super().__init__(manifest)
 
@@ -48,9 +47,8 @@ class OnnxState(BatchState):
         return {name: np.array(value.numpy()) for name, value in self.arrays.items()}
 
     def save(self, path: str | Path) -> None:
-        from .snapshots import save_state
-
-        save_state(self, Path(path))
+        arrays = {name: torch.from_numpy(x.numpy()) for name, x in self.arrays.items()}
+        to_cache_state(self.manifest, arrays, self.tokens_bound).save(Path(path))
 
     def _taken(self, index: np.ndarray) -> OnnxState:
         return self._of({name: value.numpy()[index] for name, value in self.arrays.items()})
@@ -74,10 +72,22 @@ def empty_state(manifest: Manifest, placement: Placement, batch_size: int) -> On
     Raises
     ------
     TypeError, ValueError
-        If the size is no positive integer.
+        If `batch_size` is not a positive integer.
     """
     arrays = {
         spec.name: placement.put(np.full(shape, fill, dtype=spec.dtype))
         for spec, shape, fill in empty_specs(manifest, batch_size)
     }
     return OnnxState(manifest, placement, arrays)
+
+
+def read_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
+    """The state of a snapshot.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See `exporters.common.snapshots.read_arrays`.
+    """
+    arrays = read_arrays(manifest, path)
+    return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})

@@ -23,8 +23,8 @@ from .parts import (
 def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
     """The output [B, Hq, 1, D] and the new state.
 
-    Each array that is written is written by one node, whose inputs need all that is read of the
-    old one: the new may lie in the old one's memory.
+    A new array may take the memory of the old one: a single node writes it, and that node depends
+    on everything that reads the old one.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
     layer
         Shapes, policy and maps' kind.
     given
-        By the names of `nodes.node_inputs`.
+        The inputs, by the names of `nodes.node_inputs`.
     """
     config, policy = layer.config, layer.config.policy
     state = {name: given[name] for name in ops.state_names(config)}
@@ -88,7 +88,7 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
 def _row(b: Builder, heads: int, slot: Value) -> Value:
     """[B, Hkv, 3]: sequence, head and slot, which name a whole row of keys or values at once.
 
-    Naming its D numbers one by one, as ScatterElements would, takes several times as long.
+    ScatterElements would need an index for each of its D numbers, and takes several times as long.
     """
     zero = b("Sub", slot, slot)
     one = b("Add", zero, b.constant(1, "int64"))
@@ -105,7 +105,7 @@ def _remember(
     attended = b("ReduceSum", b.cast(visible, "int32"), b.ints(2))
     share = b("ReduceMean", probabilities, b.ints(2), keepdims=0)
     bits = persistent_bits(b, layer, share, attended, visible)
-    # Doubled, the oldest bit falls off by the remainder.
+    # Doubling shifts the bits, and the remainder drops the oldest.
     twice = b("Add", b("Mul", state["history"], b.constant(2, "int64")), bits)
     history = b("Mod", twice, b.constant(2**layer.config.policy.history_window, "int64"))
     history = b("Where", incoming, history, state["history"])

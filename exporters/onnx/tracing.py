@@ -1,4 +1,4 @@
-"""One way to call ``torch.onnx.export``: quietly, by names, to a graph that may be edited."""
+"""One way to call ``torch.onnx.export``: quietly, with named tensors, for a graph to be edited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ APPEND = "Append"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on itself and on packages that are not installed."""
+    """Silence the exporter's remarks on itself and on packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -49,14 +49,14 @@ def trace(
         ``less_cache::append`` that it calls becomes one `APPEND` node; `outputs_of` finds its
         outputs.
     inputs
-        Examples by name. Dynamic axes need sizes of 2 and more: smaller ones would be taken for
-        constants without a word.
+        Examples by name. Dynamic axes need sizes of at least 2: the tracer silently takes smaller
+        ones for constants.
     outputs
         Names of what forward returns.
     dynamic
-        By input: its dynamic axes and their names.
+        The dynamic axes of each input, and their names.
     opset
-        Of ONNX.
+        ONNX's opset.
     """
     shapes = [dict(dynamic.get(name, {})) for name in inputs]
     with quiet(), torch.no_grad():
@@ -77,7 +77,7 @@ def trace(
 
 
 def outputs_of(node: ir.Node) -> dict[int, ir.Node]:
-    """The ``SequenceAt`` nodes that take an `APPEND` node's outputs apart, by index."""
+    """The ``SequenceAt`` nodes that pick the outputs of an `APPEND` node, by the output's index."""
     taken: dict[int, ir.Node] = {}
     for user, _ in list(node.outputs[0].uses()):
         index = user.inputs[1]
@@ -91,7 +91,7 @@ def outputs_of(node: ir.Node) -> dict[int, ir.Node]:
 
 
 def _bare_node() -> Callable[..., Any]:
-    """A translation of our operator into a node whose inputs are its tensors, lists in line."""
+    """Translate our operator into a node whose inputs are its tensors, with lists flattened."""
     formal, variadic = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption.Variadic
     schema = defs.OpSchema(
         APPEND,

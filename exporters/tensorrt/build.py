@@ -10,8 +10,8 @@ from typing import Any
 
 import tensorrt as trt
 
-from exporters.onnx.export import replaced_files
-from exporters.onnx.manifest import Manifest, read_manifest
+from exporters.common.folders import replaced_files
+from exporters.common.manifest import Manifest, read_manifest
 from less_cache._checks import check_int
 from less_cache._files import replaced
 
@@ -53,16 +53,16 @@ def build_engines(
 ) -> Path:
     """Build an exported model's engines, which `TensorRTDecoder` runs.
 
-    The engines' types are those of the exported file. They work with this version of TensorRT and
-    on GPUs of this compute capability only. Ctrl-C ends a build; nothing is written then.
+    The engines compute in the types of the exported file. They run only with this version of
+    TensorRT and on GPUs of this compute capability. Ctrl-C ends a build; nothing is written then.
 
     Parameters
     ----------
     onnx_dir
-        What `exporters.onnx.export_decoder` wrote. The two graphs that TensorRT reads are put
-        beside the file that they come from; see `derive_graphs`.
+        What `exporters.onnx.export_decoder` wrote. The two graphs that TensorRT reads are
+        written there, too; see `derive_graphs`.
     out_dir
-        The folder, made if need be; engines of an earlier build in it are replaced.
+        The folder. Made if it is not there; engines of an earlier build in it are replaced.
     max_batch, max_prompt
         The most sequences, and the most tokens of each at once. The logits of a prompt's attention
         are held whole, 4 bytes x batch x query heads x tokens x (tokens + capacity) for a layer.
@@ -72,18 +72,18 @@ def build_engines(
         The library of the plugin ``LessAttention``, which is copied into the folder. Without it
         the step is in standard operators: slower, and with the state copied once a step.
     workspace
-        The most bytes of GPU memory that a layer may use beside its tensors. Default: TensorRT's.
+        The most bytes of GPU memory that a layer may use besides its tensors. Default: TensorRT's.
     optimization_level
         0 to 5: how long to search for fast kernels. Default: TensorRT's own, 3.
     timing_cache
-        A file of kernels' times, read where it exists and written anew, that makes later builds
-        on the same GPU shorter.
+        A file of kernels' times. It is read if it exists and written again, and makes later
+        builds on the same GPU shorter.
     device
         The GPU's index.
     progress
         Show bars.
     verbose
-        Print all that TensorRT says.
+        Print all of TensorRT's messages.
     verify
         Compare the digest of every exported file with the manifest's; otherwise only the sizes.
 
@@ -97,8 +97,8 @@ def build_engines(
     FileNotFoundError
         If the exported folder, one of its files or the plugin's library is missing.
     TypeError, ValueError
-        If an argument or a file is not what it should be, or TensorRT takes the model, the library
-        or the timing cache not.
+        If an argument or a file is not what it should be, or TensorRT refuses the model, the
+        library or the timing cache.
     RuntimeError
         If TensorRT cannot build an engine, or there is no GPU.
     KeyboardInterrupt
@@ -176,7 +176,7 @@ def describe_engines(
     FileNotFoundError
         If a file is missing.
     TypeError, ValueError, RuntimeError
-        As of `build_engines`.
+        See `build_engines`.
     """
     manifest = read_manifest(onnx_dir, verify=verify)
     limits = check_limits(manifest, max_batch, max_prompt)

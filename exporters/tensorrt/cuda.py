@@ -32,7 +32,7 @@ class Device:
     Parameters
     ----------
     index
-        Of the GPU.
+        The GPU's index.
     """
 
     def __init__(self, index: int) -> None:
@@ -60,12 +60,12 @@ class Device:
         return self.empty(array.shape, array.dtype).copy_(array)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` launches on the stream, and give back what launches it again.
+        """Record what `work` launches on the stream; returns a function that launches it again.
 
-        Nothing is computed meanwhile; the addresses that it works on must stay.
+        Nothing is computed meanwhile. The tensors must keep their addresses.
         """
         graph = torch.cuda.CUDAGraph()
-        # Other threads, a tokenizer's or a server's, may allocate meanwhile.
+        # Other threads (a tokenizer's, a server's) may allocate meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay

@@ -9,7 +9,7 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from exporters.onnx.manifest import Manifest
+from exporters.common.manifest import Manifest
 
 from .library import Log
 
@@ -48,7 +48,7 @@ class Engine:
         self._engine = engine
 
     def check(self, manifest: Manifest) -> None:
-        """See that inputs and outputs are those of the exported model.
+        """Check that inputs and outputs are those of the exported model.
 
         Raises
         ------
@@ -61,7 +61,9 @@ class Engine:
         if missing := [name for name in wanted if name not in names]:
             raise ValueError(f"{self.path}: lacks the tensors {missing}")
         if unknown := [name for name in names if name not in wanted]:
-            raise ValueError(f"{self.path}: has the tensors {unknown}, which the model has not")
+            raise ValueError(
+                f"{self.path}: has the tensors {unknown}, which the model does not have"
+            )
         types = {
             "float32": trt.DataType.FLOAT,
             "float16": trt.DataType.HALF,
@@ -80,7 +82,7 @@ class Engine:
                 )
 
     def call(self) -> Call:
-        """A new call, with memory of its own for what it computes on the way.
+        """A new call, with memory of its own for intermediate results.
 
         Raises
         ------
@@ -100,12 +102,12 @@ class Call:
         self._path, self._context, self._log = path, context, log
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Say where the tensors are; they must stay there.
+        """Tell the engine where the tensors are; they must stay there.
 
         Raises
         ------
         ValueError
-            If TensorRT takes a shape or an address not.
+            If TensorRT refuses a shape or an address.
         """
         for name, tensor in inputs.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):

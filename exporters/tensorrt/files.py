@@ -1,13 +1,14 @@
-"""``less_cache_engine.json``: what a folder of engines holds, and for whom."""
+"""``less_cache_engine.json``: what a folder of engines holds, and where they run."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.manifest import Manifest, digest, manifest_of, read_index
+from exporters.common.folders import check_files, described, read_index
+from exporters.common.manifest import Manifest, manifest_of
 from less_cache._files import write_text
 
 from .limits import Limits
@@ -15,7 +16,14 @@ from .limits import Limits
 ENGINE_MANIFEST = "less_cache_engine.json"
 STEP_ENGINE, PROMPT_ENGINE = "step.engine", "prompt.engine"
 FORMAT = "less_cache.tensorrt.1"
-FIELDS = ("format", "tensorrt", "device", "plugin", "limits", "model", "files")
+FIELDS: dict[str, Any] = {
+    "tensorrt": str,
+    "device": {"name": str, "capability": [int]},
+    "plugin": (str, type(None)),
+    "limits": {field.name: int for field in fields(Limits)},
+    "model": dict,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class EngineManifest:
     Attributes
     ----------
     model : Manifest
-        Of the exported model that the engines were built from.
+        That of the exported model that the engines were built from.
     limits : Limits
         Sizes of batches and prompts.
     tensorrt : str
@@ -66,16 +74,13 @@ def write_engine_manifest(
         "plugin": plugin,
         "limits": limits.to_dict(),
         "model": model.data,
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-            for name in names
-        },
+        "files": {name: described(folder / name) for name in names},
     }
     write_text(folder / ENGINE_MANIFEST, json.dumps(data, indent=2) + "\n")
 
 
 def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineManifest:
-    """Read a folder's manifest, and see that the folder holds what it says.
+    """Read a folder's manifest, and check the folder against it.
 
     Parameters
     ----------
@@ -89,14 +94,19 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
     FileNotFoundError
         If the manifest or a file that it names is missing.
     ValueError
-        If the manifest is damaged or of another format, or a file is truncated or another one.
+        If the manifest is damaged or of another format, or a file is truncated or is another file.
     """
     folder = Path(folder)
     writer = "less-cache export tensorrt"
-    data = read_index(folder, ENGINE_MANIFEST, FORMAT, FIELDS, writer, verify)
+    data = read_index(folder, ENGINE_MANIFEST, FORMAT, FIELDS, writer)
+    model = manifest_of(folder, data["model"], f"{folder / ENGINE_MANIFEST}: model")
+    wanted = [STEP_ENGINE, PROMPT_ENGINE]
+    if data["plugin"] is not None:
+        wanted.append(data["plugin"])
+    check_files(folder, ENGINE_MANIFEST, data["files"], wanted, verify)
     return EngineManifest(
-        model=manifest_of(folder, data["model"]),
-        limits=Limits(**data["limits"]),
+        model=model,
+        limits=Limits(**{name: data["limits"][name] for name in FIELDS["limits"]}),
         tensorrt=data["tensorrt"],
         device=data["device"],
         plugin=data["plugin"],
@@ -104,7 +114,7 @@ def read_engine_manifest(folder: str | Path, *, verify: bool = True) -> EngineMa
 
 
 def check_place(manifest: EngineManifest, tensorrt: str, device: dict[str, Any]) -> None:
-    """See that engines are run by what they were built for.
+    """Check that TensorRT and the GPU are those that the engines were built for.
 
     Raises
     ------

@@ -8,16 +8,17 @@ import onnx
 from onnxscript import ir
 from onnxscript.ir.passes import common as common_passes
 
+from exporters.common.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import Builder, Value
 from exporters.onnx.chunk_body import chunk_body
-from exporters.onnx.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
 from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
 from less_cache.policies import SinkWindow
 
+from .limits import counts_order
 from .operators import OPSET, check_operators
 from .rewrites import rewrite, splice
 
@@ -26,26 +27,20 @@ STEP_GRAPH = "step.onnx"
 STANDARD_STEP_GRAPH = "step.standard.onnx"
 """A step without the plugin."""
 
-MAX_SORTED = 3839
-"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held.
-
-Where that leaves no room for a prompt as long as the cache, the order is counted instead.
-"""
-
 
 def derive_graphs(
     folder: str | Path, *, plugin: bool = True, verify: bool = True
 ) -> tuple[Path, Path]:
     """Write a step's and a prompt's graph beside ``model.onnx``, whose weights they share.
 
-    Neither has a choice, a loop or a function in it, and neither has an operator that TensorRT's
-    parser does not list; see `operators`. Inputs and outputs keep their names. ``attention_mask``
-    is that of the new tokens alone.
+    Neither has a choice, a loop, a function, or an operator that TensorRT's parser does not list;
+    see `operators`. Inputs and outputs keep their names. ``attention_mask`` covers the new tokens
+    only.
 
     Parameters
     ----------
     folder
-        What `exporters.onnx.export_decoder` wrote; the graphs go there too.
+        What `exporters.onnx.export_decoder` wrote; the graphs are written there, too.
     plugin
         Leave each layer's step to the plugin ``LessAttention``; otherwise it is written out in
         standard operators, and no plugin is needed.
@@ -77,13 +72,8 @@ def derive_graphs(
     return paths
 
 
-def counts_order(manifest: Manifest) -> bool:
-    """Whether a cache is too large for TensorRT to sort it with a prompt."""
-    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
-
-
 def layers_of(manifest: Manifest) -> list[Layer]:
-    """The model's layers, of which the manifest tells."""
+    """The model's layers, from its manifest."""
     full = manifest.full_layers
     layers = []
     for index, entry in enumerate(manifest.data["layers"]):
@@ -97,7 +87,7 @@ def layers_of(manifest: Manifest) -> list[Layer]:
 
 
 def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
-    # Read without the weights: they stay where they are, and are only referred to.
+    # Read without the weights: the new graphs refer to the same file of weights.
     proto = onnx.load(str(manifest.folder / MODEL), load_external_data=False)
     model = ir.from_proto(proto)
     graph = model.graph
@@ -132,7 +122,7 @@ def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
 
 
 def _take_whole_mask(graph: ir.Graph) -> None:
-    """Let the mask be the new tokens', not the last columns of a longer one."""
+    """Make the mask that of the new tokens, instead of the last columns of a longer one."""
     ids, mask = graph.inputs[:2]
     for user, place in list(mask.uses()):
         if user.op_type == "Slice" and place == 0:
@@ -142,7 +132,7 @@ def _take_whole_mask(graph: ir.Graph) -> None:
 
 
 def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node) -> None:
-    """Put the step's node into the place of the choice."""
+    """Replace the choice by the step's node."""
     node = ir.node(
         call.op_type,
         list(call.inputs),
@@ -161,7 +151,7 @@ def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node) -> None:
 def _write_out(
     graph: ir.Graph, choice: ir.Node, call: ir.Node, layer: Layer, step: bool, prefix: str
 ) -> None:
-    """Put a body in standard operators into the place of the choice."""
+    """Replace the choice by a body in standard operators."""
     names = node_inputs(layer.config, layer.kind)
     given: Values = {}
     for name, value in zip(names, call.inputs, strict=True):
@@ -191,7 +181,7 @@ def _fix_sequence(graph: ir.Graph) -> None:
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
-    """Leave inference the shapes that it can find: those on record are of any sequence."""
+    """Drop the recorded shapes, which are for any number of tokens; inference finds closer ones."""
     for node in graph:
         if node.op_type != STEP:
             for value in node.outputs:

@@ -1,4 +1,4 @@
-"""TensorRT's own objects that both building and running need: the log, and the plugin's library."""
+"""What both building and running need of TensorRT: its log, and the plugin's library."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from .operators import PLUGIN
-
-PLUGIN_VERSION = "1"
+PLUGIN, PLUGIN_VERSION = "LessAttention", "1"
 
 
 class Log(trt.ILogger):
@@ -34,13 +32,13 @@ class Log(trt.ILogger):
             self.errors.append(msg)
 
     def taken(self) -> str:
-        """The errors since the last call, one behind the other."""
+        """The errors since the last call, in one line."""
         errors, self.errors = self.errors, []
         return "; ".join(errors) or "TensorRT gave no reason"
 
 
 def load_plugin(path: Path) -> None:
-    """Register the plugin of a shared library, once a process.
+    """Register the plugin of a shared library, once in a process.
 
     Raises
     ------

@@ -1,16 +1,20 @@
-"""What shapes an engine is built for, and the shapes of all its inputs."""
+"""The sizes that an engine is built for, and the shapes of its inputs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from exporters.onnx.manifest import Manifest
+from exporters.common.manifest import Manifest
 from less_cache._checks import check_int
 
-from .graphs import MAX_SORTED, counts_order
-
 Shape = tuple[int, ...]
+
+MAX_SORTED = 3839
+"""TensorRT sorts fewer than 3840 numbers; a prompt sorts its tokens and the pairs held.
+
+Where that leaves no room for a prompt as long as the cache, the order is counted instead.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Limits:
     max_batch, max_prompt
         The most sequences, and the most tokens of each at once.
     opt_batch, opt_prompt
-        What engines are tuned for.
+        The sizes that engines are tuned for.
     """
 
     max_batch: int
@@ -31,7 +35,7 @@ class Limits:
     opt_prompt: int
 
     def to_dict(self) -> dict[str, int]:
-        """As JSON has it."""
+        """The four numbers by name, for JSON."""
         return asdict(self)
 
 
@@ -67,6 +71,11 @@ def check_limits(
     return Limits(max_batch, max_prompt, opt_batch or max_batch, opt_prompt or max_prompt)
 
 
+def counts_order(manifest: Manifest) -> bool:
+    """Whether a cache is too large for TensorRT to sort it with a prompt."""
+    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
+
+
 def input_shapes(
     manifest: Manifest, limits: Limits, *, step: bool
 ) -> dict[str, tuple[Shape, Shape, Shape]]:
@@ -75,11 +84,11 @@ def input_shapes(
     Parameters
     ----------
     manifest
-        Of the exported model.
+        The exported model's.
     limits
         From `check_limits`.
     step
-        Of the step's engine; otherwise of the prompt's.
+        For the step's engine; otherwise for the prompt's.
     """
     batches = (1, limits.opt_batch, limits.max_batch)
     tokens = (1, 1, 1) if step else (1, limits.opt_prompt, limits.max_prompt)

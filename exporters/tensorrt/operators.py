@@ -1,7 +1,7 @@
 """Which operators and types TensorRT's ONNX parser takes, as far as our graphs use them.
 
-The list is that of the parser's own documentation for TensorRT 10.0, the least version that is
-meant to work; later ones only added to it. Graphs are declared as of the opset that it knows.
+The list is that of the parser's own documentation for TensorRT 10.0; later versions only added to
+it. Graphs are declared with the newest opset of that version.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 import onnx
 
-OPSET = 20
-"""Of ONNX: the newest that TensorRT 10.0's parser takes."""
+from exporters.onnx.nodes import STEP
 
-PLUGIN = "LessAttention"
-"""The operator that is not standard: the plugin, on the state of one layer."""
+OPSET = 20
+"""The newest of ONNX that TensorRT 10.0's parser takes."""
 
 _NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}
 _FLOATS = frozenset({"FP32", "FP16", "BF16"})
@@ -59,21 +58,21 @@ _CONSTANT_INPUTS = {
     "Squeeze": 1,
     "Unsqueeze": 1,
 }
-"""Inputs, by place, that have to be known when the graph is read: axes."""
+"""Inputs, by place, that must be constants: axes."""
 
 
 def check_operators(model: onnx.ModelProto) -> None:
-    """See that the parser takes every node of a graph.
+    """Check that the parser takes every node of a graph.
 
     Parameters
     ----------
     model
-        With the types of all its values, as shape inference leaves it.
+        With the types of all its values, as shape inference finds them.
 
     Raises
     ------
     ValueError
-        If it has an operator that the parser does not know, or not with this type.
+        If the parser does not know an operator, or does not take it with this type.
     """
     if problems := sorted(set(_problems(model.graph))):
         raise ValueError(
@@ -97,7 +96,8 @@ def _problems(graph: onnx.GraphProto) -> Iterator[str]:
     constants.update(node.output[0] for node in graph.node if node.op_type == "Constant")
     for node in graph.node:
         op = node.op_type
-        if op == PLUGIN:
+        if op == STEP:
+            # Not standard: the plugin takes it.
             continue
         if node.domain or op not in SUPPORTED:
             yield f"{node.domain or 'ai.onnx'}.{op}"
@@ -111,7 +111,7 @@ def _problems(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _data(node: onnx.NodeProto) -> list[str]:
-    """The values that an operator's listed types speak of."""
+    """The values to which an operator's listed types apply."""
     if node.op_type == "Constant":
         return [node.output[0]]
     if node.op_type == "Cast":

@@ -1,4 +1,4 @@
-"""How far a build is, as bars; and Ctrl-C, which ends it."""
+"""Bars that show how far a build is, and Ctrl-C to end it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Monitor(trt.IProgressMonitor):
     Parameters
     ----------
     title
-        What is built.
+        The name of what is built.
     show
         Draw the bars.
 
     Attributes
     ----------
     cancelled : bool
-        Whether somebody asked for the end.
+        Whether the build was asked to stop.
     """
 
     def __init__(self, title: str, show: bool = True) -> None:
@@ -79,7 +79,7 @@ class Monitor(trt.IProgressMonitor):
             return not self.cancelled
 
     def phase_finish(self, phase_name: str) -> None:
-        """Called by TensorRT as a phase ends, be it early."""
+        """Called by TensorRT as a phase ends, also if it ends early."""
         with self._lock:
             self._depths.pop(phase_name, None)
             task = self._tasks.pop(phase_name, None)

@@ -1,4 +1,4 @@
-"""Operators that TensorRT's parser lacks or defines more loosely, in terms of those it has."""
+"""Operators that TensorRT's parser lacks or defines more loosely, written in those it has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def rewrite(model: ir.Model, *, count: bool = False) -> None:
-    """Replace, in place, every node that one of the rules below is for.
+    """Replace, in place, every node for which there is a rule below.
 
     Parameters
     ----------
     model
         Its values' types must be known.
     count
-        Sort by counting which pairs come before which, and so any number of them.
+        Sort by counting how many numbers come before each. This works for any number of them.
     """
     graph = model.graph
     rules = {**_RULES, "TopK": _counted_order} if count else _RULES
@@ -35,18 +35,18 @@ def rewrite(model: ir.Model, *, count: bool = False) -> None:
 
 
 def splice(graph: ir.Graph, node: ir.Node, scratch: ir.Graph, results: dict[int, Value]) -> None:
-    """Put the nodes of `scratch` into the place of one node.
+    """Replace one node by the nodes of `scratch`.
 
     Parameters
     ----------
     graph
-        Has the node.
+        The graph that has the node.
     node
-        Goes.
+        The node to remove.
     scratch
-        Left empty.
+        The nodes to put there; empty afterwards.
     results
-        What stands for the node's outputs, by place; the others must be unused.
+        The values that replace the node's outputs, by place. Other outputs must be unused.
     """
     nodes = list(scratch)
     scratch.remove(nodes)
@@ -94,7 +94,7 @@ def _rms_normalization(b: Builder, node: ir.Node) -> dict[int, Value]:
 
 
 def _rotary_embedding(b: Builder, node: ir.Node) -> dict[int, Value]:
-    """[B, H, S, D] turned by [B, S, D / 2] angles, as opset 20 has to write it."""
+    """[B, H, S, D] turned by [B, S, D / 2] angles, in the operators of opset 20."""
     x = _needed(node, 0)
     size = x.shape[-1] if x.shape is not None and len(x.shape) == 4 else None
     rotated = _integer(node, "rotary_embedding_dim", 0)
@@ -139,11 +139,11 @@ def _clip(b: Builder, node: ir.Node) -> dict[int, Value] | None:
 
 
 def _top_k(b: Builder, node: ir.Node) -> dict[int, Value] | None:
-    """Indices in an order that does not hang on what the runtime does with equal numbers.
+    """Sort so that the order of equal numbers does not depend on the runtime.
 
-    ONNX says that the first of equals comes first, and the policies build on it; TensorRT's layer
-    promises nothing. A second sort, by which number it is among the different ones and then by its
-    place, has no equals.
+    ONNX says that the first of equal numbers comes first, and the policies rely on it; TensorRT's
+    layer promises nothing. So the sorted numbers are ranked, equal ones with the same rank, and
+    sorted again by (rank, place), where no two are equal.
     """
     x, size = _needed(node, 0), _needed(node, 1)
     if not _is_float(x) or node.outputs[0].uses() or _integer(node, "largest", 1):
@@ -167,9 +167,9 @@ def _top_k(b: Builder, node: ir.Node) -> dict[int, Value] | None:
 
 
 def _counted_order(b: Builder, node: ir.Node) -> dict[int, Value] | None:
-    """The order of all numbers, from each one's rank: how many are less, or as great and earlier.
+    """Sort by each number's rank: how many are less, or equal and earlier.
 
-    TensorRT sorts only so many; it compares as many as there is memory for.
+    TensorRT sorts only a limited number, but compares as many as there is memory for.
     """
     x = _needed(node, 0)
     axis = _integer(node, "axis", -1)

@@ -11,8 +11,8 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from exporters.decoding import BatchDecoder
-from exporters.onnx.snapshots import read_arrays
+from exporters.common.decoding import BatchDecoder
+from exporters.common.snapshots import read_arrays
 
 from .cuda import Device, device_info
 from .engine import TORCH_TYPES, Call, Engine
@@ -25,8 +25,8 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
     """A model that `build_engines` built, with its cache.
 
     A step's state is bound in place, at addresses that never change, and from the second step of a
-    batch size on the whole step is one CUDA graph. Of all states of one batch size, the decoder
-    works on one at a time; turning to another copies both.
+    batch size on the whole step is one CUDA graph. The decoder works on one state of each batch
+    size at a time; going over to another one copies both.
 
     Parameters
     ----------
@@ -37,26 +37,26 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
     device
         The GPU's index.
     cuda_graph
-        Capture steps.
+        Capture steps as CUDA graphs.
     verify
         Compare the digest of every file with the manifest's; otherwise only the sizes.
     verbose
-        Print all that TensorRT says.
+        Print all of TensorRT's messages.
 
     Attributes
     ----------
-    manifest : exporters.onnx.manifest.Manifest
-        Of the exported model.
+    manifest : exporters.common.manifest.Manifest
+        The exported model's.
     engines : EngineManifest
-        What the folder holds.
+        The folder's manifest.
 
     Raises
     ------
     FileNotFoundError
         If the folder, or a file that its manifest names, is missing.
     ValueError
-        If a file is truncated or another one, the engines are for another TensorRT or GPU, or they
-        do not have the model's tensors.
+        If a file is truncated or is another file, the engines are for another TensorRT or GPU, or
+        they do not have the model's tensors.
     RuntimeError
         If there is no such GPU.
     """
@@ -98,7 +98,7 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
         Raises
         ------
         TypeError, ValueError
-            If the size is no positive integer, or above what the engines were built for.
+            If `batch_size` is not a positive integer, or more than the engines were built for.
         """
         arrays = empty_arrays(self.manifest, batch_size)
         self._check_batch(batch_size)
@@ -134,13 +134,14 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
         -------
         numpy.ndarray
             Logits [B, vocabulary] after each row's last token, in the model's dtype (bfloat16 as
-            float32); of a row that has none, they mean nothing. Of a model exported with
-            ``all_logits``, those of all tokens, [B, S, vocabulary].
+            float32). Those of a row without tokens mean nothing. A model exported with
+            ``all_logits`` gives those of all tokens, [B, S, vocabulary].
 
         Raises
         ------
         TypeError, ValueError
-            If anything above is not so, or a `FullCache` has no room; the state is untouched then.
+            If an argument is not as described, or a `FullCache` has no room. The state is then
+            unchanged.
         RuntimeError
             If TensorRT cannot run the engine.
         """
@@ -234,8 +235,8 @@ class _Seat:
         self._tokens = {
             name: device.empty((batch, 1), torch.int64) for name in ("input_ids", "attention_mask")
         }
-        # Every layer reads the lengths, so the new ones need a place of their own; without the
-        # plugin, which says that it works in place, so does everything.
+        # Every layer reads the lengths, so the new ones need a place of their own. Without the
+        # plugin, which works in place, every array needs one.
         self._apart = {
             name: device.empty(array.shape, array.dtype)
             for name, array in arrays.items()
@@ -250,7 +251,7 @@ class _Seat:
         self._seated: weakref.ref[TensorRTState] | None = None
 
     def seat(self, state: TensorRTState) -> None:
-        """Let the buffers hold `state`; the one that they held gets tensors of its own."""
+        """Move `state` into the buffers; the state that was there gets tensors of its own."""
         previous = self._seated() if self._seated is not None else None
         if previous is state:
             return
@@ -265,7 +266,7 @@ class _Seat:
         """Logits after one more token of each sequence."""
         self._tokens["input_ids"].copy_(ids)
         self._tokens["attention_mask"].copy_(mask)
-        # The first step of a context sets up what a captured one may not; see TensorRT's guide.
+        # TensorRT's guide: a context sets itself up in its first step, which cannot be captured.
         if self._cuda_graph and self._steps and self._replay is None:
             self._replay = self._device.capture(self._work)
         if self._replay is not None:

@@ -1,4 +1,4 @@
-"""`TensorRTState`: what a model holds between calls, as tensors on the GPU."""
+"""`TensorRTState`: what a model holds between calls, in tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.batch_state import BatchState, empty_specs
-from exporters.onnx.manifest import Manifest
-from exporters.onnx.snapshots import to_cache_state
+from exporters.common.batch_state import BatchState, empty_specs
+from exporters.common.manifest import Manifest
+from exporters.common.snapshots import to_cache_state
 
 
 class TensorRTState(BatchState):
@@ -20,10 +20,10 @@ class TensorRTState(BatchState):
     Attributes
     ----------
     manifest : Manifest
-        Of the model it belongs to.
+        That of the model it belongs to.
     arrays : dict of str to Tensor
         By name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; see the manifest. Read it
-        anew after each call: the decoder keeps the state that it works on in buffers of its own.
+        again after each call: the decoder moves the state that it works on into its own buffers.
     tokens_bound : int
         No sequence has seen more tokens than this.
     """
@@ -40,7 +40,7 @@ class TensorRTState(BatchState):
         return self.arrays["length"].cpu().numpy()
 
     def numpy(self) -> dict[str, np.ndarray]:
-        """Copies of all arrays; bfloat16, which NumPy has not, as float32."""
+        """Copies of all arrays; bfloat16 as float32, since NumPy does not have it."""
         return {name: to_numpy(tensor).copy() for name, tensor in self.arrays.items()}
 
     def save(self, path: str | Path) -> None:
@@ -62,7 +62,7 @@ def empty_arrays(manifest: Manifest, batch_size: int) -> dict[str, Tensor]:
     Raises
     ------
     TypeError, ValueError
-        If the size is no positive integer.
+        If `batch_size` is not a positive integer.
     """
     return {
         spec.name: torch.full(shape, fill, dtype=getattr(torch, spec.dtype))
@@ -71,6 +71,6 @@ def empty_arrays(manifest: Manifest, batch_size: int) -> dict[str, Tensor]:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor on the CPU, as NumPy can have it."""
+    """A tensor as a NumPy array on the CPU; bfloat16 becomes float32."""
     tensor = tensor.cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

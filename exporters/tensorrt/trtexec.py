@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exporters.onnx.manifest import read_manifest
+from exporters.common.manifest import read_manifest
 
 from .files import PROMPT_ENGINE, STEP_ENGINE
 from .graphs import derive_graphs
@@ -34,9 +34,9 @@ def command_lines(
     Parameters
     ----------
     onnx_dir
-        What `exporters.onnx.export_decoder` wrote; the graphs are put there.
+        What `exporters.onnx.export_decoder` wrote; the graphs are written there, too.
     out_dir
-        Where the engines shall go.
+        Where to put the engines.
     limits
         From `check_limits`. Default: one sequence, prompts of 512 tokens.
     plugin
@@ -47,7 +47,7 @@ def command_lines(
     Raises
     ------
     FileNotFoundError, ValueError
-        As of `derive_graphs`.
+        See `derive_graphs`.
     """
     if tool not in PREVIEW:
         raise ValueError(f"tool: got {tool!r}, expected one of {list(PREVIEW)}")
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the lines."""
     parser = argparse.ArgumentParser(description="Print the lines that build the engines.")
     parser.add_argument("folder", type=Path, help="what less-cache export onnx wrote")
-    parser.add_argument("--out", type=Path, default=Path(), help="where the engines shall go")
+    parser.add_argument("--out", type=Path, default=Path(), help="where to put the engines")
     parser.add_argument("--plugin", type=Path, help="the plugin's library")
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--max-prompt", type=int, default=512)

@@ -14,10 +14,12 @@ import array_api_compat
 import numpy as np
 import torch
 
-from ..config import CacheConfig, LayerConfig
+from ..arrays import EMPTY, LayerArrays
+from ..config import CacheConfig
 from ..feature_maps import EXPONENT_LIMIT, LayerMaps
-from ..policies import Policy, Score
-from ..state import EMPTY, LayerState
+from ..layer_config import LayerConfig
+from ..policies import Policy
+from . import following
 
 Array = Any
 
@@ -67,48 +69,62 @@ class Head:
         )
 
 
-def append(
+def attend(
     layer: LayerConfig,
-    state: LayerState,
+    arrays: LayerArrays,
     maps: LayerMaps | None,
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | None,
+    *,
+    lengths: Array,
+    rows: Array | None = None,
+    mask: Array | None = None,
+    clean: bool = False,
 ) -> Array:
-    """`CacheManager.append` for one layer; see `Backend.append`."""
-    xp = array_api_compat.array_namespace(q)
-    wide = xp.float64 if layer.score_dtype == "float64" else xp.float32
-    out = xp.zeros_like(q)
-    group = layer.group
-    for row in range(q.shape[0]):
-        tokens = slice(None) if mask is None else mask[row]
-        seen = int(state.length[row])
-        if mask is not None and not bool(xp.any(mask[row])):
-            continue
-        for head in range(layer.kv_heads):
-            queries = slice(head * group, (head + 1) * group)
-            weights = None if maps is None else _head_maps(maps, queries, head)
-            held = _read(xp, state, row, head, wide)
-            attended, held = append_head(
-                xp,
-                layer,
-                held,
-                weights,
-                xp.astype(q[row, queries][:, tokens], wide),
-                xp.astype(k[row, head][tokens], wide),
-                xp.astype(v[row, head][tokens], wide),
-                seen,
-            )
-            out[row, queries][:, tokens] = xp.astype(attended, q.dtype)
-            _write(xp, state, row, head, held)
-        state.length[row] = seen + k[row, 0][tokens].shape[0]
-    return out
+    """The step; see `Backend.attend`."""
+    with torch.no_grad():
+        xp = array_api_compat.array_namespace(q)
+        wide = xp.float64 if layer.score_dtype == "float64" else xp.float32
+        out = xp.zeros_like(q)
+        group = layer.group
+        for number in range(q.shape[0]):
+            tokens = slice(None) if mask is None else mask[number]
+            if mask is not None and not bool(xp.any(mask[number])):
+                continue
+            row = number if rows is None else int(rows[number])
+            seen = int(lengths[number])
+            for head in range(layer.kv_heads):
+                queries = slice(head * group, (head + 1) * group)
+                weights = None if maps is None else _head_maps(maps, queries, head)
+                held = _read(xp, layer, arrays, row, head, wide, empty=seen == 0)
+                attended, held = attend_head(
+                    xp,
+                    layer,
+                    head,
+                    held,
+                    weights,
+                    xp.astype(q[number, queries][:, tokens], wide),
+                    xp.astype(k[number, head][tokens], wide),
+                    xp.astype(v[number, head][tokens], wide),
+                    seen,
+                )
+                out[number, queries][:, tokens] = xp.astype(attended, q.dtype)
+                _write(xp, layer, arrays, row, head, held)
+        return out
 
 
-def append_head(
+def eviction_times(
+    layer: LayerConfig, q: Array, k: Array, mask: Array | None, *, prompt: int
+) -> Array:
+    """When each pair leaves; see `Backend.eviction_times`."""
+    return following.eviction_times(attend, layer, q, k, mask, prompt=prompt)
+
+
+def attend_head(
     xp: Any,
     layer: LayerConfig,
+    head: int,
     held: Head,
     maps: dict[str, Any] | None,
     q: Array,
@@ -123,7 +139,9 @@ def append_head(
     xp
         The arrays' namespace.
     layer
-        Capacity, policy, scale.
+        Scale and softcap.
+    head
+        Which KV head, for its capacity and policy.
     held
         What the head holds.
     maps
@@ -142,12 +160,12 @@ def append_head(
     held
         What the head holds now.
     """
-    policy = layer.policy
+    policy, capacity = layer.policies[head], layer.capacities[head]
     new_tokens = k.shape[0]
 
     # 1. Make room for the incoming token.
-    if held.keys.shape[0] == layer.capacity and policy.score is not Score.NONE:
-        held = evict(xp, layer, held, maps, seen)
+    if held.keys.shape[0] == capacity and policy.evicts:
+        held = evict(xp, policy, held, maps, seen)
 
     # 2. Attend over the pairs kept, the new pairs up to the query itself, and the low-rank state.
     kept = held.keys.shape[0]
@@ -194,14 +212,14 @@ def append_head(
     )
 
     # 4. The new pairs are in; while more than C are held, evict one.
-    while union.keys.shape[0] > layer.capacity:
-        union = evict(xp, layer, union, maps, seen + new_tokens)
+    while union.keys.shape[0] > capacity:
+        union = evict(xp, policy, union, maps, seen + new_tokens)
     return out, union
 
 
-def evict(xp: Any, layer: LayerConfig, held: Head, maps: dict[str, Any] | None, seen: int) -> Head:
+def evict(xp: Any, policy: Policy, held: Head, maps: dict[str, Any] | None, seen: int) -> Head:
     """Merge the unprotected pair with the least (score, position) into H and z, and drop it."""
-    slot = victim(xp, layer.policy, held.scores, held.positions, seen)
+    slot = victim(xp, policy, held.scores, held.positions, seen)
     slots = xp.arange(held.keys.shape[0], device=array_api_compat.device(held.keys))
     others = slots != slot
     left = held.keep(others)
@@ -268,29 +286,49 @@ def _head_maps(maps: LayerMaps, queries: slice, head: int) -> dict[str, Any]:
     return chosen
 
 
-def _read(xp: Any, state: LayerState, row: int, head: int, wide: Any) -> Head:
-    positions = state.positions[row, head]
-    held = positions != EMPTY
+def _read(
+    xp: Any,
+    layer: LayerConfig,
+    arrays: LayerArrays,
+    row: int,
+    head: int,
+    wide: Any,
+    *,
+    empty: bool,
+) -> Head:
+    """What a head holds, in order of position; nothing where the row is `empty`."""
+    slots = layer.head_slots(head)
+    positions = arrays.positions[row, slots]
+    H, z = (xp.astype(array[row, head], wide) for array in (arrays.H, arrays.z))
+    if empty:
+        positions = xp.full_like(positions, EMPTY)
+        H, z = xp.zeros_like(H), xp.zeros_like(z)
     history = xp.zeros_like(positions, dtype=xp.int64)
-    if state.history is not None:
-        history = state.history[row, head]
+    if arrays.history is not None:
+        history = arrays.history[row, slots]
+    order = xp.argsort(positions)
+    order = order[positions[order] != EMPTY]
     return Head(
-        xp.astype(state.keys[row, head], wide),
-        xp.astype(state.values[row, head], wide),
-        state.scores[row, head],
+        xp.astype(arrays.keys[row, slots], wide),
+        xp.astype(arrays.values[row, slots], wide),
+        arrays.scores[row, slots],
         positions,
         history,
-        xp.astype(state.H[row, head], wide),
-        xp.astype(state.z[row, head], wide),
-    ).keep(held)
+        H,
+        z,
+    ).keep(order)
 
 
-def _write(xp: Any, state: LayerState, row: int, head: int, held: Head) -> None:
+def _write(
+    xp: Any, layer: LayerConfig, arrays: LayerArrays, row: int, head: int, held: Head
+) -> None:
     count = held.keys.shape[0]
+    slots = layer.head_slots(head)
     for name in ("keys", "values", "scores", "positions", "history"):
-        slots = getattr(state, name)
-        if slots is not None:
-            slots[row, head, :count] = xp.astype(getattr(held, name), slots.dtype)
-            slots[row, head, count:] = EMPTY if name == "positions" else 0
-    state.H[row, head] = xp.astype(held.H, state.H.dtype)
-    state.z[row, head] = xp.astype(held.z, state.z.dtype)
+        array = getattr(arrays, name)
+        if array is not None:
+            own = array[row, slots]
+            own[:count] = xp.astype(getattr(held, name), array.dtype)
+            own[count:] = EMPTY if name == "positions" else 0
+    arrays.H[row, head] = xp.astype(held.H, arrays.H.dtype)
+    arrays.z[row, head] = xp.astype(held.z, arrays.z.dtype)

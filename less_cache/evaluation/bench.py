@@ -116,7 +116,7 @@ def bench_layer(
                     k: torch.Tensor = k,
                     v: torch.Tensor = v,
                 ) -> object:
-                    return manager.append(state, 0, q, k, v)
+                    return manager.attend(state, 0, q, k, v)
 
                 contestants.append((label, config.bytes_per_sequence(), step))
         times = _take_turns([step for _, _, step in contestants], device)

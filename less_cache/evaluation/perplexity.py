@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .._checks import check_int
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
-from ..integrations.teacher_forcing import small_cache_logits
+from ..integrations.transformers.teacher_forcing import small_cache_logits
 
 RESAMPLES = 2000
 """Bootstrap samples of a confidence interval."""

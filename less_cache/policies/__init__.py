@@ -16,7 +16,13 @@ from .builtin import (
     Scissorhands,
     SinkWindow,
 )
-from .registry import POLICIES, parse_policy, policy_from_dict, register_policy
+from .registry import (
+    POLICIES,
+    check_registered,
+    parse_policy,
+    policy_from_dict,
+    register_policy,
+)
 
 __all__ = [
     "FAIR_SHARE",
@@ -32,6 +38,7 @@ __all__ = [
     "Scissorhands",
     "SinkWindow",
     "Start",
+    "check_registered",
     "parse_policy",
     "policy_from_dict",
     "register_policy",

@@ -50,8 +50,8 @@ def register_policy(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-def registered_name(policy: Policy) -> str:
-    """The name that `policy_from_dict` finds the policy's class by.
+def check_registered(policy: Policy) -> None:
+    """Refuse a policy that `policy_from_dict` would not find.
 
     Raises
     ------
@@ -64,7 +64,6 @@ def registered_name(policy: Policy) -> str:
             f"policy: {policy} is a policy of your own, which no other process would know; call "
             "less_cache.register_policy on its class here and where it is read back"
         )
-    return name
 
 
 def policy_from_dict(data: dict[str, Any]) -> Policy:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..config import LayerConfig
-from ..integrations.interception import intercepted
-from ..integrations.model_check import attention_modules
+from ..integrations.transformers.interception import intercepted
+from ..integrations.transformers.model_check import attention_modules
+from ..layer_config import LayerConfig
 from ..teacher_forced import attend_all, eviction_times
 
 SIMULATED_AT_ONCE = 32

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .._checks import check_int, check_real
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps, LayerMaps
-from ..integrations.teacher_forcing import small_cache_logits
+from ..integrations.transformers.teacher_forcing import small_cache_logits
 from .recipe import generator
 from .runs import (
     Log,

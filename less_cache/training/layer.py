@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..config import CacheConfig, LayerConfig
+from ..config import CacheConfig
 from ..feature_maps import FeatureMaps, LayerMaps
+from ..layer_config import LayerConfig
 from ..teacher_forced import attend
 from .collect import LayerData
 from .recipe import Recipe, generator

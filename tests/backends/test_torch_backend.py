@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from less_cache.backends.torch_common import popcount
 
 import less_cache as lc
 from less_cache.backends import MODULES, get_backend, torch_chunk
-from less_cache.backends.torch_common import popcount
 from tests.helpers import (
     POLICIES,
     assert_same_state,

@@ -13,17 +13,10 @@ import torch
 
 import less_cache as lc
 from less_cache.feature_maps import FIRST_LAYERS
+from less_cache.policies import POLICIES
 from tests.helpers import Held, as_numpy, held_by
 
-ALL_POLICIES = (
-    "FullCache",
-    "SinkWindow",
-    "H2O",
-    "TOVA",
-    "Scissorhands",
-    "KeyNorm",
-    "DecayedH2O",
-)
+ALL_POLICIES = tuple(POLICIES)
 
 
 NO_GPU = None if torch.cuda.is_available() else "needs a CUDA GPU"
@@ -50,6 +43,8 @@ class BackendCase:
         NumPy arrays instead of torch tensors.
     custom_policies
         Whether it runs a user's own policy class.
+    vectorised_policies
+        Whether it runs one that is vectorised.
     policies, kinds, head_dims, max_rank, max_group, softcap
         What the backend takes; the drawn cases keep to it.
     examples
@@ -66,6 +61,7 @@ class BackendCase:
     device: str = "cpu"
     numpy: bool = False
     custom_policies: bool = False
+    vectorised_policies: bool = False
     policies: tuple[str, ...] = ALL_POLICIES
     kinds: tuple[str, ...] = ("paper", "exp")
     head_dims: tuple[int, ...] = (4, 8)
@@ -123,6 +119,7 @@ CASES = (
         1e-12,
         numpy=True,
         custom_policies=True,
+        vectorised_policies=True,
         examples=15,
     ),
     BackendCase(
@@ -132,13 +129,27 @@ CASES = (
         2e-5,
         5e-5,
         custom_policies=True,
+        vectorised_policies=True,
         examples=20,
     ),
-    BackendCase("torch-float64", "torch", "float64", 1e-9, 1e-9, examples=250),
-    BackendCase("torch-float32", "torch", "float32", 2e-5, 5e-5, examples=250),
-    BackendCase("torch-float16", "torch", "float16", 1e-2, 1e-2),
-    BackendCase("torch-bfloat16", "torch", "bfloat16", 6e-2, 6e-2),
-    BackendCase("torch-cuda", "torch", "float32", 2e-5, 5e-5, device="cuda", skip=NO_GPU),
+    BackendCase(
+        "torch-float64", "torch", "float64", 1e-9, 1e-9, vectorised_policies=True, examples=250
+    ),
+    BackendCase(
+        "torch-float32", "torch", "float32", 2e-5, 5e-5, vectorised_policies=True, examples=250
+    ),
+    BackendCase("torch-float16", "torch", "float16", 1e-2, 1e-2, vectorised_policies=True),
+    BackendCase("torch-bfloat16", "torch", "bfloat16", 6e-2, 6e-2, vectorised_policies=True),
+    BackendCase(
+        "torch-cuda",
+        "torch",
+        "float32",
+        2e-5,
+        5e-5,
+        device="cuda",
+        skip=NO_GPU,
+        vectorised_policies=True,
+    ),
     # Without a GPU the kernels run under Triton's interpreter (see tests/conftest.py), slowly.
     BackendCase(
         "triton-float32",
@@ -187,7 +198,7 @@ class Runner:
         device = None if case.numpy else case.device
         self.state = self.manager.init(batch, device=device, dtype=dtype)
 
-    def append(
+    def attend(
         self,
         q: np.ndarray,
         k: np.ndarray,
@@ -197,7 +208,7 @@ class Runner:
         layer: int = 0,
     ) -> np.ndarray:
         given = [self.case.array(array) for array in (q, k, v, mask)]
-        return as_numpy(self.manager.append(self.state, layer, *given))
+        return as_numpy(self.manager.attend(self.state, layer, *given))
 
     def held(self, layer: int = 0) -> Held:
-        return held_by(self.state.layers[layer])
+        return held_by(self.state.layers[layer], self.state.config.layer(layer))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Score
+from less_cache.policies import Gain, Start
 from tests.conformance.cases import BackendCase
 from tests.helpers import random_maps
 
@@ -95,6 +95,10 @@ def policies(draw: st.DrawFn, name: str, capacity: int) -> lc.Policy:
         return lc.DecayedH2O(sinks=sinks, recent=maybe, factor=factor)
     if name == "TOVA":
         return lc.TOVA(recent=max(1, recent))
+    if name == "ObservationWindow":
+        window = draw(st.integers(1, 9))
+        neighbours = draw(st.sampled_from([1, 3, 5]))
+        return lc.ObservationWindow(sinks=sinks, recent=maybe, window=window, neighbours=neighbours)
     return lc.Scissorhands(sinks=sinks, recent=maybe, window=draw(st.integers(1, 9)))
 
 
@@ -108,9 +112,13 @@ def scenarios(draw: st.DrawFn, case: BackendCase, names: tuple[str, ...] = ()) -
     capacities, chosen = [], []
     for _ in range(num_layers):
         name = draw(st.sampled_from(names))
-        capacity = FULL_CAPACITY if name == "FullCache" else draw(st.integers(3, 9))
-        capacities.append(capacity)
-        chosen.append(draw(policies(name, capacity)))
+        least = FULL_CAPACITY if name == "FullCache" else draw(st.integers(3, 9))
+        # Heads differ in about half of the layers: some alone, some in runs.
+        more = st.sampled_from([0, 0, 1, 6])
+        by_head = draw(st.booleans())
+        extra = [draw(more) if by_head else 0 for _ in range(kv_heads)]
+        capacities.append([least + count for count in extra])
+        chosen.append(draw(policies(name, least)))
     tokens = st.one_of(st.just(1), st.integers(2, 12))
     chunks = draw(
         st.lists(st.tuples(tokens, st.sampled_from(PADDINGS)), min_size=1, max_size=6).filter(
@@ -155,7 +163,8 @@ class CloseCall:
             free = (positions >= policy.sinks) & (positions < seen - policy.protected_recent)
             free[slot] = False
             # Counts and positions are exact in any precision; ties among them are no accident.
-            if policy.score in (Score.ATTENTION, Score.KEY_NORM) and free.any():
+            rounds = policy.gains is Gain.SUM or policy.starts is Start.KEY_NORM
+            if rounds and free.any():
                 gap = scores[free].min() - scores[slot]
                 self.met |= bool(gap < CLOSE_SCORES * (1 + abs(scores[slot])))
             return slot

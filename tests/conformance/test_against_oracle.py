@@ -18,10 +18,10 @@ def follow(case: BackendCase, scenario: Scenario) -> None:
     close = CloseCall()
     for layer, arrays, mask in scenario.appends(case):
         with close.watch():
-            expected = oracle.append(*arrays, mask, layer=layer)
+            expected = oracle.attend(*arrays, mask, layer=layer)
         if close.met and not case.exact:
             return
-        assert_close(runner.append(*arrays, mask, layer=layer), expected, case.outputs, "out")
+        assert_close(runner.attend(*arrays, mask, layer=layer), expected, case.outputs, "out")
         assert_same_state(runner.held(layer), oracle.held(layer), case.state)
 
 
@@ -71,8 +71,8 @@ def test_ties_go_to_the_older_pair(case, policy, tokens):
     for _ in range(12 // tokens):
         q = rng.normal(size=(1, 2, tokens, config.head_dim))
         k = np.ones((1, 1, tokens, config.head_dim))
-        runner.append(q, k, k)
-        oracle.append(q, k, k)
+        runner.attend(q, k, k)
+        oracle.attend(q, k, k)
         np.testing.assert_array_equal(runner.held().positions, oracle.held().positions)
     if isinstance(policy, (lc.KeyNorm, lc.TOVA)):
         seen = 12 // tokens * tokens
@@ -101,8 +101,8 @@ def test_logits_far_beyond_what_exp_holds_stay_finite(case, sign, tokens, rank):
         q, k = case.rounded(q), case.rounded(k)
         # In float32 a logit of 1000 is known to 1e-4, and so is each probability.
         assert_close(
-            runner.append(q, k, v),
-            oracle.append(q, k, v),
+            runner.attend(q, k, v),
+            oracle.attend(q, k, v),
             max(2e-3, case.outputs) if not case.exact else case.outputs,
             "out",
         )
@@ -116,7 +116,7 @@ def test_a_chunk_as_heavy_as_float16_cannot_sum_stays_finite(case):
     )
     runner = Runner(case, config, None, 1)
     shape = (1, 1, 1024, config.head_dim)
-    out = runner.append(np.zeros(shape), np.zeros(shape), np.full(shape, 100.0))
+    out = runner.attend(np.zeros(shape), np.zeros(shape), np.full(shape, 100.0))
     assert_close(out, np.full(shape, 100.0), case.outputs, "out")
 
 
@@ -134,6 +134,6 @@ def test_strided_inputs_are_read_as_they_are(case):
     other = Runner(case, config, None, 2)
     for tokens in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 9)):
         views = [array[:, :, tokens] for array in (q, k, v)]
-        out = whole.manager.append(whole.state, 0, *views)
-        expected = other.manager.append(other.state, 0, *(view.clone() for view in views))
+        out = whole.manager.attend(whole.state, 0, *views)
+        expected = other.manager.attend(other.state, 0, *(view.clone() for view in views))
         assert_close(out.double().cpu().numpy(), expected.double().cpu().numpy(), 1e-6, "out")

@@ -37,20 +37,20 @@ def test_official_traces_are_reproduced(case, name):
     maps = lc.FeatureMaps.from_tensors([{name: trace[name] for name in MAPS}])
     runner = Runner(case, config, maps, 1)
 
-    out = runner.append(*(array[:, :, :prompt] for array in (q, k, v)))
+    out = runner.attend(*(array[:, :, :prompt] for array in (q, k, v)))
     assert_close(out[0], trace["prompt_out"], 1e-5, "prompt")
 
     steps = trace["out"].shape[0]
     for step in range(steps):
         token = slice(prompt + step, prompt + step + 1)
-        out = runner.append(*(array[:, :, token] for array in (q, k, v)))
+        out = runner.attend(*(array[:, :, token] for array in (q, k, v)))
         assert_close(out[0, :, 0], trace["out"][step], 1e-5, f"out of step {step}")
         held = runner.held()
         for head, wanted in enumerate(trace["kept"][step]):
             positions = held.positions[0, head]
             np.testing.assert_array_equal(positions[positions >= 0], np.nonzero(wanted)[0])
         if step > 0:
-            # The official code evicts after a step, `append` before the next one.
+            # The official code evicts after a step, `attend` before the next one.
             # The trace's own sums are float32: two orders of the same sum differ by some units.
             assert_close(held.H[0], trace["H"][step - 1], 2e-5, f"H of step {step}")
             assert_close(held.z[0], trace["z"][step - 1], 2e-5, f"z of step {step}")

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Score
-from tests.conformance.cases import Runner, each_case
+from tests.conformance.cases import ORACLE, Runner, each_case
 from tests.conformance.scenarios import scenarios
-from tests.helpers import Held, assert_close, random_inputs, random_maps
+from tests.helpers import Held, assert_close, policy_id, random_inputs, random_maps
 
 
 class Ledger:
@@ -43,12 +42,13 @@ def check_layer(
         for head in range(layer.kv_heads):
             positions = held.positions[row, head]
             kept = positions[positions >= 0]
-            assert len(positions) == layer.capacity
-            assert len(kept) == min(seen, layer.capacity)
+            capacity = layer.capacities[head]
+            assert len(kept) == min(seen, capacity)
             assert len(set(kept)) == len(kept)
             assert set(kept) <= set(range(seen))
-            if layer.policy.score is not Score.NONE:
-                protected = {*range(layer.policy.sinks), *range(seen - layer.policy.recent, seen)}
+            if layer.policy.evicts:
+                policy = layer.policies[head]
+                protected = {*range(policy.sinks), *range(seen - policy.recent, seen)}
                 assert protected & set(range(seen)) <= set(kept)
             for slot, position in enumerate(positions):
                 if position >= 0:
@@ -81,7 +81,7 @@ def test_every_token_seen_is_in_one_slot_or_in_the_state(case):
         runner = Runner(case, scenario.config, maps, scenario.batch)
         ledgers = [Ledger(scenario.batch) for _ in range(scenario.config.num_layers)]
         for layer, (q, k, v), mask in scenario.appends(case):
-            out = runner.append(q, k, v, mask, layer=layer)
+            out = runner.attend(q, k, v, mask, layer=layer)
             assert np.isfinite(out).all()
             if mask is not None:
                 assert (out[~np.broadcast_to(mask[:, None], out.shape[:3])] == 0).all()
@@ -112,28 +112,59 @@ class ByHash(lc.Policy):
         return scores, history
 
 
+@dataclasses.dataclass(frozen=True)
+class Loudest(lc.Policy):
+    """A user's own vectorised policy: the largest probability that a pair ever had."""
+
+    vectorised = True
+
+    def update(self, xp, scores, history, probabilities, visible):
+        return xp.maximum(scores, xp.max(probabilities, axis=(-3, -2))), history
+
+
+@dataclasses.dataclass(frozen=True)
+class HashAtOnce(ByHash):
+    """`ByHash` for any number of axes."""
+
+    vectorised = True
+
+
 @each_case(lambda case: case.custom_policies)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_users_own_policy_obeys_the_invariants(case, rank):
-    config = lc.CacheConfig(1, 4, 2, 4, 6, ByHash(), rank=rank, dtype=case.dtype)
-    maps = random_maps(config)
+    own_policy_run(case, ByHash(), rank)
+
+
+@each_case(lambda case: case.vectorised_policies)
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("policy", [Loudest(recent=2), HashAtOnce()], ids=policy_id)
+def test_a_users_vectorised_policy_obeys_the_invariants(case, rank, policy):
+    own_policy_run(case, policy, rank)
+
+
+def own_policy_run(case, policy, rank):
+    config = lc.CacheConfig(1, 4, 2, 4, [[6, 9]], policy, rank=rank, dtype=case.dtype)
+    maps = case.rounded_maps(random_maps(config))
     runner, ledger = Runner(case, config, maps, 2), Ledger(2)
+    oracle = Runner(ORACLE, config, maps, 2)
     rng = np.random.default_rng(0)
     for tokens in (4, 1, 1, 1, 5, 1, 9, 1, 1):
         q, k, v = (case.rounded(array) for array in random_inputs(config, 2, tokens, rng))
         mask = rng.random((2, tokens)) < 0.8
-        runner.append(q, k, v, mask)
+        out = runner.attend(q, k, v, mask)
+        assert_close(out, oracle.attend(q, k, v, mask), case.outputs, "out")
         ledger.add(k, v, mask)
         check_layer(runner.held(), ledger, config.layer(0), maps and maps[0], case.state)
-    # The hash decided, not age: beyond what is protected, old and new pairs are mixed.
+    np.testing.assert_array_equal(runner.held().positions, oracle.held().positions)
+    # The policy decided, not age: beyond what is protected, old and new pairs are mixed.
     seen = len(ledger.keys[0])
     free = [p for p in runner.held().positions[0, 0] if 1 <= p < seen - 2]
     assert free != list(range(seen - 2 - len(free), seen - 2))
 
 
 @each_case(lambda case: not case.custom_policies)
-def test_a_users_own_policy_is_refused_where_only_an_enum_is_understood(case):
+def test_a_users_own_policy_is_refused_where_only_tables_are_understood(case):
     config = lc.CacheConfig(1, 4, 2, 4, 6, ByHash(), rank=0, dtype=case.dtype)
     with pytest.raises(ValueError, match=r"policy: .*ByHash.*'reference'"):
         lc.CacheManager(config, backend=case.backend)
-    assert lc.CacheManager(config).backend == "reference"
+    assert lc.CacheManager(config).backend_on("cpu") == "reference"

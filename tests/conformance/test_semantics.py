@@ -80,7 +80,7 @@ def test_less_is_full_attention_where_the_maps_are_exact(case, policy):
     at = 0
     for tokens in (5, 1, 1, 1, 6, 1, 1, 12, 1, 1, 8, 1, 1):
         part = slice(at, at + tokens)
-        out = runner.append(*(array[:, :, part] for array in (q, k, v)))
+        out = runner.attend(*(array[:, :, part] for array in (q, k, v)))
         assert_close(out, expected[:, :, part], 1e-9 if case.exact else 2e-4, f"token {at}")
         at += tokens
     assert at == 40
@@ -100,7 +100,7 @@ def test_a_full_cache_is_torchs_attention(case, group, scale):
     ).numpy()
     runner = Runner(case, config, None, 3)
     for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 20)):
-        out = runner.append(*(array[:, :, part] for array in (q, k, v)))
+        out = runner.attend(*(array[:, :, part] for array in (q, k, v)))
         assert_close(out, expected[:, :, part], case.outputs, "out")
 
 
@@ -118,7 +118,7 @@ def test_how_a_sequence_that_fits_is_cut_into_chunks_does_not_matter(case, polic
         runner = Runner(case, config, maps, 2)
         outs, at = [], 0
         for tokens in cuts:
-            outs.append(runner.append(*(array[:, :, at : at + tokens] for array in arrays)))
+            outs.append(runner.attend(*(array[:, :, at : at + tokens] for array in arrays)))
             at += tokens
         runs.append((np.concatenate(outs, 2), runner.held()))
     for out, held in runs[1:]:
@@ -158,8 +158,8 @@ def test_where_padding_stands_and_what_it_holds_does_not_matter(case):
                 )
                 np.put_along_axis(wide, places[:, None, :, None], array, axis=2)
                 wider.append(wide)
-            expected = plain.append(*arrays)
-            out = padded.append(*wider, mask)
+            expected = plain.attend(*arrays)
+            out = padded.attend(*wider, mask)
             assert (out[~np.broadcast_to(mask[:, None], out.shape[:3])] == 0).all()
             taken = np.take_along_axis(out, places[:, None, :, None], axis=2)
             assert_close(taken, expected, case.outputs, "out")
@@ -181,9 +181,9 @@ def test_rows_of_a_batch_do_not_see_each_other(case, policy):
     for tokens in (5, 1, 1, 6, 1):
         arrays = [case.rounded(array) for array in random_inputs(config, 3, tokens, rng)]
         mask = rng.random((3, tokens)) < 0.8
-        out = together.append(*arrays, mask)
+        out = together.attend(*arrays, mask)
         for row, runner in enumerate(alone):
-            single = runner.append(*(array[row : row + 1] for array in arrays), mask[row : row + 1])
+            single = runner.attend(*(array[row : row + 1] for array in arrays), mask[row : row + 1])
             assert_close(out[row : row + 1], single, case.outputs, f"row {row}")
 
 
@@ -199,8 +199,8 @@ def test_moving_rows_commutes_with_append(case, operation, tokens):
     for length in (6, 1, 4):
         arrays = [case.rounded(array) for array in random_inputs(config, 3, length, rng)]
         mask = rng.random((3, length)) < 0.8
-        moved_first.append(*arrays, mask)
-        moved_last.append(*arrays, mask)
+        moved_first.attend(*arrays, mask)
+        moved_last.attend(*arrays, mask)
 
     def move(runner):
         if operation == "reorder":
@@ -212,8 +212,8 @@ def test_moving_rows_commutes_with_append(case, operation, tokens):
 
     arrays = [case.rounded(array) for array in random_inputs(config, 3, tokens, rng)]
     move(moved_first)
-    first = moved_first.append(*(array[rows] for array in arrays))
-    last = moved_last.append(*arrays)[rows]
+    first = moved_first.attend(*(array[rows] for array in arrays))
+    last = moved_last.attend(*arrays)[rows]
     move(moved_last)
     assert_close(first, last, case.outputs, "out")
     assert_same_state(moved_first.held(), moved_last.held(), case.state)
@@ -227,11 +227,11 @@ def test_a_reset_state_is_a_new_one(case):
     maps = case.rounded_maps(random_maps(config, case.kinds[0]))
     rng = np.random.default_rng(6)
     used, new = (Runner(case, config, maps, 2) for _ in range(2))
-    used.append(*random_inputs(config, 2, 11, rng))
+    used.attend(*random_inputs(config, 2, 11, rng))
     used.state.reset()
     for tokens in (4, 1, 9, 1):
         arrays = random_inputs(config, 2, tokens, rng)
-        np.testing.assert_array_equal(used.append(*arrays), new.append(*arrays))
+        np.testing.assert_array_equal(used.attend(*arrays), new.attend(*arrays))
 
 
 @each_case()
@@ -240,10 +240,10 @@ def test_all_padding_changes_nothing_at_all(case):
     maps = case.rounded_maps(random_maps(config, case.kinds[0]))
     rng = np.random.default_rng(7)
     runner = Runner(case, config, maps, 2)
-    runner.append(*random_inputs(config, 2, 9, rng))
+    runner.attend(*random_inputs(config, 2, 9, rng))
     before = runner.held()
     for tokens in (1, 3):
         garbage = [np.full_like(array, np.nan) for array in random_inputs(config, 2, tokens, rng)]
-        out = runner.append(*garbage, np.zeros((2, tokens), dtype=bool))
+        out = runner.attend(*garbage, np.zeros((2, tokens), dtype=bool))
         assert (out == 0).all()
         assert_same_state(runner.held(), before, 0.0)

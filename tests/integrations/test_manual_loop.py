@@ -20,7 +20,7 @@ def by_hand(model, manager, state, ids, mask, place):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        out = manager.append(state, i, q, k, v, mask[:, -ids.shape[1] :])
+        out = manager.attend(state, i, q, k, v, mask[:, -ids.shape[1] :])
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(decoder.norm(x))

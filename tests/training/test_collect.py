@@ -21,7 +21,7 @@ def test_collected_attention_is_the_models_own(family):
     tokens = torch.randint(3, 97, (3, 20), generator=torch.Generator().manual_seed(0))
     layer = config.num_layers - 1
     data = collect_layer(model, tokens, layer, config.layer(layer), batch=2, progress=False)
-    from less_cache.integrations.model_check import attention_modules
+    from less_cache.integrations.transformers.model_check import attention_modules
 
     module = attention_modules(model)[layer]
     seen = []

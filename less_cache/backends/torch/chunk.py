@@ -1,53 +1,67 @@
-"""Several new tokens at once in the PyTorch backend: a prompt, a chunk of one, a later turn.
-
-Queries go in blocks, so that no [S, S] matrix is ever held: the largest temporary is one block's
-logits, `BLOCK_BYTES` of them.
-"""
+"""Several new tokens at once: a prompt, a chunk of one, a later turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import array_api_compat.torch as torch_namespace
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..config import LayerConfig
-from ..feature_maps import LayerMaps
-from ..policies import Score
-from ..state import EMPTY, LayerState
-from .torch_common import (
+from ...arrays import EMPTY
+from ...layer_config import LayerConfig
+from ...policies import Gain
+from . import attention
+from .maps import JoinedMaps
+from .maths import (
     INFINITY,
-    attend,
     choose_slot,
     initial_scores,
     merge,
-    pair_logits,
     persistent_bits,
     popcount,
     protected_pairs,
-    take_slot,
+    scaled,
 )
+from .slots import RunSlots
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
-
-BLOCK_BYTES = 64 * 2**20
-"""What one block's logits may take."""
+"""As `attention.in_blocks`: what another backend may bring of its own."""
 
 
-def append(
+def attend(
     layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
+    slots: RunSlots,
+    maps: JoinedMaps | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    lengths: Tensor,
     mask: Tensor | None,
-    attention: Attention | None = None,
+    attention_function: Attention | None = None,
 ) -> Tensor:
-    """`CacheManager.append` for S > 1 tokens; see `Backend.append`.
+    """Attend from S tokens over what is held and each other, then let all but C pairs leave.
 
-    Another backend may bring its own `attention`, which takes and gives what `_attend_in_blocks`
-    does.
+    Parameters
+    ----------
+    layer, slots, maps
+        Of heads of equal capacity C.
+    q
+        [B, Hq, S, D].
+    k, v
+        [B, heads, S, D].
+    lengths
+        [B].
+    mask
+        [B, S] booleans; ``None``: no padding.
+    attention_function
+        Takes and gives what `attention.in_blocks` does. Default: what is fastest on the device.
+
+    Returns
+    -------
+    Tensor
+        [B, Hq, S, D].
     """
     batch, kv_heads, new_tokens = k.shape[:3]
     if mask is None:
@@ -60,131 +74,108 @@ def append(
     incoming = ranks[:, -1]
 
     # 1. Make room for the first incoming token.
-    _evict_one(layer, state, maps, (incoming > 0).view(batch, 1, 1))
+    if layer.policy.evicts:
+        _evict_one(layer, slots, maps, lengths, (incoming > 0).view(batch, 1, 1))
 
     # 2. Attend over the pairs kept and the new ones.
-    seen = state.length
-    new_positions = torch.where(mask, seen.view(batch, 1) + ranks - 1, EMPTY)
-    new_positions = new_positions.unsqueeze(1).expand(-1, kv_heads, -1)
-    positions = torch.cat([state.positions, new_positions], 2)
-    keys, values = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-    weight = _query_weights(layer, mask, ranks, incoming, state.scores.dtype)
-    attend_new = attention or _attend_in_blocks
-    out, gained = attend_new(layer, state, maps, q, keys, values, positions, weight)
+    new_positions = torch.where(mask, lengths.view(batch, 1) + ranks - 1, EMPTY)
+    new_positions = new_positions.to(slots.positions.dtype).unsqueeze(1).expand(-1, kv_heads, -1)
+    positions = torch.cat([slots.positions, new_positions], 2)
+    old_keys, old_values = slots.read()
+    keys = torch.cat([old_keys, k.to(old_keys.dtype)], 2)
+    values = torch.cat([old_values, v.to(old_values.dtype)], 2)
+    weight = _query_weights(layer, mask, ranks, incoming, slots.wide)
+    attend_new = attention_function or attention.fastest(layer, q.device)
+    out, gained = attend_new(layer, slots, maps, q, keys, values, positions, weight)
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 
     # 3. Scores.
-    first = initial_scores(layer, state, k, new_positions)
-    total = seen + incoming
+    first = initial_scores(layer, k, new_positions, slots.wide)
+    total = lengths + incoming
+    scores = torch.cat([slots.scores, first], 2)
     history = None
-    if state.history is not None:
-        history = _history(layer, state, q, keys, positions, ranks, incoming)
-        scores = popcount(history).to(first.dtype)
-    elif layer.policy.score is Score.ATTENTION:
-        faded = torch.pow(layer.policy.decay, incoming.to(first.dtype)).view(batch, 1, 1)
-        scores = torch.cat([state.scores * faded, first], 2) + gained
-    else:
-        scores = torch.cat([state.scores, first], 2)
+    if slots.history is not None:
+        history = torch.cat([slots.history, torch.zeros_like(first, dtype=torch.int64)], 2)
+    if layer.policy.gains is Gain.HISTORY and history is not None:
+        history = _history(layer, history, q, keys, positions, ranks, incoming, slots.wide)
+        scores = popcount(history).to(slots.wide)
+    elif layer.policy.gains is Gain.SUM:
+        if layer.policy.pool > 1:
+            pooled = _pooled(gained, positions, layer.policy.pool)
+            gained = torch.where((incoming > 1).view(batch, 1, 1), pooled, gained)
+        scores = scores * torch.pow(layer.policy.decay, incoming.to(slots.wide)).view(batch, 1, 1)
+        scores = scores + gained
+    elif layer.policy.gains is Gain.GIVEN:
+        scores, history = _given(layer, scores, history, q, keys, positions, mask)
 
     # 4. The new pairs are in; all but C leave.
     leaving, staying = _select(layer, scores, positions, total)
     if maps is not None:
         gone = positions.gather(2, leaving) != EMPTY
-        merge(state, maps.psi(_take(keys, leaving)), _take(values, leaving), gone)
+        merge(slots, maps.psi(_take(keys, leaving)), _take(values, leaving), gone)
     kept = positions.gather(2, staying)
     empty = kept == EMPTY
-    state.keys.copy_(_take(keys, staying).masked_fill_(empty.unsqueeze(3), 0))
-    state.values.copy_(_take(values, staying).masked_fill_(empty.unsqueeze(3), 0))
-    state.scores.copy_(scores.gather(2, staying).masked_fill_(empty, 0))
-    state.positions.copy_(kept)
-    if state.history is not None and history is not None:
-        state.history.copy_(history.gather(2, staying).masked_fill_(empty, 0))
-    state.length.copy_(total)
+    slots.replace(
+        _take(keys, staying).masked_fill_(empty.unsqueeze(3), 0),
+        _take(values, staying).masked_fill_(empty.unsqueeze(3), 0),
+    )
+    slots.scores.copy_(scores.gather(2, staying).masked_fill_(empty, 0))
+    slots.positions.copy_(kept)
+    if slots.history is not None and history is not None:
+        slots.history.copy_(history.gather(2, staying).masked_fill_(empty, 0))
     return out
 
 
 def _evict_one(
-    layer: LayerConfig, state: LayerState, maps: LayerMaps | None, incoming: Tensor
+    layer: LayerConfig,
+    slots: RunSlots,
+    maps: JoinedMaps | None,
+    lengths: Tensor,
+    incoming: Tensor,
 ) -> None:
     """Where a row is full and has new tokens, its victim leaves; its slot becomes empty."""
-    if layer.policy.score is Score.NONE:
-        return
-    slot = choose_slot(layer, state)
-    evicted = (state.positions.gather(2, slot) != EMPTY) & incoming
+    slot = choose_slot(layer, slots, lengths)
+    position = slots.positions.gather(2, slot)
+    evicted = (position != EMPTY) & incoming
     if maps is not None:
-        features = maps.psi(take_slot(state.keys, slot))
-        merge(state, features, take_slot(state.values, slot), evicted)
-    position = state.positions.gather(2, slot).masked_fill_(evicted, EMPTY)
-    state.positions.scatter_(2, slot, position)
+        key, value = slots.take(slot)
+        merge(slots, maps.psi(key), value, evicted)
+    slots.positions.scatter_(2, slot, position.masked_fill_(evicted, EMPTY))
 
 
 def _query_weights(
-    layer: LayerConfig, mask: Tensor, ranks: Tensor, incoming: Tensor, dtype: torch.dtype
+    layer: LayerConfig, mask: Tensor, ranks: Tensor, incoming: Tensor, wide: torch.dtype
 ) -> Tensor | None:
     """[B, S], what each query's probabilities count for: the decay to the power of its age."""
-    if layer.policy.score is not Score.ATTENTION:
+    policy = layer.policy
+    if policy.gains is not Gain.SUM:
         return None
-    age = (incoming.view(-1, 1) - ranks).to(dtype)
-    return torch.pow(layer.policy.decay, age) * mask
+    age = incoming.view(-1, 1) - ranks
+    weight = torch.pow(policy.decay, age.to(wide)) * mask
+    return weight if policy.counted is None else weight.masked_fill_(age >= policy.counted, 0)
 
 
-def _attend_in_blocks(
-    layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The outputs [B, Hq, S, D], and each pair's weighted sum of probabilities [B, Hkv, N]."""
-    batch, query_heads, new_tokens, head_dim = q.shape
-    capacity = state.keys.shape[2]
-    wide = state.scores.dtype
-    out = torch.empty_like(q)
-    gained = torch.zeros(positions.shape, dtype=wide, device=q.device)
-    # The lowest number, not -inf, so that padding which sees nothing has a softmax all the same.
-    lowest = torch.finfo(wide).min
-    bias = torch.zeros_like(gained).masked_fill_(positions == EMPTY, lowest).unsqueeze(2)
-    row_bytes = batch * query_heads * keys.shape[2] * wide.itemsize
-    block = max(1, min(new_tokens, BLOCK_BYTES // row_bytes))
-    for start in range(0, new_tokens, block):
-        stop = min(start + block, new_tokens)
-        span = capacity + stop
-        queries = q[:, :, start:stop]
-        shape = (batch, layer.kv_heads, layer.group, stop - start)
-        visible = bias[..., :span] + _causal(start, stop, capacity, q.device, wide)
-        grouped = queries.reshape(batch, layer.kv_heads, -1, head_dim)
-        logits = pair_logits(layer, grouped, keys[:, :, :span], wide)
-        logits.add_(visible.repeat(1, 1, layer.group, 1) if layer.group > 1 else visible)
-        part, probabilities = attend(
-            state, None if maps is None else maps.phi(queries), logits, values[:, :, :span]
-        )
-        out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
-        if weight is not None:
-            share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)
-            gained[:, :, :span] += (share @ probabilities).squeeze(2)
-    return out, gained
-
-
-def _causal(start: int, stop: int, kept: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[stop - start, kept + stop]: 0 for old pairs and new ones up to the query, else -inf."""
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
-    column = torch.arange(-kept, stop, device=device)
-    return torch.where(column <= query, 0.0, -INFINITY).to(dtype)
+def _pooled(gained: Tensor, positions: Tensor, neighbours: int) -> Tensor:
+    """The mean of [B, heads, N] over so many held pairs, neighbours in order of position."""
+    order = positions.argsort(2)
+    # Empty slots come first and gained nothing: like the zeros beyond the ends.
+    ordered = gained.gather(2, order)
+    reach = neighbours // 2
+    mean = F.avg_pool1d(ordered, neighbours, stride=1, padding=reach, count_include_pad=True)
+    return torch.empty_like(gained).scatter_(2, order, mean)
 
 
 def _history(
     layer: LayerConfig,
-    state: LayerState,
+    old: Tensor,
     q: Tensor,
     keys: Tensor,
     positions: Tensor,
     ranks: Tensor,
     incoming: Tensor,
+    wide: torch.dtype,
 ) -> Tensor:
-    """[B, Hkv, N] int64: each pair's bits after the new queries, of which the last few count."""
+    """[B, heads, N] int64: each pair's bits after the new queries, of which the last few count."""
     batch, kv_heads = keys.shape[:2]
     new_tokens = q.shape[2]
     window = layer.policy.history_window
@@ -193,22 +184,74 @@ def _history(
     wanted = incoming.view(-1, 1) - torch.arange(last - 1, -1, -1, device=q.device)
     column = torch.searchsorted(ranks, wanted.to(ranks.dtype)).clamp_max_(new_tokens - 1)
     index = column.view(batch, 1, last, 1).expand(-1, q.shape[1], -1, q.shape[3])
-    queries = q.gather(2, index).view(batch, kv_heads, -1, q.shape[3])
+    queries = q.gather(2, index).reshape(batch, kv_heads, -1, q.shape[3])
     visible = (positions != EMPTY).unsqueeze(2) & (
-        torch.arange(keys.shape[2], device=q.device) - state.keys.shape[2]
+        torch.arange(keys.shape[2], device=q.device) - (keys.shape[2] - new_tokens)
         <= column.view(batch, 1, last, 1)
     )
-    logits = pair_logits(layer, queries, keys, state.scores.dtype)
-    logits = logits.view(batch, kv_heads, layer.group, last, -1)
-    share = logits.masked_fill_(~visible.unsqueeze(2), -INFINITY).softmax(4).mean(2)
+    share = _probabilities(layer, queries, keys, visible, wide).mean(2)
     bits = persistent_bits(share, visible.sum(3, keepdim=True), visible)
     bits = bits * (wanted > 0).view(batch, 1, last, 1)
     age = torch.arange(last - 1, -1, -1, device=q.device).view(1, 1, last, 1)
     recent = (bits << age).sum(2)
     # Bits beyond the window fall off; a shift by 64 or more would be undefined.
     shift = incoming.clamp_max(window).to(torch.int64).view(batch, 1, 1)
-    old = torch.cat([state.history, torch.zeros_like(recent[:, :, state.keys.shape[2] :])], 2)  # type: ignore[list-item]
     return ((old << shift) | recent) & (2**window - 1)
+
+
+def _probabilities(
+    layer: LayerConfig, queries: Tensor, keys: Tensor, visible: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The softmax over the visible pairs, [B, heads, G, S, N]; of no pair at all: zeros.
+
+    Parameters
+    ----------
+    layer
+        For the logits.
+    queries
+        [B, heads, G · S, D].
+    keys
+        [B, heads, N, D].
+    visible
+        [B, heads or 1, S, N].
+    wide
+        The dtype of computing.
+    """
+    logits = scaled(layer, queries.to(wide) @ keys.to(wide).transpose(2, 3))
+    logits = logits.view(*keys.shape[:2], layer.group, -1, keys.shape[2])
+    hidden = ~visible.unsqueeze(2)
+    return logits.masked_fill_(hidden, -INFINITY).softmax(4).masked_fill_(hidden, 0)
+
+
+def _given(
+    layer: LayerConfig,
+    scores: Tensor,
+    history: Tensor | None,
+    q: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What a user's own policy makes of the new queries: scores and history, [B, heads, N]."""
+    kept = keys.shape[2] - q.shape[2]
+    bits = torch.zeros_like(positions, dtype=torch.int64) if history is None else history
+    scores, bits = scores.clone(), bits.clone()
+    for row in range(q.shape[0]):
+        one = slice(row, row + 1)
+        # A policy knows no padding: it sees a row's real queries, and every column that there is.
+        columns = mask[row].nonzero().flatten()
+        for start in range(0, len(columns), attention.QUERIES_A_BLOCK):
+            block = columns[start : start + attention.QUERIES_A_BLOCK]
+            queries = q[one, :, block]
+            visible = (positions[one] != EMPTY).unsqueeze(2) & (
+                torch.arange(keys.shape[2], device=q.device) - kept <= block.view(-1, 1)
+            )
+            grouped = queries.reshape(1, keys.shape[1], -1, q.shape[3])
+            probabilities = _probabilities(layer, grouped, keys[one], visible, scores.dtype)
+            scores[one], bits[one] = layer.policy.update(
+                torch_namespace, scores[one], bits[one], probabilities, visible
+            )
+    return scores, None if history is None else bits
 
 
 def _select(
@@ -232,5 +275,5 @@ def _select(
 
 
 def _take(array: Tensor, columns: Tensor) -> Tensor:
-    """``array[b, h, columns]`` of [B, Hkv, N, D]."""
+    """``array[b, h, columns]`` of [B, heads, N, D]."""
     return array.gather(2, columns.unsqueeze(3).expand(-1, -1, -1, array.shape[3]))

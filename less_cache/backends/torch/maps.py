@@ -1,4 +1,4 @@
-"""φ of a step's queries and ψ of its victims in one product, for the PyTorch backend.
+"""φ of a step's queries and ψ of its victims in one product.
 
 A decode step has a handful of rows a head: what it costs is the number of operators, not what they
 compute. So the two maps' weights stand behind one another, and both run at once.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..feature_maps import EXPONENT_LIMIT, FIRST_LAYERS, LayerMaps
+from ...feature_maps import EXPONENT_LIMIT, FIRST_LAYERS, LayerMaps
 
 
 @dataclass(frozen=True)

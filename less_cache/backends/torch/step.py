@@ -1,143 +1,134 @@
-"""The fast PyTorch backend, for CPU and GPU.
-
-Static shapes, the state updated in place, no Python loop over batch, heads or slots. A decode step
-(S = 1) never waits for the device and works under ``torch.compile(fullgraph=True)``; more tokens
-at once go through `torch_chunk`.
-"""
+"""A decode step: one new token a row."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import array_api_compat.torch as torch_namespace
 import torch
 from torch import Tensor
 
-from ..config import CacheConfig, LayerConfig
-from ..feature_maps import LayerMaps
-from ..policies import Score
-from ..state import EMPTY, LayerState
-from . import torch_chunk
-from .torch_common import (
-    attend,
+from ...arrays import EMPTY
+from ...layer_config import LayerConfig
+from ...policies import Gain
+from .maps import JoinedMaps
+from .maths import (
     choose_slot,
     initial_scores,
+    log_mass_of,
     merge,
-    pair_logits,
     persistent_bits,
     popcount,
-    take_slot,
+    scaled,
+    with_low_rank,
 )
-from .torch_maps import join
+from .slots import RunSlots
 
 
-def check_config(config: CacheConfig) -> None:
-    """Refuse policies whose scores only Python code defines.
+def attend(
+    layer: LayerConfig,
+    slots: RunSlots,
+    maps: JoinedMaps | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The victim's slot, or the first empty one, becomes the new pair's.
 
-    Raises
-    ------
-    ValueError
-        If a layer's policy is a user's own.
+    Parameters
+    ----------
+    layer, slots, maps
+        Of heads of equal capacity.
+    q
+        [B, Hq, 1, D].
+    k, v
+        [B, Hkv, 1, D].
+    lengths
+        [B].
+    mask
+        [B, 1] booleans.
+
+    Returns
+    -------
+    Tensor
+        [B, Hq, 1, D].
     """
-    for i, policy in enumerate(config.policies):
-        if policy.score is Score.CUSTOM:
-            raise ValueError(
-                f"policy: layer {i} has {policy}, whose update() only backend 'reference' runs"
-            )
-
-
-def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
-    """The maps on the state's device: in the model's dtype on a GPU, wider on a CPU."""
-    name = layer.score_dtype if torch.device(device).type == "cpu" else layer.dtype
-    return join(maps.to(device, getattr(torch, name)))
-
-
-def append(
-    layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """`CacheManager.append` for one layer; see `Backend.append`."""
-    with torch.no_grad():
-        if k.shape[2] == 1:
-            return step(layer, state, maps, q, k, v, mask)
-        return torch_chunk.append(layer, state, maps, q, k, v, mask)
-
-
-def step(
-    layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """One new token: the victim's slot, or the first empty one, becomes the new pair's."""
     batch, kv_heads = k.shape[:2]
     incoming = None if mask is None else mask[:, 0].view(batch, 1, 1)
 
     # 1. Make room. An empty slot counts as a victim that leaves nothing behind.
-    slot = choose_slot(layer, state)
-    old_positions = state.positions.gather(2, slot)
-    evicted = old_positions != EMPTY
-    if incoming is not None:
-        evicted = evicted & incoming
+    slot = choose_slot(layer, slots, lengths)
     features = None
     if maps is not None:
-        features, victims = maps.both(q, take_slot(state.keys, slot))
-        merge(state, victims, take_slot(state.values, slot), evicted)
+        evicted = slots.positions.gather(2, slot) != EMPTY
+        if incoming is not None:
+            evicted = evicted & incoming
+        key, value = slots.take(slot)
+        features, victims = maps.both(q, key)
+        merge(slots, victims, value, evicted)
 
     # 4, before 2: the pair goes in first, so that a query sees itself like any other pair.
-    positions = state.length.view(batch, 1, 1).expand(batch, kv_heads, 1)
-    new: dict[str, Tensor] = {
-        "keys": k,
-        "values": v,
-        "positions": positions,
-        "scores": initial_scores(layer, state, k, positions),
-    }
-    if state.history is not None:
-        new["history"] = torch.zeros_like(slot)
-    for name, value in new.items():
-        _write_slot(getattr(state, name), slot, value, incoming)
+    positions = lengths.view(batch, 1, 1).expand(batch, kv_heads, 1)
+    _write_slot(slots.scores, slot, initial_scores(layer, k, positions, slots.wide), incoming)
+    _write_slot(slots.positions, slot, positions, incoming)
+    if slots.history is not None:
+        _write_slot(slots.history, slot, torch.zeros_like(slot), incoming)
+    slots.put(slot, k, v, incoming)
 
     # 2. Attend.
-    grouped = q.view(batch, kv_heads, layer.group, layer.head_dim)
-    logits = pair_logits(layer, grouped, state.keys, state.scores.dtype)
+    grouped = q.reshape(batch, kv_heads, layer.group, layer.head_dim)
+    logits = scaled(layer, slots.products(grouped))
     # Empty slots have position -1: they get the lowest number, in fewer passes than by a mask.
-    logits.add_(state.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
-    out, probabilities = attend(state, features, logits, state.values)
+    logits.add_(slots.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
+    probabilities = logits.softmax(3)
+    out = slots.mix(probabilities)
+    if features is not None:
+        features = features.reshape(batch, kv_heads, layer.group, -1)
+        out = with_low_rank(slots, features, out, log_mass_of(logits, probabilities))
     out = out.to(q.dtype).view_as(q)
     if mask is not None:
         out = out.masked_fill(~mask.view(batch, 1, 1, 1), 0)
 
     # 3. Scores, from the softmax over the pairs alone.
-    if layer.policy.score is Score.ATTENTION:
-        faded = state.scores if layer.policy.decay == 1 else state.scores * layer.policy.decay
-        _write(state.scores, faded + probabilities.sum(2), incoming)
-    elif state.history is not None:
-        held = state.positions != EMPTY
-        persistent = persistent_bits(probabilities.mean(2), held.sum(2, keepdim=True), held)
-        keep = 2**layer.policy.history_window - 1
-        _write(state.history, ((state.history << 1) | persistent) & keep, incoming)
-        _write(state.scores, popcount(state.history).to(state.scores.dtype), incoming)
-    state.length.add_(1 if mask is None else mask[:, 0])
+    _update_scores(layer, slots, probabilities, incoming)
     return out
+
+
+def _update_scores(
+    layer: LayerConfig, slots: RunSlots, probabilities: Tensor, incoming: Tensor | None
+) -> None:
+    """Give the scores what one query's probabilities [B, heads, G, C] earn."""
+    policy = layer.policy
+    if policy.gains is Gain.SUM:
+        faded = slots.scores if policy.decay == 1 else slots.scores * policy.decay
+        _write(slots.scores, faded + probabilities.sum(2), incoming)
+    elif policy.gains is Gain.HISTORY and slots.history is not None:
+        held = slots.positions != EMPTY
+        persistent = persistent_bits(probabilities.mean(2), held.sum(2, keepdim=True), held)
+        keep = 2**policy.history_window - 1
+        _write(slots.history, ((slots.history << 1) | persistent) & keep, incoming)
+        _write(slots.scores, popcount(slots.history).to(slots.wide), incoming)
+    elif policy.gains is Gain.GIVEN:
+        held = slots.positions != EMPTY
+        history = torch.zeros_like(held, dtype=torch.int64)
+        scores, history = policy.update(
+            torch_namespace,
+            slots.scores,
+            history if slots.history is None else slots.history,
+            probabilities.unsqueeze(3),
+            held.unsqueeze(2),
+        )
+        _write(slots.scores, scores.masked_fill(~held, 0), incoming)
+        if slots.history is not None:
+            _write(slots.history, history.masked_fill(~held, 0), incoming)
 
 
 def _write_slot(array: Tensor, slot: Tensor, value: Tensor, incoming: Tensor | None) -> None:
     """``array[b, h, slot] = value`` in the rows that have a new token."""
-    index = slot
-    if array.ndim == 4:
-        index = slot.unsqueeze(3).expand(-1, -1, -1, array.shape[3])
-        incoming = None if incoming is None else incoming.unsqueeze(3)
     value = value.to(array.dtype)
     if incoming is not None:
-        value = torch.where(incoming, value, array.gather(2, index))
-    array.scatter_(2, index, value)
+        value = torch.where(incoming, value, array.gather(2, slot))
+    array.scatter_(2, slot, value)
 
 
 def _write(array: Tensor, value: Tensor, incoming: Tensor | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..config import CacheConfig
-from ..feature_maps import FeatureMaps
-from ..manager import CacheManager
+from ...config import CacheConfig
+from ...feature_maps import FeatureMaps
+from ...manager import CacheManager
 from .cache import LessCache
 from .falcon import cached_layer, check_falcon, falcon_forward
 from .forward import ModelHooks, before_attention

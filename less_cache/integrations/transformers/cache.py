@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .._checks import check_int
-from ..config import CacheConfig, full_attention_layers
-from ..manager import CacheManager
-from ..state import CacheState
+from ..._checks import check_int
+from ...config import CacheConfig
+from ...manager import CacheManager
+from ...state import CacheState
+from ..introspection import full_attention_layers
 
 ROLLBACK = (
     "{name}: not supported by LessCache, which cannot take tokens back: what it evicted is merged "
@@ -76,7 +77,7 @@ class LessLayer(CacheLayerMixin):  # type: ignore[misc]
             raise AssertionError("lazy_initialization makes the state")
         dtype = state.layers[self.index].keys.dtype
         with torch.no_grad():
-            out = self.cache.manager.append(
+            out = self.cache.manager.attend(
                 state, self.index, q.to(dtype), k.to(dtype), v.to(dtype), mask
             ).to(q.dtype)
         # Counted only once nothing can fail any more.
@@ -280,7 +281,7 @@ class LessCache(Cache):  # type: ignore[misc]
         ValueError
             If the cache has seen no tokens yet.
         """
-        from .cache_io import save_cache
+        from .saving import save_cache
 
         save_cache(self, Path(folder))
 
@@ -306,6 +307,6 @@ class LessCache(Cache):  # type: ignore[misc]
         ValueError
             If one is damaged, or was made with another config, other maps or another model.
         """
-        from .cache_io import load_cache
+        from .saving import load_cache
 
         return load_cache(cls(manager, model_config), Path(folder), device)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import CacheConfig, full_attention_layers
-from ..policies import FullCache
+from ...config import CacheConfig
+from ...policies import FullCache
+from ..introspection import full_attention_layers
 from .falcon import check_falcon, falcon_forward
 from .interface import LAYER, register
 from .model_check import attention_modules, check_model, decoder_of

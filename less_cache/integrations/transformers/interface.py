@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..config import CacheConfig
+from ...config import CacheConfig
 
 PREFIX = "less_cache_"
 """What the names of our implementations start with."""

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..config import CacheConfig, full_attention_layers, model_shapes
+from ...config import CacheConfig
+from ..introspection import full_attention_layers, model_shapes
 from .interface import PREFIX
 
 SHAPES = ("num_layers", "query_heads", "kv_heads", "head_dim")

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .._files import replaced
+from ..._files import replaced
 from .cache import LessCache, LessLayer
 
 FORMAT = "less_cache.transformers.1"

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from exporters.common.folders import described
+
 
 def damaged(engines, tmp_path, change):
     copy = tmp_path / "copy"
@@ -23,6 +25,15 @@ def edit(**changes):
     return change
 
 
+def edit_files(change):
+    def apply(copy):
+        files = json.loads((copy / "less_cache_engine.json").read_text())["files"]
+        change(files)
+        edit(files=files)(copy)
+
+    return apply
+
+
 def shorten(copy):
     path = copy / "step.engine"
     path.write_bytes(path.read_bytes()[:-3])
@@ -37,12 +48,14 @@ def spoil(copy):
 
 def unreadable(copy):
     spoil(copy)
-    edit(files={})(copy)
+    name = "prompt.engine"
+    edit_files(lambda files: files.update({name: described(copy / name)}))(copy)
 
 
 def swapped(copy):
     (copy / "libless_cache_plugin.so").rename(copy / "other.so")
-    edit(files={}, plugin="other.so")(copy)
+    edit_files(lambda files: files.update({"other.so": files.pop("libless_cache_plugin.so")}))(copy)
+    edit(plugin="other.so")(copy)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +66,26 @@ def swapped(copy):
         (unreadable, ValueError, "prompt.engine: TensorRT cannot read it: Magic tag"),
         (lambda copy: (copy / "step.engine").unlink(), FileNotFoundError, "step.engine: missing"),
         (lambda copy: (copy / "less_cache_engine.json").unlink(), FileNotFoundError, "no such"),
-        (edit(format="x"), ValueError, "format 'x'"),
+        (edit(format="x"), ValueError, "format: got 'x'"),
         (edit(tensorrt="9.1.0.4"), ValueError, "engines of TensorRT 9.1.0.4, but this is"),
         (
             edit(device={"name": "Other", "capability": [8, 0]}),
             ValueError,
             r"engines for Other \(compute capability 8.0\), but this GPU is Fake",
+        ),
+        (edit(limits={"max_batch": 1}), ValueError, "limits: lacks .*max_prompt"),
+        (edit(device=None), ValueError, "device: got None, expected an object"),
+        (edit(model={}), ValueError, "json: model: lacks .*config"),
+        (edit(plugin="/other.so"), ValueError, r"files: lacks \['/other.so'\]"),
+        (
+            edit_files(lambda files: files.pop("step.engine")),
+            ValueError,
+            r"files: lacks \['step.engine'\]",
+        ),
+        (
+            edit_files(lambda files: files.update({"../step.engine": files["step.engine"]})),
+            ValueError,
+            r"files: got '../step.engine', expected files inside the folder",
         ),
         (swapped, ValueError, "finds no plugin LessAttention, version 1"),
     ],

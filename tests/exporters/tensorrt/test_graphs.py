@@ -6,9 +6,9 @@ import onnxruntime as ort
 import pytest
 
 import less_cache as lc
+from exporters.common.manifest import MODEL, WEIGHTS, read_manifest
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MODEL, WEIGHTS, read_manifest
-from exporters.tensorrt import graphs
+from exporters.tensorrt import limits
 from exporters.tensorrt.graphs import derive_graphs, layers_of
 from exporters.tensorrt.operators import OPSET, check_operators
 from tests.exporters.tensorrt.running import session_of
@@ -83,7 +83,7 @@ def test_graphs_of_every_policy_do_what_the_file_does(policy, tmp_path):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=policy_id)
 def test_caches_too_large_to_sort_are_ordered_by_counting(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_SORTED", 2 * C - 2)
+    monkeypatch.setattr(limits, "MAX_SORTED", 2 * C - 2)
     model = build("llama", num_hidden_layers=1)
     capacity = 64 if isinstance(policy, lc.FullCache) else C
     rank = 0 if isinstance(policy, lc.FullCache) else 4

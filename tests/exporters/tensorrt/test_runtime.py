@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import less_cache as lc
+from exporters.common.sampling import Sampler
 from exporters.onnx import export_decoder
-from exporters.onnx.sampling import Sampler
 from tests.exporters.tensorrt.conftest import STREAM, C, CpuDevice
 from tests.integrations.models import build, prompts
 

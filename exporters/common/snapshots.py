@@ -1,40 +1,35 @@
-"""Snapshots of an exported model's state: `less_cache.CacheState`'s, which both sides read."""
+"""Snapshots of an exported model's state, in the format of `less_cache.CacheState`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from less_cache.state import CacheState, LayerState, allocate
 
 from .manifest import Manifest
 
-if TYPE_CHECKING:
-    from .placement import Placement
-    from .state import OnnxState
-
 
 @dataclass(frozen=True)
 class _Maps:
-    """All that a snapshot asks of feature maps: which they are."""
+    """In place of feature maps, of which a snapshot needs only the digest."""
 
     digest: str
 
 
 def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int) -> CacheState:
-    """A copy of a state as the library's own, on the CPU.
+    """Copy a state into a `CacheState` on the CPU.
 
     Parameters
     ----------
     manifest
-        Of the exported model.
+        The exported model's.
     arrays
-        By the manifest's names.
+        The state's, by the manifest's names.
     bound
         No sequence has seen more tokens than this.
 
@@ -58,7 +53,7 @@ def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int)
 
 
 def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
-    """A snapshot's arrays by the manifest's names, on the CPU.
+    """Read a snapshot's arrays, by the manifest's names, to the CPU.
 
     Raises
     ------
@@ -77,26 +72,12 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
     return arrays
 
 
-def save_state(state: OnnxState, path: Path) -> None:
-    """Write a snapshot; see `OnnxState.save`."""
-    arrays = {name: torch.from_numpy(x.numpy()) for name, x in state.arrays.items()}
-    to_cache_state(state.manifest, arrays, state.tokens_bound).save(path)
-
-
-def load_state(manifest: Manifest, placement: Placement, path: Path) -> OnnxState:
-    """Read a snapshot; see `OnnxDecoder.load_state`."""
-    from .state import OnnxState
-
-    arrays = read_arrays(manifest, path)
-    return OnnxState(manifest, placement, {n: placement.put(a.numpy()) for n, a in arrays.items()})
-
-
 def _maps(manifest: Manifest) -> Any:
     return _Maps(manifest.maps_digest) if manifest.maps_digest else None
 
 
 def _arrays(layer: LayerState) -> dict[str, Any]:
-    """Those of a layer's arrays that an exported model has too."""
+    """The arrays of a layer that an exported model has, too."""
     return {
         name: array
         for name, array in layer.arrays().items()
@@ -108,5 +89,5 @@ def _check_layers(manifest: Manifest) -> None:
     sliding = len(manifest.data["layers"]) - len(manifest.full_layers)
     if sliding:
         raise ValueError(
-            f"state: {sliding} layer(s) have a sliding window, which a snapshot has no place for"
+            f"state: {sliding} layer(s) have a sliding window, which a snapshot cannot hold"
         )

@@ -13,7 +13,7 @@ from exporters.onnx.building import Builder
 from exporters.onnx.parts import Layer, popcount
 from tests.conformance.cases import ALL_POLICIES, ORACLE, BackendCase, Runner
 from tests.conformance.scenarios import CloseCall, Scenario, scenarios
-from tests.exporters.single_layer import OnnxLayers, session_of, single_node_model
+from tests.exporters.onnx.single_layer import OnnxLayers, session_of, single_node_model
 from tests.helpers import (
     POLICIES,
     assert_close,

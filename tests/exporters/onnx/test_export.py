@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import less_cache as lc
+from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MANIFEST, MODEL, WEIGHTS
 from tests.exporters.exported import CAPACITY, TorchSide, attached, compare
 from tests.integrations.models import build, less, model_of, prompts
 

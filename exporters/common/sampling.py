@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from less_cache._checks import check_int, check_real
 
-if TYPE_CHECKING:
-    from exporters.decoding import BatchDecoder, State
+State_contra = TypeVar("State_contra", contravariant=True)
 
 
 @dataclass
@@ -97,9 +96,18 @@ class GenerationStep:
     finished: np.ndarray
 
 
+class Appending(Protocol[State_contra]):
+    """All that generation asks of a decoder."""
+
+    def append(
+        self, state: State_contra, input_ids: np.ndarray, attention_mask: np.ndarray | None
+    ) -> np.ndarray:
+        """As `BatchDecoder.append`."""
+
+
 def generate_tokens(
-    decoder: BatchDecoder[State],
-    state: State,
+    decoder: Appending[State_contra],
+    state: State_contra,
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None,
     *,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import less_cache as lc
-from exporters.onnx.genai import CONFIG, export_genai
+from exporters.onnx.export import GENAI_CONFIG
+from exporters.onnx.genai import export_genai
 from tests.exporters.exported import TorchSide, attached
 from tests.integrations.models import less, model_of, prompts
 
@@ -60,7 +61,7 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
     model = model_of("gemma2")
     config, maps = less(model)
     export_genai(model, config, maps, tmp_path)
-    told = json.loads((tmp_path / CONFIG).read_text())["model"]
+    told = json.loads((tmp_path / GENAI_CONFIG).read_text())["model"]
     assert told["decoder"]["num_hidden_layers"] == model.config.num_hidden_layers
     assert told["vocab_size"] == 97
     loaded = genai.Model(str(tmp_path))

@@ -1,4 +1,4 @@
-"""What the states of all runtimes have in common: a batch of rows that can be taken and joined."""
+"""What the states of all runtimes share: a batch of sequences that can be selected and joined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from less_cache._checks import check_int, check_rows
 from less_cache.state import EMPTY
 
-from .onnx.manifest import Manifest, TensorSpec
+from .manifest import Manifest, TensorSpec
 
 Own = TypeVar("Own", bound="BatchState")
 
@@ -23,7 +23,7 @@ class BatchState(ABC):
     Attributes
     ----------
     manifest : Manifest
-        Of the model it belongs to.
+        That of the model it belongs to.
     arrays : dict
         The runtime's arrays by name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; see
         the manifest.
@@ -60,12 +60,12 @@ class BatchState(ABC):
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Write a snapshot, which every runtime's ``load_state`` and `less_cache.CacheState` read.
+        """Write a snapshot, for any runtime's ``load_state`` and for `less_cache.CacheState.load`.
 
         Raises
         ------
         ValueError
-            If the model has sliding-window layers, which such a snapshot has no place for.
+            If the model has sliding-window layers: a snapshot cannot hold them.
         """
 
     def select(self: Own, rows: Sequence[int]) -> Own:
@@ -79,7 +79,7 @@ class BatchState(ABC):
         Raises
         ------
         TypeError, ValueError
-            If `rows` is not of that kind.
+            If `rows` is anything else.
         """
         return self._taken(check_rows("rows", rows, self.batch_size))
 
@@ -107,22 +107,22 @@ class BatchState(ABC):
 
     @abstractmethod
     def _taken(self: Own, index: np.ndarray) -> Own:
-        """The rows of `index`, which are there."""
+        """A state of the rows of `index`, all of which exist."""
 
     @abstractmethod
     def _joined(self: Own, states: Sequence[Own]) -> Own:
-        """The rows of all of `states`, which are of this one's model."""
+        """A state of all rows of `states`, all of which belong to this one's model."""
 
 
 def empty_specs(
     manifest: Manifest, batch_size: int
 ) -> list[tuple[TensorSpec, tuple[int, ...], int]]:
-    """Each array of sequences that have seen nothing: what it is, its shape, its only number.
+    """For each array of a new state: its spec, its shape, and the number that fills it.
 
     Raises
     ------
     TypeError, ValueError
-        If the size is no positive integer.
+        If `batch_size` is not a positive integer.
     """
     check_int("batch_size", batch_size, minimum=1)
     return [

@@ -8,9 +8,9 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 import less_cache as lc
+from exporters.common.manifest import MODEL, read_manifest
 from exporters.onnx import OnnxDecoder, export_decoder
 from exporters.onnx.genai import export_genai
-from exporters.onnx.manifest import MODEL, read_manifest
 from tests.exporters.exported import TorchSide, attached
 from tests.integrations.models import build, less, model_of, prompts
 

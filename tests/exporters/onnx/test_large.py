@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import less_cache as lc
+from exporters.common.manifest import MODEL, WEIGHTS
 from exporters.onnx import OnnxDecoder, export_decoder
-from exporters.onnx.manifest import MODEL, WEIGHTS
 from tests.exporters.exported import TorchSide, attached
 
 

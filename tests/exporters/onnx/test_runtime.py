@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import less_cache as lc
+from exporters.common.folders import described
+from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
+from exporters.common.sampling import Sampler
 from exporters.onnx import OnnxDecoder, OnnxState, export_decoder
-from exporters.onnx.manifest import MANIFEST, MODEL, WEIGHTS
-from exporters.onnx.sampling import Sampler
 from tests.exporters.exported import TorchSide, attached
 from tests.helpers import assert_same_state, held_by
 from tests.integrations.models import less, model_of, prompts
@@ -243,7 +244,7 @@ def other_capacity(data):
         (lambda copy: (copy / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS}: missing"),
         (lambda copy: (copy / MANIFEST).unlink(), FileNotFoundError, "no such file"),
         (lambda copy: (copy / MANIFEST).write_text("{"), ValueError, "not valid JSON"),
-        (edit_manifest(lambda d: d.update(format="x")), ValueError, "format 'x'"),
+        (edit_manifest(lambda d: d.update(format="x")), ValueError, "format: got 'x'"),
         (edit_manifest(lambda d: d.pop("state")), ValueError, r"lacks \['state'\]"),
         (edit_manifest(other_capacity), ValueError, r"past.0.keys is .*says float32 \(2, 9, 12\)"),
         (
@@ -268,7 +269,7 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_told(folder, tmp_path):
         model = onnx.load(copy / MODEL, load_external_data=False)
         del model.functions[:]
         onnx.save(model, copy / MODEL)
-        edit_manifest(lambda data: data["files"].pop(MODEL))(copy)
+        edit_manifest(lambda data: data["files"].update({MODEL: described(copy / MODEL)}))(copy)
 
     with pytest.raises(ValueError, match="ONNX Runtime cannot load it"):
         OnnxDecoder(damaged(folder, tmp_path, spoil_graph), threads=1)

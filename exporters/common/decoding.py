@@ -1,4 +1,4 @@
-"""What every runtime of an exported model has: generation, and the checks of what comes in."""
+"""What every runtime of an exported model shares: generation, and the checks of its inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from less_cache.policies import FullCache
 
 from .batch_state import BatchState
-from .onnx.manifest import Manifest
-from .onnx.sampling import GenerationStep, Sampler, generate_tokens
+from .manifest import Manifest
+from .sampling import GenerationStep, Sampler, generate_tokens
 
 State = TypeVar("State", bound=BatchState)
 
@@ -24,9 +24,9 @@ class BatchDecoder(ABC, Generic[State]):
     Parameters
     ----------
     manifest
-        Of the model.
+        The model's.
     state_type
-        What `append` takes.
+        The class of the states that `append` takes.
     """
 
     def __init__(self, manifest: Manifest, state_type: type[State]) -> None:
@@ -66,20 +66,20 @@ class BatchDecoder(ABC, Generic[State]):
         Parameters
         ----------
         input_ids
-            [B, S] prompts, or what comes next of sequences that `state` holds.
+            [B, S] prompts, or the tokens with which the sequences of `state` go on.
         attention_mask
             [B, S], 0 at padding.
         max_new_tokens
-            At most this many.
+            The most tokens that a sequence gets.
         state
-            Goes on from here, and is changed; afterwards it holds all but the last token, which
-            the next turn has to begin with. Default: a fresh one.
+            Where to go on; it is changed. Afterwards it holds all tokens but the last, with which
+            the next turn has to begin. Default: a new state.
         sampler
             How tokens are chosen. Default: the likeliest.
         stop_tokens
-            Tokens that end a sequence. Default: the model's own, as the manifest has them.
+            Tokens that end a sequence. Default: the model's own, from the manifest.
         pad_token
-            What stands behind the end of a sequence.
+            Fills up the rows of sequences that have ended.
 
         Returns
         -------
@@ -89,7 +89,7 @@ class BatchDecoder(ABC, Generic[State]):
         Raises
         ------
         TypeError, ValueError
-            If an argument is not so.
+            If an argument is not of the kind described.
         """
         steps = self.stream(
             input_ids,
@@ -113,7 +113,7 @@ class BatchDecoder(ABC, Generic[State]):
         stop_tokens: Sequence[int] | None = None,
         pad_token: int = 0,
     ) -> Iterator[GenerationStep]:
-        """What `generate` does, token by token; see there."""
+        """Do what `generate` does, and yield each step as soon as it is there."""
         ids = np.asarray(input_ids)
         if ids.ndim != 2:
             raise ValueError(f"input_ids: got shape {ids.shape}, expected [batch, tokens]")
@@ -133,12 +133,13 @@ class BatchDecoder(ABC, Generic[State]):
     def checked(
         self, state: State, input_ids: Any, attention_mask: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask [B, S] int64 as `append` takes them, where it may take them.
+        """Check the arguments of `append`, and return tokens and mask as [B, S] int64.
 
         Raises
         ------
         TypeError, ValueError
-            If the state is another model's, tokens or mask are none, or a `FullCache` has no room.
+            If the state belongs to another model, tokens or mask are of the wrong kind, or a
+            `FullCache` has no room.
         """
         wanted = self._state_type.__name__
         if not isinstance(state, self._state_type):
@@ -171,7 +172,7 @@ class BatchDecoder(ABC, Generic[State]):
         return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
 
     def _check_room(self, state: State, mask: np.ndarray) -> None:
-        """Refuse tokens that a full cache has no slots for, looking only when it may matter."""
+        """Refuse tokens for which a `FullCache` has no slots; lengths are read only if need be."""
         if self._room is None or state.tokens_bound + mask.shape[1] <= self._room:
             return
         lengths = state.lengths()

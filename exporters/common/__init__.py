@@ -1,0 +1,1 @@
+"""What both formats share, and what neither owns: folders, states, generation."""

@@ -1,0 +1,82 @@
+"""The fast PyTorch backend, for CPU and GPU.
+
+Static shapes, the arrays updated in place, no Python loop over heads or slots but one over runs of
+heads of equal capacity. A decode step (S = 1) never waits for a GPU; several tokens at once go
+through `chunk`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arrays import LayerArrays
+from ...config import CacheConfig
+from ...feature_maps import LayerMaps
+from ...layer_config import LayerConfig
+from .. import following
+from . import chunk, step
+from .maps import JoinedMaps, join
+from .slots import open_run
+
+__all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
+
+
+def check_config(config: CacheConfig) -> None:
+    """Refuse policies whose scores one head of one sequence at a time must compute.
+
+    Raises
+    ------
+    ValueError
+        If a layer's policy is a user's own, and not vectorised.
+    """
+    for i, policy in enumerate(config.policies):
+        if policy.custom and not policy.vectorised:
+            raise ValueError(
+                f"policy: layer {i} has {policy}, which works on one head of one sequence at a "
+                "time, as only backend 'reference' does; write initial_scores() and update() for "
+                "any number of axes in front, and say vectorised = True"
+            )
+
+
+def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> tuple[JoinedMaps, ...]:
+    """The maps of each run of heads on the arrays' device, in the dtype of computing."""
+    placed = maps.to(device, getattr(torch, layer.score_dtype))
+    return tuple(join(placed.heads(run.query_heads, run.kv_heads)) for run in layer.runs)
+
+
+def attend(
+    layer: LayerConfig,
+    arrays: LayerArrays,
+    maps: tuple[JoinedMaps, ...] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    clean: bool = False,
+) -> Tensor:
+    """The step; see `Backend.attend`."""
+    work = step.attend if k.shape[2] == 1 else chunk.attend
+    with torch.no_grad():
+        if rows is not None:
+            rows = rows.long()
+        outs = []
+        for index, run in enumerate(layer.runs):
+            held = open_run(run, arrays, rows, None if clean else lengths)
+            heads = (q[:, run.query_heads], k[:, run.kv_heads], v[:, run.kv_heads])
+            own = None if maps is None else maps[index]
+            outs.append(work(run.layer, held, own, *heads, lengths, mask))
+            held.close()
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def eviction_times(
+    layer: LayerConfig, q: Tensor, k: Tensor, mask: Tensor | None, *, prompt: int
+) -> Tensor:
+    """When each pair leaves; see `Backend.eviction_times`."""
+    return following.eviction_times(attend, layer, q, k, mask, prompt=prompt)

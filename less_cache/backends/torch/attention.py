@@ -1,0 +1,99 @@
+"""Attention of several new tokens, and what their probabilities sum up to for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...arrays import EMPTY
+from ...layer_config import LayerConfig
+from .maps import JoinedMaps
+from .maths import INFINITY, log_mass_of, scaled, with_low_rank
+from .slots import RunSlots
+
+BLOCK_BYTES = 64 * 2**20
+"""What one block's logits may take."""
+
+QUERIES_A_BLOCK = 256
+"""Of a block whose probabilities are looked at one by one."""
+
+
+def fastest(layer: LayerConfig, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The attention of a chunk that a device runs best; all give what `in_blocks` does."""
+    return in_blocks
+
+
+def in_blocks(
+    layer: LayerConfig,
+    slots: RunSlots,
+    maps: JoinedMaps | None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The outputs, and each pair's weighted sum of probabilities, a block of queries at a time.
+
+    Nothing waits for the device. No [S, S] matrix is held: the largest temporary is one block's
+    logits, `BLOCK_BYTES` of them.
+
+    Parameters
+    ----------
+    layer, slots, maps
+        Of heads of equal capacity C; H and z are those that the queries read.
+    q
+        [B, Hq, S, D], zero at padding.
+    keys, values
+        [B, heads, C + S, D], the slots' and the new ones.
+    positions
+        [B, heads, C + S], -1 where there is no pair.
+    weight
+        [B, S], what each query's probabilities count for; ``None``: they are not wanted.
+
+    Returns
+    -------
+    out
+        [B, Hq, S, D], anything at padding.
+    gained
+        [B, heads, C + S].
+    """
+    batch, query_heads, new_tokens, head_dim = q.shape
+    kv_heads, capacity = keys.shape[1], layer.capacity
+    wide = slots.wide
+    out = torch.empty_like(q)
+    gained = torch.zeros(positions.shape, dtype=wide, device=q.device)
+    keys, values = keys.to(wide), values.to(wide)
+    # The lowest number, not -inf, so that padding which sees nothing has a softmax all the same.
+    lowest = torch.finfo(wide).min
+    bias = torch.zeros_like(gained).masked_fill_(positions == EMPTY, lowest).unsqueeze(2)
+    row_bytes = batch * query_heads * keys.shape[2] * wide.itemsize
+    block = max(1, min(new_tokens, BLOCK_BYTES // row_bytes))
+    for start in range(0, new_tokens, block):
+        stop = min(start + block, new_tokens)
+        span = capacity + stop
+        queries = q[:, :, start:stop]
+        shape = (batch, kv_heads, layer.group, stop - start)
+        visible = bias[..., :span] + _causal(start, stop, capacity, q.device, wide)
+        grouped = queries.reshape(batch, kv_heads, -1, head_dim).to(wide)
+        logits = scaled(layer, grouped @ keys[:, :, :span].transpose(2, 3))
+        logits.add_(visible.repeat(1, 1, layer.group, 1) if layer.group > 1 else visible)
+        probabilities = logits.softmax(3)
+        part = probabilities @ values[:, :, :span]
+        if maps is not None:
+            features = maps.phi(queries).reshape(*grouped.shape[:3], -1)
+            part = with_low_rank(slots, features, part, log_mass_of(logits, probabilities))
+        out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
+        if weight is not None:
+            share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)
+            gained[:, :, :span] += (share @ probabilities).squeeze(2)
+    return out, gained
+
+
+def _causal(start: int, stop: int, kept: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[stop - start, kept + stop]: 0 for old pairs and new ones up to the query, else -inf."""
+    query = torch.arange(start, stop, device=device).unsqueeze(1)
+    column = torch.arange(-kept, stop, device=device)
+    return torch.where(column <= query, 0.0, -INFINITY).to(dtype)

@@ -1,0 +1,302 @@
+"""The checks of what comes into a step, and packed sequences made into a batch and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arrays import Array, LayerArrays, array_shapes
+from .layer_config import LayerConfig
+
+
+def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array, v: Array) -> None:
+    """Refuse new tokens that do not fit the layer.
+
+    Parameters
+    ----------
+    layer
+        Shapes.
+    keys
+        The stored ones: of which library, dtype and device the others must be.
+    batch
+        B.
+    q, k, v
+        Expected: [B, Hq, S, D] and [B, Hkv, S, D], S >= 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That names the argument.
+    """
+    tokens = None
+    library = np.ndarray if isinstance(keys, np.ndarray) else Tensor
+    # First k: it says how many tokens are new.
+    for name, array, heads in (
+        ("k", k, layer.kv_heads),
+        ("q", q, layer.query_heads),
+        ("v", v, layer.kv_heads),
+    ):
+        _check_kind(name, array, keys, library)
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name}: got shape {tuple(array.shape)}, expected [batch, heads, tokens, head_dim]"
+            )
+        if tokens is None:
+            tokens = array.shape[2]
+        expected = (batch, heads, tokens, layer.head_dim)
+        if array.shape != expected:
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected {expected}")
+    if not tokens:
+        raise ValueError("k: got 0 tokens, expected at least 1")
+
+
+def _check_kind(name: str, array: Any, keys: Array, library: type) -> None:
+    if not isinstance(array, library):
+        raise TypeError(
+            f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
+        )
+    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
+        kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
+    if array.dtype != keys.dtype:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected {keys.dtype}")
+    if isinstance(array, Tensor) and array.device != keys.device:
+        raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
+
+
+def checked_mask(k: Array, mask: Array | None) -> Array | None:
+    """The mask [B, S] as booleans.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is no array of k's library and device, of that shape, that holds 0 and 1 alone. On a
+        GPU the values of an integer mask are not looked at, which would wait for the device: what
+        is not 0 counts as 1.
+    """
+    if mask is None:
+        return None
+    numpy = isinstance(k, np.ndarray)
+    if not isinstance(mask, np.ndarray if numpy else Tensor):
+        expected = "ndarray" if numpy else "Tensor"
+        raise TypeError(f"mask: got {type(mask).__name__}, expected {expected}")
+    expected_shape = (k.shape[0], k.shape[2])
+    if tuple(mask.shape) != expected_shape:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected [batch, tokens] = {expected_shape}"
+        )
+    if not numpy and mask.device != k.device:
+        raise ValueError(f"mask: on device {mask.device}, expected {k.device}")
+    if mask.dtype in (bool, torch.bool):
+        return mask
+    kinds: Any = mask.dtype
+    integer = kinds.kind in "iu" if numpy else not (kinds.is_floating_point or kinds.is_complex)
+    if not integer:
+        raise TypeError(
+            f"mask: got dtype {mask.dtype} (it could hold NaN), expected booleans or 0 and 1"
+        )
+    readable = numpy or (mask.device.type == "cpu" and not torch.compiler.is_compiling())
+    if readable and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"mask: got values {mask.min()} to {mask.max()}, expected only 0 and 1")
+    return mask != 0
+
+
+def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
+    """Refuse arrays that are not those of the layer.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That names the array.
+    """
+    if not isinstance(arrays, LayerArrays):
+        raise TypeError(f"arrays: got {type(arrays).__name__}, expected LayerArrays")
+    named = arrays.named()
+    shapes = array_shapes(layer)
+    if set(named) != set(shapes):
+        raise ValueError(f"arrays: got {sorted(named)}, expected {sorted(shapes)}")
+    pool = arrays.keys.shape[0]
+    for name, (shape, dtype) in shapes.items():
+        array = named[name]
+        if tuple(array.shape) != (pool, *shape):
+            raise ValueError(
+                f"arrays.{name}: got shape {tuple(array.shape)}, expected {(pool, *shape)}"
+            )
+        if str(array.dtype).removeprefix("torch.") != dtype:
+            raise TypeError(f"arrays.{name}: got dtype {array.dtype}, expected {dtype}")
+
+
+def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
+    """Refuse what is no [size] array of int32 or int64 beside `k`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That names the argument.
+    """
+    library = np.ndarray if isinstance(k, np.ndarray) else Tensor
+    if not isinstance(array, library):
+        raise TypeError(f"{name}: got {type(array).__name__}, expected {library.__name__}")
+    if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
+    if array.ndim != 1 or (size is not None and array.shape[0] != size):
+        raise ValueError(
+            f"{name}: got shape {tuple(array.shape)}, expected [{'batch' if size is None else size}]"
+        )
+    if isinstance(array, Tensor) and array.device != k.device:
+        raise ValueError(f"{name}: on device {array.device}, expected {k.device}")
+
+
+def check_pool(arrays: LayerArrays, lengths: Any, rows: Any) -> None:
+    """Refuse lengths and rows that do not go with the arrays.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That names the argument. On a GPU the numbers themselves are not looked at.
+    """
+    pool = len(arrays.keys)
+    _check_numbers("lengths", lengths, None, arrays.keys)
+    readable = isinstance(lengths, np.ndarray) or lengths.device.type == "cpu"
+    if readable and len(lengths) and int(lengths.min()) < 0:
+        raise ValueError(f"lengths: got {int(lengths.min())}, expected 0 or more")
+    if rows is None:
+        if len(lengths) > pool:
+            raise ValueError(f"lengths: got {len(lengths)} sequences, but the arrays have {pool}")
+        return
+    _check_numbers("rows", rows, len(lengths), arrays.keys)
+    if readable and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < pool:
+        raise ValueError(
+            f"rows: got {int(rows.min())} to {int(rows.max())}, expected 0 to {pool - 1}"
+        )
+
+
+def check_packed(
+    layer: LayerConfig, keys: Array, lengths: Array, q: Any, k: Any, v: Any, first: Any
+) -> None:
+    """Refuse packed tokens [T, H, D] and `query_start_loc` [B + 1] that do not go together.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That names the argument. On a GPU the numbers themselves are not looked at.
+    """
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if getattr(array, "ndim", None) != 3:
+            raise ValueError(
+                f"{name}: got shape {tuple(getattr(array, 'shape', ()))}, expected packed tokens "
+                "[tokens, heads, head_dim]"
+            )
+    check_tokens(layer, keys, 1, *(x.swapaxes(0, 1)[None] for x in (q, k, v)))
+    _check_numbers("query_start_loc", first, len(lengths) + 1, keys)
+    if isinstance(first, np.ndarray) or first.device.type == "cpu":
+        numbers = [int(number) for number in first]
+        if numbers[0] != 0 or numbers[-1] != k.shape[0] or numbers != sorted(numbers):
+            raise ValueError(
+                f"query_start_loc: got {numbers}, expected numbers that ascend from 0 to the "
+                f"tokens, {k.shape[0]}"
+            )
+        for index, (start, stop) in enumerate(zip(numbers, numbers[1:], strict=False)):
+            total = int(lengths[index]) + stop - start
+            if not layer.policy.evicts and total > min(layer.capacities):
+                raise _no_room(layer, total)
+
+
+def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_tokens: int) -> None:
+    """Refuse tokens that a cache which never evicts has no room for; on a GPU nobody looks.
+
+    Raises
+    ------
+    ValueError
+        If there is no room.
+    """
+    if layer.policy.evicts or not len(lengths):
+        return
+    if isinstance(lengths, np.ndarray) or lengths.device.type == "cpu":
+        incoming = new_tokens if mask is None else mask.sum(1)
+        total = int((lengths + incoming).max())
+        if total > min(layer.capacities):
+            raise _no_room(layer, total)
+
+
+def _no_room(layer: LayerConfig, total: int) -> ValueError:
+    return ValueError(
+        f"k: {total} tokens in all, but {layer.policy} holds at most capacity = "
+        f"{min(layer.capacities)}"
+    )
+
+
+Attend = Callable[..., Array]
+"""(q, k, v, lengths, rows, mask), all of a batch, -> out."""
+
+
+def run_packed(
+    attend: Attend,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    lengths: Array,
+    rows: Array | None,
+    query_start_loc: Array,
+    max_query_len: int | None,
+) -> Array:
+    """Run a step over packed sequences: [T, H, D], sequence i from ``query_start_loc[i]`` on.
+
+    Where the host can read where sequences begin, those of one token go together, and the others
+    one by one, without padding. On a GPU nobody asks: all are padded to `max_query_len`, or to T.
+    """
+    first = query_start_loc
+    if isinstance(q, Tensor) and q.device.type != "cpu":
+        limit = q.shape[0] if max_query_len is None else min(max_query_len, q.shape[0])
+        return _run_padded(attend, q, k, v, lengths, rows, first, limit)
+    out = np.zeros_like(q) if isinstance(q, np.ndarray) else torch.zeros_like(q)
+    starts = [int(start) for start in first]
+    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    single = [i for i, count in enumerate(counts) if count == 1]
+    groups = ([single] if single else []) + [[i] for i, count in enumerate(counts) if count > 1]
+    for group in groups:
+        tokens = counts[group[0]]
+        columns = [starts[i] + offset for i in group for offset in range(tokens)]
+        if len(columns) == columns[-1] - columns[0] + 1:
+            taken: Any = slice(columns[0], columns[-1] + 1)
+        else:
+            taken = columns
+        batch = [_swapped(x[taken].reshape(len(group), tokens, *x.shape[1:])) for x in (q, k, v)]
+        pool = group if rows is None else rows[group]
+        if rows is None:
+            pool = np.asarray(group) if isinstance(q, np.ndarray) else torch.tensor(group)
+        found = attend(*batch, lengths[group], pool, None)
+        out[taken] = _swapped(found).reshape(-1, *q.shape[1:])
+    return out
+
+
+def _run_padded(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    first: Tensor,
+    limit: int,
+) -> Tensor:
+    """Without a host read: token j of sequence i is column j of row i, as far as there is one."""
+    begin, counts = first[:-1].long(), (first[1:] - first[:-1]).long()
+    column = torch.arange(limit, device=q.device)
+    mask = column < counts.unsqueeze(1)
+    token = (begin.unsqueeze(1) + column).clamp_max(q.shape[0] - 1)
+    out = attend(*(x[token].transpose(1, 2) for x in (q, k, v)), lengths, rows, mask)
+    # Every token has one place in the batch; padding goes to a place that is cut off again.
+    place = torch.where(mask, token, q.shape[0]).flatten()
+    packed = q.new_zeros(q.shape[0] + 1, *q.shape[1:])
+    packed[place] = out.transpose(1, 2).flatten(0, 1)
+    return packed[:-1]
+
+
+def _swapped(array: Array) -> Array:
+    return array.swapaxes(1, 2)

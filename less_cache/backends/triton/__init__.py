@@ -47,8 +47,8 @@ def check_config(config: CacheConfig) -> None:
     for i, policy in enumerate(config.policies):
         if policy.custom:
             raise ValueError(
-                f"policy: layer {i} has {policy}, whose scores are Python code; backend 'triton' "
-                "has kernels for the library's own policies alone"
+                f"policy: layer {i} has {policy}, whose scores are Python code, but backend "
+                "'triton' has kernels for tables alone; use 'torch' or 'reference'"
             )
     for name, size, largest in (
         ("head_dim", config.head_dim, LARGEST_HEAD),

@@ -33,7 +33,11 @@ TILE_BYTES = 8192
 BLOCKS_A_SPLIT = 8
 """Blocks of slots below which sharing them out costs more than it gains."""
 
+SLOTS_A_TILE = {1: 256, 16: 128, 32: 32}
+"""Slots that kernel A looks at at a time, by the sequences of a program: none too many to spill."""
+
 SCORES_AT_A_TIME = 256
+"""Slots whose scores kernel B updates at a time."""
 
 ALIGNED_ARRAYS = ("keys", "values", "H")
 """Arrays that are read a vector at a time."""
@@ -262,7 +266,7 @@ def _select_and_map(
         "RANK": layer.rank,
         "ALIGNED": aligned,
         "BLOCK_B": sequences,
-        "BLOCK_C": min(256, 1024 // sequences),
+        "BLOCK_C": SLOTS_A_TILE[sequences],
         "BLOCK_D": block(layer.head_dim),
         "BLOCK_H": 64 if dtype.itemsize == 2 else 32,
         "BLOCK_R": block(layer.rank),

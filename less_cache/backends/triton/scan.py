@@ -19,6 +19,9 @@ from .launch import block, check_device, contiguous_heads, launch
 LARGEST_CAPACITY = 4096
 """Slots whose scores and positions fit into one program's registers."""
 
+LARGEST_CHUNK = 32
+"""Numbers of each key that are multiplied at a time."""
+
 TILE_REGISTERS = 32
 """Numbers of a tile of keys that one thread may hold."""
 
@@ -141,7 +144,7 @@ def _scan_run(
         "HEAD_DIM": head_dim,
         "BLOCK_C": slots,
         "BLOCK_D": block(head_dim),
-        "CHUNK": min(block(head_dim), TILE_REGISTERS * 32 * warps // slots),
+        "CHUNK": min(block(head_dim), LARGEST_CHUNK, TILE_REGISTERS * 32 * warps // slots),
     }
     launch(scan, (batch * kv_heads,), arguments, constants, device=k.device, warps=warps)
     return times

@@ -21,13 +21,12 @@ def attended(
     values,
     positions,
     head,
-    row,
+    latest,
     first,
     last,
     peak,
     mass,
     numerator,
-    capacity,
     columns_in_all,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -38,7 +37,7 @@ def attended(
 ):
     """Go on with m, Σ exp(s - m), Σ exp(s - m) v over the columns from `first` to `last`.
 
-    Query `row` sees a column that holds a pair and is no later than column C + row.
+    A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M].
     """
     d = tl.arange(0, BLOCK_D)
     # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.
@@ -54,7 +53,7 @@ def attended(
         key = tl.load(keys + offsets, mask=wanted, other=0.0).to(DOT)
         value = tl.load(values + offsets, mask=wanted, other=0.0).to(DOT)
         s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
-        visible = held[None, :] & (columns[None, :] - capacity <= row[:, None])
+        visible = held[None, :] & (columns[None, :] <= latest[:, None])
         s = tl.where(visible, s, -INFINITY)
         peak, mass, numerator = gathered(s, value, peak, mass, numerator, DOT)
     return peak, mass, numerator
@@ -124,13 +123,12 @@ def attend_chunk(
         values,
         positions,
         head,
-        row,
+        capacity + row,
         capacity - slots,
         stop,
         peak,
         mass,
         numerator,
-        capacity,
         columns_in_all,
         SCALE,
         SOFTCAP,

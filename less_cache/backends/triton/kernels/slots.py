@@ -38,7 +38,8 @@ def row_of(rows, sequence):
     """Which row of the arrays is sequence `sequence` of the call: 64 bits. None: the same."""
     if rows is None:
         return sequence.to(tl.int64)
-    return tl.load(rows + sequence).to(tl.int64)
+    else:
+        return tl.load(rows + sequence).to(tl.int64)
 
 
 @triton.jit
@@ -50,7 +51,8 @@ def row_start(array, row, stride, ALIGNED: tl.constexpr):
     """
     if ALIGNED:
         return array + row * stride * (128 // array.dtype.element_ty.primitive_bitwidth)
-    return array + row * stride
+    else:
+        return array + row * stride
 
 
 @triton.jit

@@ -110,6 +110,10 @@ class BackendCase:
         )
 
 
+def _torch(name: str, dtype: str, outputs: float, state: float, **more: Any) -> BackendCase:
+    return BackendCase(name, "torch", dtype, outputs, state, vectorised_policies=True, **more)
+
+
 CASES = (
     BackendCase(
         "reference-numpy-float64",
@@ -138,8 +142,8 @@ CASES = (
     BackendCase(
         "torch-float32", "torch", "float32", 2e-5, 5e-5, vectorised_policies=True, examples=250
     ),
-    BackendCase("torch-float16", "torch", "float16", 1e-2, 1e-2, vectorised_policies=True),
-    BackendCase("torch-bfloat16", "torch", "bfloat16", 6e-2, 6e-2, vectorised_policies=True),
+    _torch("torch-float16", "float16", 1e-2, 1e-2),
+    _torch("torch-bfloat16", "bfloat16", 6e-2, 6e-2),
     BackendCase(
         "torch-cuda",
         "torch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -200,7 +201,7 @@ def check_packed(
                 f"query_start_loc: got {numbers}, expected numbers that ascend from 0 to the "
                 f"tokens, {k.shape[0]}"
             )
-        for index, (start, stop) in enumerate(zip(numbers, numbers[1:], strict=False)):
+        for index, (start, stop) in enumerate(pairwise(numbers)):
             total = int(lengths[index]) + stop - start
             if not layer.policy.evicts and total > min(layer.capacities):
                 raise _no_room(layer, total)
@@ -256,7 +257,7 @@ def run_packed(
         return _run_padded(attend, q, k, v, lengths, rows, first, limit)
     out = np.zeros_like(q) if isinstance(q, np.ndarray) else torch.zeros_like(q)
     starts = [int(start) for start in first]
-    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    counts = [stop - start for start, stop in pairwise(starts)]
     single = [i for i, count in enumerate(counts) if count == 1]
     groups = ([single] if single else []) + [[i] for i, count in enumerate(counts) if count > 1]
     for group in groups:

@@ -85,7 +85,7 @@ def attend(
     keys = torch.cat([old_keys, k.to(old_keys.dtype)], 2)
     values = torch.cat([old_values, v.to(old_values.dtype)], 2)
     weight = _query_weights(layer, mask, ranks, incoming, slots.wide)
-    attend_new = attention_function or attention.fastest(layer, q.device)
+    attend_new = attention_function or attention.fastest(q.device)
     out, gained = attend_new(layer, slots, maps, q, keys, values, positions, weight)
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 

@@ -23,9 +23,8 @@ bool serves_dtypes(const KernelRecord& record, const Layer& layer) {
 }
 
 bool serves_score(const KernelRecord& record, Start start, Gain gain) {
-    const auto bit =
-        static_cast<std::uint32_t>(kStarts * static_cast<std::int32_t>(gain) +
-                                   static_cast<std::int32_t>(start));
+    const auto bit = static_cast<std::uint32_t>(kStarts * static_cast<std::int32_t>(gain) +
+                                                static_cast<std::int32_t>(start));
     return ((record.scores >> bit) & 1U) != 0U;
 }
 

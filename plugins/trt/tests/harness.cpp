@@ -39,8 +39,8 @@ TEST(the_creator_is_the_nodes) {
 TEST(attributes_make_a_plugin_and_wrong_ones_do_not) {
     const Attributes attributes = exp_layer().attributes;
     CHECK_EQUAL(creation_error(Node(attributes)), "");
-    for (const char* name : {"start", "gain", "sinks", "recent", "decay", "window", "capacity", "rank",
-                             "maps", "scale", "softcap"}) {
+    for (const char* name : {"start", "gain", "sinks", "recent", "decay", "window", "capacity",
+                             "rank", "maps", "scale", "softcap"}) {
         Node node(attributes);
         node.remove(name);
         CHECK_CONTAINS(creation_error(node), std::string(name) + ": the field is missing");
@@ -189,7 +189,8 @@ TEST(configuring_refuses_what_no_kernel_serves) {
     wide.sizes.head_dim = 96;
     CHECK_CONTAINS(configured(wide, 1, 8), "head size 96");
     CHECK_CONTAINS(configured(wide, 1, 8),
-                   "there is: any dtype, any head size, without maps, scores 0+0 1+0 2+0 0+1 1+1 2+1 0+2 1+2 2+2; float16, "
+                   "there is: any dtype, any head size, without maps, scores 0+0 1+0 2+0 0+1 1+1 "
+                   "2+1 0+2 1+2 2+2; float16, "
                    "head size 64, "
                    "rank up to 16 by 4s");
     Layer bfloat = exp_layer();

@@ -41,20 +41,20 @@ def attend(
     outs = []
     for run in layer.runs:
         held = open_run(run, arrays, own_rows, None if clean else lengths)
-        outs.append(
-            torch_chunk.attend(
-                run.layer,
-                held,
-                None if maps is None else maps.heads(run.query_heads, run.kv_heads),
-                q[:, run.query_heads],
-                k[:, run.kv_heads],
-                v[:, run.kv_heads],
-                lengths,
-                mask,
-                functools.partial(attention, lengths),
-            )
+        own_maps = None if maps is None else maps.heads(run.query_heads, run.kv_heads)
+        out = torch_chunk.attend(
+            run.layer,
+            held,
+            own_maps,  # type: ignore[arg-type]  # of maps it calls phi and psi alone
+            q[:, run.query_heads],
+            k[:, run.kv_heads],
+            v[:, run.kv_heads],
+            lengths,
+            mask,
+            functools.partial(attention, lengths),
         )
         held.close()
+        outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 

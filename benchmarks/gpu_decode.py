@@ -80,8 +80,10 @@ class Less:
                 array.normal_()
             for positive in (layer.scores, layer.H, layer.z):
                 positive.uniform_()
-            slots = layer.positions.shape[2]
-            layer.positions.copy_(torch.arange(slots, device=layer.positions.device))
+            config = self.state.config
+            slots = layer.positions.shape[1] // config.kv_heads
+            places = torch.arange(slots, dtype=torch.int32, device=layer.positions.device)
+            layer.positions.copy_(places.repeat(config.kv_heads))
             layer.length.fill_(slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
 
-from benchmarks import decode, memory
+from benchmarks import decode, memory, prompt
 from benchmarks.contestants import Dynamic, Less, Static
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder
@@ -153,3 +153,19 @@ def test_memory_writes_json_and_a_picture(tmp_path):
     assert report["dynamic"]["samples"][-1]["tokens"] == 20
     assert report["peak_rss"] > 0
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_prompt_benchmark_compares_all_policies_with_the_full_cache(tmp_path):
+    file = tmp_path / "p.json"
+    result = invoke(
+        prompt.main, "--tiny", "--contexts=64", "--batches=1,2", "--capacity=16",
+        "--repeats=1", "--steps=1", "--threads=1", f"--json={file}",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    rows = [row for row in report["results"] if row["batch"] == 2]
+    names = {row["cache"] for row in rows}
+    assert {"full cache", "SinkWindow", "ObservationWindow + LESS, rank 8", "H2O"} <= names
+    assert all(row["prompt_ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1
+    assert report["command"].startswith("benchmarks/")

@@ -49,6 +49,10 @@ def main(
     api_key: Annotated[
         str | None, typer.Option(envvar="LESS_CACHE_API_KEY", help="Asked of clients.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that clients may use beside localhost and --host; '*': any."),
+    ] = None,
 ) -> None:
     """Serve an exported model by the OpenAI API, with a page to try it at /."""
     settings = Settings(
@@ -62,6 +66,7 @@ def main(
         shutdown_grace=shutdown_grace,
         max_connections=max_connections,
         api_key=api_key,
+        allowed_hosts=(f"[{host}]" if ":" in host else host, *(allowed_host or ())),
     )
     if model is None:
         served = ServedModel(

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from . import protocol
 from .answering import EventStream, answer_whole, error_response
 from .errors import ApiError
+from .guards import Guard
 from .intake import chat_ticket, completion_ticket, read_request
 from .metrics import Metrics
 from .model import ServedModel
@@ -25,7 +26,11 @@ from .settings import Settings
 from .tickets import Ticket
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    # The page's empty icon.
+    "img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'"
+)
 
 
 class Service:
@@ -101,8 +106,11 @@ def create_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.scheduler.stop)
 
-    app = FastAPI(title="less_cache", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # No description of itself: the routes read their requests on their own, so that it would tell
+    # nothing, and it would be open where a key is asked for.
+    app = FastAPI(title="less_cache", lifespan=lifespan, openapi_url=None)
     app.state.service = service
+    app.add_middleware(Guard, hosts=service.settings.allowed_hosts)
     app.include_router(_api(service))
     app.include_router(_views(service))
 
@@ -127,8 +135,12 @@ def create_app(service: Service) -> FastAPI:
 def _api(service: Service) -> APIRouter:
     async def check_key(request: Request) -> None:
         key = service.settings.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        if key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Headers are bytes, which Starlette shows as Latin-1; a key is sent as UTF-8.
+        right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer" or not right:
             raise ApiError(401, "The API key is missing or wrong", code="invalid_api_key")
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
@@ -183,6 +195,7 @@ def _views(service: Service) -> APIRouter:
     async def metrics() -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    @router.get("/health")
     @router.get("/healthz")
     async def health() -> Response:
         if service.scheduler.draining:

@@ -169,7 +169,8 @@ def test_parameters_that_ask_for_nothing_pass(live):
     ],
 )
 def test_other_mistakes_have_the_apis_shape_too(live, method, path, body, status, message):
-    answer = httpx.request(method, live.url + path, content=body)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.request(method, live.url + path, content=body, headers=headers)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
 

@@ -101,8 +101,13 @@ def test_a_client_that_leaves_frees_its_rows(model, stream):
 
 def raw_request(body):
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + data
 
 
 def test_a_client_that_leaves_the_queue_is_forgotten(model):

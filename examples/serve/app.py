@@ -21,7 +21,7 @@ from .guards import Guard
 from .intake import chat_ticket, completion_ticket, read_request
 from .metrics import Metrics
 from .model import ServedModel
-from .scheduler import Draining, Messages, QueueFull, Scheduler
+from .scheduler import Dead, Draining, Messages, QueueFull, Scheduler
 from .settings import Settings
 from .tickets import Ticket
 
@@ -33,6 +33,9 @@ POLICY = (
 )
 
 
+FAILED = "The server has failed and ends; its log tells more"
+
+
 class Service:
     """A model behind a scheduler, and its metrics: what the routes work with."""
 
@@ -42,6 +45,8 @@ class Service:
         self.metrics = Metrics()
         self.scheduler = Scheduler(model.decoder, settings, self.metrics)
         self.metrics.watch(self.scheduler, model)
+        self.dead = asyncio.Event()
+        """Set in the event loop when the scheduler has failed for good."""
 
     def submit(self, ticket: Ticket) -> None:
         """Hand a request to the scheduler.
@@ -61,6 +66,8 @@ class Service:
                 retry_after=1,
                 outcome="queue_full",
             ) from None
+        except Dead:
+            raise ApiError(503, FAILED, code="server_failed", outcome="dead") from None
         except Draining:
             raise ApiError(
                 503,
@@ -102,7 +109,10 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        service.scheduler.start(lambda messages: _post(loop, messages))
+        service.scheduler.start(
+            lambda messages: _post(loop, messages),
+            lambda: loop.call_soon_threadsafe(service.dead.set),
+        )
         yield
         await asyncio.to_thread(service.scheduler.stop)
 
@@ -116,7 +126,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
-        if error.outcome in ("invalid", "queue_full", "draining") and error.status < 504:
+        if error.outcome in ("invalid", "queue_full", "draining", "dead") and error.status < 504:
             service.metrics.refused(error.outcome)
         return error_response(error)
 
@@ -198,6 +208,8 @@ def _views(service: Service) -> APIRouter:
     @router.get("/health")
     @router.get("/healthz")
     async def health() -> Response:
+        if service.scheduler.dead:
+            return JSONResponse({"status": "failed"}, 503)
         if service.scheduler.draining:
             return JSONResponse({"status": "stopping"}, 503)
         return JSONResponse({"status": "ok"})

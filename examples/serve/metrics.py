@@ -23,7 +23,7 @@ class Metrics:
         self._requests = Counter(
             f"{PREFIX}requests",
             "Requests by outcome: completed, cancelled, timeout, shutdown, error, or refused as "
-            "invalid, queue_full or draining.",
+            "invalid, queue_full, draining or dead.",
             ["outcome"],
             registry=self.registry,
         )

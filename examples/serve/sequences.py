@@ -99,7 +99,15 @@ class Answer:
         self._stops = StopStrings(generation.stop)
 
     def advance(self, logits: np.ndarray) -> Piece:
-        """Choose the next token from logits [vocabulary]."""
+        """Choose the next token from logits [vocabulary].
+
+        Raises
+        ------
+        ValueError
+            If they are no numbers to choose by.
+        """
+        if not np.isfinite(logits.max()):
+            raise ValueError(f"logits: the greatest is {logits.max()}, expected a finite number")
         token = int(self._sampler.choose(self._penalised(logits)[None])[0])
         self._counts[token] = self._counts.get(token, 0) + 1
         self.tokens += 1

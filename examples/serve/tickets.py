@@ -17,7 +17,7 @@ Failure = Literal["timeout", "shutdown", "cancelled", "error"]
 """Why a request ended without its answers."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A prompt, and the answers that go on from it.
 
@@ -38,7 +38,7 @@ class Job:
     state: OnnxState | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """One request.
 

@@ -168,13 +168,13 @@ def _api(service: Service) -> APIRouter:
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        asked = await read_request(request, protocol.CompletionRequest, service.settings)
+        asked = await read_request(request, protocol.CompletionRequest, model, service.settings)
         ticket = await completion_ticket(asked, model, service.settings)
         return await answer(ticket, protocol.CompletionFormat(model.name), asked, request)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await read_request(request, protocol.ChatRequest, service.settings)
+        asked = await read_request(request, protocol.ChatRequest, model, service.settings)
         ticket = await chat_ticket(asked, model, service.settings)
         return await answer(ticket, protocol.ChatFormat(model.name), asked, request)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TypeVar
 
 import anyio
@@ -25,7 +24,9 @@ BODY_SECONDS = 10.0
 Kind = TypeVar("Kind", bound=protocol.Request)
 
 
-async def read_request(request: HttpRequest, kind: type[Kind], settings: Settings) -> Kind:
+async def read_request(
+    request: HttpRequest, kind: type[Kind], model: ServedModel, settings: Settings
+) -> Kind:
     """Read and check a request's body, giving up on one that is too long or too slow.
 
     Raises
@@ -43,7 +44,7 @@ async def read_request(request: HttpRequest, kind: type[Kind], settings: Setting
     except TimeoutError:
         raise ApiError(408, f"The body took longer than {BODY_SECONDS:g} s") from None
     try:
-        return kind.model_validate_json(bytes(body))
+        return await model.aside(len(body), kind.model_validate_json, bytes(body))
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -63,11 +64,14 @@ async def completion_ticket(
         raise ApiError(
             400, f"prompt: got {len(prompts)}, at most {settings.max_queue}", param="prompt"
         )
-    # In another thread, since a long text takes a while; the tokenizer works without the GIL.
-    run = asyncio.get_running_loop().run_in_executor
-    tokens = [
-        await run(model.threads, model.encode, p) if isinstance(p, str) else p for p in prompts
-    ]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text in texts:
+        _check_length(text, model, "prompt")
+
+    def encode() -> list[list[int]]:
+        return [model.encode(p) if isinstance(p, str) else p for p in prompts]
+
+    tokens = await model.aside(sum(map(len, texts)), encode)
     largest = max((max(ids, default=0) for ids in tokens), default=0)
     if largest >= model.decoder.manifest.vocab_size:
         raise ApiError(
@@ -91,12 +95,27 @@ async def chat_ticket(
         If a limit is passed.
     """
     messages = [message.plain() for message in request.messages]
-    run = asyncio.get_running_loop().run_in_executor
-    tokens = await run(model.threads, model.encode_chat, messages)
+    texts = [message["content"] for message in messages]
+    for text in texts:
+        _check_length(text, model, "messages")
+    tokens = await model.aside(sum(map(len, texts)), model.encode_chat, messages)
     wanted = request.max_completion_tokens or request.max_tokens
     if wanted is None:
         wanted = max(1, min(settings.max_tokens, model.context - len(tokens)))
     return _ticket(request, [tokens], wanted, "messages", model, settings)
+
+
+def _check_length(text: str, model: ServedModel, param: str) -> None:
+    """Refuse a text that is much too long without looking at what it says."""
+    most = model.most_characters
+    if most is not None and len(text) > most:
+        raise ApiError(
+            400,
+            f"{param}: got a text of {len(text):,} characters; the context of {model.context} "
+            f"tokens never holds more than {most:,}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _ticket(

@@ -132,6 +132,8 @@ def test_models(live):
         ({"max_tokens": 0}, "max_tokens: got 0"),
         ({"max_tokens": 5000}, "max_tokens: got 5000, at most 1024"),
         ({"max_tokens": 1020}, "prompt: 16 tokens and 1020 new ones are more than .* 1024"),
+        ({"prompt": "x" * 50_000}, "prompt: got a text of 50,000 characters; the context of 1024"),
+        ({"prompt": " x" * 5_000}, "prompt: 5000 tokens and 16 new ones"),
         ({"n": 9}, "n: got 9, at most 8"),
         ({"n": True}, "n: got True"),
         ({"stop": ["a"] * 5}, "stop: got"),

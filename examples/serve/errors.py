@@ -81,6 +81,9 @@ def invalid(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_required_parameter")
+    if not first["loc"]:
+        # Of parameters that do not go together: the reason names them.
+        return ApiError(400, first["msg"].removeprefix("Value error, "), code="invalid_value")
     path = ".".join(str(part) for part in first["loc"])
     given = repr(first["input"])
     if len(given) > SHOWN:

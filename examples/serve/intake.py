@@ -79,9 +79,11 @@ async def completion_ticket(
             f"prompt: got token {largest}, expected 0 to {model.decoder.manifest.vocab_size - 1}",
             param="prompt",
         )
-    return _ticket(
-        request, tokens, request.max_tokens or COMPLETION_TOKENS, "prompt", model, settings
-    )
+    wanted = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    shown = None
+    if request.echo:
+        shown = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
+    return _ticket(request, tokens, wanted, "prompt", model, settings, shown)
 
 
 async def chat_ticket(
@@ -125,7 +127,9 @@ def _ticket(
     param: str,
     model: ServedModel,
     settings: Settings,
+    shown: list[str] | None = None,
 ) -> Ticket:
+    """A ticket for prompts, of which `shown` is what is to stand before the answers."""
     if request.model != model.name:
         raise ApiError(
             404,
@@ -154,16 +158,27 @@ def _ticket(
         max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         seed=request.seed,
         stop=tuple(request.stop),
+        logprobs=request.top(),
+        echo=shown is not None,
     )
     ticket = Ticket(settings.request_timeout)
     for first, tokens in enumerate(prompts):
         answers = [
-            Answer(first * request.n + i, tokens, generation, model.tokenizer, model.end_tokens)
+            Answer(
+                first * request.n + i,
+                tokens,
+                generation,
+                model.tokenizer,
+                model.end_tokens,
+                shown[first] if shown else "",
+            )
             for i in range(request.n)
         ]
-        ticket.jobs.append(Job(ticket, tokens, answers))
+        ticket.jobs.append(Job(ticket, tokens, answers, generation.scores_prompt))
     return ticket

@@ -31,7 +31,7 @@ class Observer(Protocol):
 
     def first_token(self, seconds: float) -> None: ...
     def prompt_tokens(self, count: int) -> None: ...
-    def first_tokens(self, count: int) -> None: ...
+    def generated_tokens(self, count: int) -> None: ...
     def step(self, seconds: float, rows: int) -> None: ...
     def ended(self, outcome: str, seconds: float) -> None: ...
 
@@ -77,6 +77,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._stopping = self._draining = self._dead = False
         self._outbox: Messages = []
+        self._chosen = 0  # tokens, in this turn
         self._send: Callable[[Messages], None] = lambda messages: None
         self._died: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -158,7 +159,7 @@ class Scheduler:
     @property
     def tokens_held(self) -> int:
         """Tokens that the running sequences have seen: what a full cache would hold."""
-        return sum(len(job.prompt) + answer.tokens - 1 for job, answer in tuple(self._running))
+        return sum(job.taken + answer.steps - 1 for job, answer in tuple(self._running))
 
     @property
     def allocated_bytes(self) -> int:
@@ -202,6 +203,9 @@ class Scheduler:
         self._admit()
         self._read_prompts()
         self._step()
+        self._observer.generated_tokens(self._chosen)
+        self.generated.add(self._chosen)
+        self._chosen = 0
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -243,7 +247,7 @@ class Scheduler:
             if job.ticket.ended:
                 self._reading.popleft()
                 continue
-            tokens = job.prompt[job.taken : job.taken + chunk]
+            tokens = job.ahead[job.taken : job.taken + chunk]
             if spent and spent + len(tokens) > chunk:
                 return
             spent += len(tokens)
@@ -252,7 +256,7 @@ class Scheduler:
             except Exception:
                 logger.exception("A prompt failed")
                 self._fail(job.ticket, "error")
-            if job.taken == len(job.prompt):
+            if job.taken == len(job.ahead):
                 self._reading.popleft()
 
     def _read(self, job: Job, tokens: list[int]) -> None:
@@ -260,20 +264,14 @@ class Scheduler:
         logits = last_logits(self._decoder.append(state, np.array([tokens])))[0]
         job.taken += len(tokens)
         self._observer.prompt_tokens(len(tokens))
-        if job.taken == len(job.prompt):
+        if job.taken == len(job.ahead):
             self._join(job, state, logits)
 
     def _join(self, job: Job, state: OnnxState, logits: np.ndarray) -> None:
-        ticket = job.ticket
-        if not ticket.started:
-            ticket.started = True
-            self._observer.first_token(time.monotonic() - ticket.submitted)
         for answer in job.answers:
             if self._advance(job, answer, logits):
                 self._batch.join(state)
                 self._running.append((job, answer))
-        self._observer.first_tokens(len(job.answers))
-        self.generated.add(len(job.answers))
         job.state = None
 
     def _step(self) -> None:
@@ -296,16 +294,16 @@ class Scheduler:
             if not going_on[row]:
                 self._leave(row)
         self._observer.step(time.perf_counter() - started, len(rows))
-        self.generated.add(len(rows))
 
     def _advance(self, job: Job, answer: Answer, logits: np.ndarray) -> bool:
-        """Choose an answer's next token; whether it goes on.
+        """Let an answer take its next token; whether it goes on.
 
         What fails here concerns one request, and ends no other.
         """
         ticket = job.ticket
         if ticket.ended:  # by another of its answers
             return False
+        before = answer.tokens
         try:
             piece = answer.advance(logits)
         except Exception:
@@ -313,6 +311,13 @@ class Scheduler:
             self._fail(ticket, "error")
             return False
         self._outbox.append((ticket, piece))
+        if answer.tokens > before:
+            self._chosen += 1
+            if not ticket.started:
+                ticket.started = True
+                self._observer.first_token(time.monotonic() - ticket.submitted)
+        elif job.one_by_one:
+            self._observer.prompt_tokens(1)
         if piece.finish is None:
             return True
         ticket.unfinished -= 1

@@ -81,10 +81,10 @@ def invalid(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_required_parameter")
-    if not first["loc"]:
+    if not first["loc"] and first["type"] == "value_error":
         # Of parameters that do not go together: the reason names them.
         return ApiError(400, first["msg"].removeprefix("Value error, "), code="invalid_value")
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"]) or "The body"
     given = repr(first["input"])
     if len(given) > SHOWN:
         given = given[:SHOWN] + "..."

@@ -35,7 +35,7 @@ class Settings:
     shutdown_grace
         Seconds that accepted requests have to end once the server was told to stop.
     max_connections
-        Open connections.
+        Open connections; each is a file to the system, which often allows a process 1,024.
     api_key
         What clients must send as their bearer token; ``None`` asks for nothing.
     allowed_hosts
@@ -56,7 +56,7 @@ class Settings:
     max_body: int = 256 * 1024
     request_timeout: float = 120.0
     shutdown_grace: float = 20.0
-    max_connections: int = 1024
+    max_connections: int = 512
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
 

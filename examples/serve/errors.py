@@ -48,6 +48,9 @@ class ApiError(Exception):
         self.code = code
         self.outcome = outcome
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 408:
+            # What the client still sends of its request is no new one.
+            self.headers["Connection"] = "close"
 
     def body(self) -> dict[str, Any]:
         """As JSON."""

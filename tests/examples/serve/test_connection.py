@@ -13,7 +13,7 @@ import time
 import httpx
 import pytest
 
-from examples.serve import connection
+from examples.serve import connection, intake
 from examples.serve.model import SHIPPED
 from tests.examples.serve.conftest import serving, slowed
 from tests.examples.serve.test_load import raw_request
@@ -56,6 +56,16 @@ def test_half_a_head_is_answered_and_closed(live, sent):
         status, error = told(read_all(client))
     assert status == 408
     assert error["message"] == "The request's head took longer than 0.3 s"
+
+
+def test_half_a_body_is_answered_and_closed(live, monkeypatch):
+    monkeypatch.setattr(intake, "BODY_SECONDS", 0.3)
+    with socket.create_connection(live.address) as client:
+        client.sendall(raw_request({"model": live.name, "prompt": PROMPT})[:-5])
+        data = read_all(client)
+    status, error = told(data)
+    assert b"\r\nconnection: close\r\n" in data.lower()
+    assert (status, error["message"]) == (408, "The body took longer than 0.3 s")
 
 
 @pytest.mark.usefixtures("hasty")

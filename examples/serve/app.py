@@ -32,7 +32,6 @@ POLICY = (
     "img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'"
 )
 
-
 FAILED = "The server has failed and ends; its log tells more"
 
 
@@ -126,7 +125,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
-        if error.outcome in ("invalid", "queue_full", "draining", "dead") and error.status < 504:
+        if error.outcome is not None:
             service.metrics.refused(error.outcome)
         return error_response(error)
 

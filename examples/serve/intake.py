@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import anyio
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from . import protocol
@@ -43,6 +44,8 @@ async def read_request(
                     raise ApiError(413, f"The body has more than {settings.max_body:,} bytes")
     except TimeoutError:
         raise ApiError(408, f"The body took longer than {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client went away", code="cancelled", outcome="cancelled") from None
     try:
         return await model.aside(len(body), kind.model_validate_json, bytes(body))
     except ValidationError as error:

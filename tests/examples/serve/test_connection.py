@@ -68,6 +68,24 @@ def test_half_a_body_is_answered_and_closed(live, monkeypatch):
     assert (status, error["message"]) == (408, "The body took longer than 0.3 s")
 
 
+def test_who_leaves_amid_a_body_is_counted_and_no_error(model, caplog):
+    logger = logging.getLogger("uvicorn.error")
+    with serving(model) as live:
+        logger.addHandler(caplog.handler)
+        try:
+            with socket.create_connection(live.address) as client:
+                client.sendall(raw_request({"model": live.name, "prompt": PROMPT})[:-5])
+                httpx.get(live.url + "/healthz")
+            cancelled = 'requests_total{outcome="cancelled"} 1.0'
+            until = time.monotonic() + 10
+            while cancelled not in httpx.get(live.url + "/metrics").text:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 @pytest.mark.usefixtures("hasty")
 def test_drops_of_a_head_do_not_count_as_one(live):
     """The time is one for the whole head, and for each request of a connection."""

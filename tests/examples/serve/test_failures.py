@@ -63,6 +63,7 @@ def test_a_request_of_many_rows_fails_once_and_frees_them_all(model, monkeypatch
         live.wait_until(lambda s: s.idle)
         counted = httpx.get(live.url + "/metrics").text
     assert 'requests_total{outcome="error"} 1.0' in counted
+    assert 'outcome="invalid"' not in counted
 
 
 def test_a_prompt_that_fails_ends_only_its_own_request(model):

@@ -96,8 +96,9 @@ def test_snapshots_go_both_ways(parts, decoder, tmp_path):
         np.testing.assert_allclose(decoder.append(state, token.numpy()), expected, atol=1e-4)
         state.save(tmp_path / "onnx")
         read = handle.manager.load(tmp_path / "onnx")
-        for found, wanted in zip(read.layers, side.cache.state.layers, strict=True):
-            got, want = held_by(found), held_by(wanted)
+        layers = zip(read.layers, side.cache.state.layers, config.layers, strict=True)
+        for found, wanted, layer in layers:
+            got, want = held_by(found, layer), held_by(wanted, layer)
             want.keys, want.values = got.keys, got.values
             assert_same_state(got, want, 1e-4)
 

@@ -74,9 +74,7 @@ def _move_to_front(head: ir.Graph, graph: ir.Graph) -> None:
     graph.insert_before(graph[0], nodes)
 
 
-def _choose(
-    graph: ir.Graph, node: ir.Node, single: Value, run: HeadRun, overload: str
-) -> None:
+def _choose(graph: ir.Graph, node: ir.Node, single: Value, run: HeadRun, overload: str) -> None:
     layer, prefix = run.layer, f"layers.{run.name}"
     taken = outputs_of(node)
     inputs = list(node.inputs)
@@ -99,9 +97,7 @@ def _choose(
             if like is not None:
                 value.type, value.shape = like.type, like.shape
         branches[branch] = ir.Graph([], call.outputs, nodes=[call], name=f"{prefix}.{op}")
-    choice = ir.node(
-        "If", [single], branches, num_outputs=len(names), name=f"{prefix}.attention"
-    )
+    choice = ir.node("If", [single], branches, num_outputs=len(names), name=f"{prefix}.attention")
     for position, (value, name) in enumerate(zip(choice.outputs, names, strict=True)):
         value.name = f"{prefix}.{name}"
         result = branches["then_branch"].outputs[position]

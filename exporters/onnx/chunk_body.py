@@ -114,9 +114,7 @@ def _evict_one(
     return {**state, "positions": b.put(state["positions"], slot, left)}
 
 
-def _query_weights(
-    b: Builder, layer: Layer, ones: Value, ranks: Value, incoming: Value
-) -> Value:
+def _query_weights(b: Builder, layer: Layer, ones: Value, ranks: Value, incoming: Value) -> Value:
     """[B, S], what each query's probabilities count for: the decay to the power of its age."""
     policy = layer.config.policy
     weight = b.cast(ones, layer.wide)

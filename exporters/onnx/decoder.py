@@ -43,22 +43,22 @@ class Decoder(nn.Module):
         self.model = model
         self.layers = layers
         self.all_logits = all_logits
-        self.maps = nn.ModuleList()
+        # By the names of runs; a module sees parameters only in lists of its own.
+        self.maps: dict[str, nn.ParameterList] = {}
         given = iter(maps or ())
         for layer in layers:
             own = None
             if layer.kind is not None:
                 own = next(given).to("cpu", getattr(torch, layer.config.dtype))
-            held = nn.ModuleList()
             for run in layer.runs:
-                tensors: dict[str, Tensor] = {}
+                held = self.maps[run.name] = nn.ParameterList()
                 if own is not None:
                     tensors = own.heads(run.run.query_heads, run.run.kv_heads).tensors
-                names = ops.map_names(layer.kind)
-                held.append(
-                    nn.ParameterList(nn.Parameter(tensors[n], requires_grad=False) for n in names)
-                )
-            self.maps.append(held)
+                    held.extend(
+                        nn.Parameter(tensors[name], requires_grad=False)
+                        for name in ops.map_names(layer.kind)
+                    )
+        self.maps_held = nn.ModuleList(self.maps.values())
         # Set by `forward`; `attend` reads the one and extends the other, run by run.
         self.past: dict[str, list[Tensor]] = {}
         self.present: dict[str, list[Tensor]] = {}
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         """One layer's attention: a single operator for each run of heads of equal capacity."""
         layer = self.layers[index]
         outs = []
-        for run, maps in zip(layer.runs, self.maps[index], strict=True):
+        for run in layer.runs:
             heads = run.run
             out, *state = ops.functional_step(
                 q[:, heads.query_heads],
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
                 self.mask,
                 self.length,
                 self.past[run.name],
-                list(maps.parameters()),
+                list(self.maps[run.name]),
                 ops.layer_spec(run.layer.config, layer.kind),
             )
             self.present[run.name] = state

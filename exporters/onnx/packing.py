@@ -4,9 +4,9 @@
 ``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
 parts, H, z, and last the length. So zeros are an empty state. Positions are exact up to 2^24.
 
-The library expects the tensors of all layers to have the same shape: smaller ones are filled up
-with zeros. So are, within a layer, heads of a smaller capacity. Past and present may share memory: a present tensor is written last, when its layer has
-read all of the past ones.
+The library expects the tensors of all layers to have the same shape: smaller ones, and smaller
+heads of a layer, are filled up with zeros. Past and present may share memory: a present tensor is
+written last, when its layer has read all of the past ones.
 """
 
 from __future__ import annotations

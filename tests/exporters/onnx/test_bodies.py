@@ -54,13 +54,18 @@ def test_outputs_and_states_are_the_oracles(policy):
 @pytest.mark.parametrize("kind", ["paper", "exp"])
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=policy_id)
 def test_a_long_run_of_steps_after_a_prompt_follows_the_oracle(policy, kind):
-    config = lc.CacheConfig(1, 4, 2, 4, 7, policy, rank=2)
+    config = lc.CacheConfig(1, 4, 2, 4, [[7, 9]], policy, rank=2)
     chunks = ((9, "left"), *((1, "none"),) * 12, (5, "right"), *((1, "holes"),) * 6)
     follow(Scenario(config, kind, batch=2, chunks=chunks, seed=3), opset=23, overload="other")
 
 
-def test_a_prompt_of_several_blocks_is_the_prompt_of_one(monkeypatch):
-    config = small_config(capacity=9, policy=lc.DecayedH2O(factor=0.9))
+@pytest.mark.parametrize(
+    "policy",
+    [lc.DecayedH2O(factor=0.9), lc.ObservationWindow(window=5, neighbours=3)],
+    ids=policy_id,
+)
+def test_a_prompt_of_several_blocks_is_the_prompt_of_one(policy, monkeypatch):
+    config = small_config(capacity=9, policy=policy)
     scenario = Scenario(config, "exp", batch=2, chunks=((23, "left"), (17, "holes")), seed=5)
     # Three rows at a time, and two, for the second block has more columns.
     monkeypatch.setattr("exporters.onnx.blocks.BLOCK_ELEMENTS", 3 * 2 * 4 * 30)

@@ -8,7 +8,6 @@ from onnxscript import ir
 
 from less_cache import ops
 from less_cache.layer_config import LayerConfig
-from less_cache.policies import Gain, Policy, Start
 
 from .building import Builder
 from .chunk_body import chunk_body
@@ -22,15 +21,6 @@ STEP = "LessAttention"
 
 CHUNK = "LessAttentionChunk"
 """Several new tokens, which may include padding: a prompt, a chunk of one, a later turn."""
-
-SCORES = {
-    (Start.ZERO, Gain.NONE): 0,
-    (Start.POSITION, Gain.NONE): 1,
-    (Start.KEY_NORM, Gain.NONE): 2,
-    (Start.ZERO, Gain.SUM): 3,
-    (Start.ZERO, Gain.HISTORY): 4,
-}
-"""The attribute ``score``, by what the policy's scores start with and gain."""
 
 
 def node_inputs(layer: LayerConfig, kind: str | None) -> list[str]:
@@ -51,14 +41,15 @@ def node_outputs(layer: LayerConfig) -> list[str]:
 def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
     """What a plugin needs to know to take the body's place; the body has it built in.
 
-    ``score`` is one of `SCORES`, ``softcap`` is 0 if there is none, ``maps`` is ``"none"`` at
-    rank 0.
+    ``start`` and ``gain`` are numbers of `less_cache.policies.Start` and `Gain`, ``softcap`` is 0
+    if there is none, ``maps`` is ``"none"`` at rank 0.
     """
     policy = layer.policy
     return {
         "plugin_version": "1",
         "plugin_namespace": "",
-        "score": score_number(policy),
+        "start": int(policy.starts),
+        "gain": int(policy.gains),
         "sinks": policy.sinks,
         "recent": policy.protected_recent,
         "decay": float(policy.decay),
@@ -69,21 +60,6 @@ def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
         "scale": float(layer.scale),
         "softcap": float(layer.softcap or 0.0),
     }
-
-
-def score_number(policy: Policy) -> int:
-    """One of `SCORES`.
-
-    Raises
-    ------
-    ValueError
-        If a policy of a user's own joins a start and a gain that no operator has.
-    """
-    number = SCORES.get((policy.starts, policy.gains))
-    if number is None or policy.evicts != (number > 0):
-        words = f"starts {policy.starts.name}, gains {policy.gains.name}, evicts {policy.evicts}"
-        raise ValueError(f"config: {policy} ({words}) cannot be exported")
-    return number
 
 
 def function(name: str, layer: Layer, opset: int, overload: str) -> ir.Function:

@@ -126,7 +126,12 @@ def test_nodes_carry_what_a_plugin_needs():
     found = {a.name: onnx.helper.get_attribute_value(a) for a in model.graph.node[0].attribute}
     assert found["plugin_version"] == b"1"
     assert found["plugin_namespace"] == b""
-    assert {name: found[name] for name in ("recent", "sinks", "capacity", "rank", "decay")} == {
+    assert {
+        name: found[name]
+        for name in ("start", "gain", "recent", "sinks", "capacity", "rank", "decay")
+    } == {
+        "start": 0,
+        "gain": 1,
         "recent": 2,
         "sinks": 0,
         "capacity": 6,

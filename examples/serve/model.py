@@ -17,7 +17,6 @@ from tokenizers.decoders import ByteLevel
 import less_cache as lc
 from exporters.common.manifest import MANIFEST
 from exporters.onnx import OnnxDecoder, export_decoder
-from less_cache.policies import FullCache
 
 SHIPPED = "less-cache-reference"
 TOKENIZER = "tokenizer.json"
@@ -150,12 +149,8 @@ class ServedModel:
 
     def _context(self, wanted: int | None) -> int:
         config = self.decoder.manifest.config
-        full = [
-            capacity
-            for capacity, policy in zip(config.capacities, config.policies, strict=True)
-            if isinstance(policy, FullCache)
-        ]
-        most = min(full, default=None)
+        full = [layer for layer in config.layers if not layer.policy.evicts]
+        most = min((min(layer.capacities) for layer in full), default=None)
         if wanted is None:
             known = [n for n in (config.max_positions, most) if n is not None]
             if not known:

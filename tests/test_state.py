@@ -160,14 +160,20 @@ def test_to_copies_a_torch_state_and_refuses_a_numpy_one(used):
 
 @pytest.mark.parametrize(
     ("device", "error"),
-    [(3.5, TypeError), (True, TypeError), (None, TypeError), ("banana", ValueError)]
-    + [("cpu:9", ValueError), ("cuda:99", ValueError)],
+    [
+        (3.5, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        ("banana", ValueError),
+        ("cpu:9", ValueError),
+        ("cuda:99", ValueError),
+    ],
 )
 def test_a_device_that_is_none_is_refused(device, error):
     manager = lc.CacheManager(small_config(rank=0))
-    with pytest.raises(error, match="^device: got"):
+    with pytest.raises(error, match=r"^device: got"):
         manager.init(1).to(device)
     if device is not None:
-        with pytest.raises(error, match="^device: got"):
+        with pytest.raises(error, match=r"^device: got"):
             manager.init(1, device=device)
     assert manager.init(1, device="cpu:0").to(torch.device("cpu")).batch_size == 1

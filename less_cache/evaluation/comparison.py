@@ -29,13 +29,14 @@ class Row:
     name
         Of the contestant.
     capacity
-        Slots a head; of the full cache, the windows' length.
+        Slots a head, as `CacheConfig.capacity` has them: one number, or one a layer, or one a head
+        of a layer; of the full cache, the windows' length.
     bytes_per_sequence
         What a sequence of the windows' length takes.
     perplexity, second_half
         Over all positions, and over the second half of each window.
     recovery
-        Of the gap between policy and full cache; ``None`` for these two.
+        Of the gap between policy and full cache; ``None`` for these two, and where there is no gap.
     accepted
         Mean accepted prefix of greedy continuations, in tokens; ``None`` where not asked for.
     positions, losses
@@ -43,7 +44,7 @@ class Row:
     """
 
     name: str
-    capacity: int
+    capacity: Any
     bytes_per_sequence: int
     perplexity: float
     second_half: float
@@ -51,6 +52,26 @@ class Row:
     accepted: float | None
     positions: list[float]
     losses: list[float]
+
+    @property
+    def slots(self) -> str:
+        """The slots of a head in words: 52, or the range and the mean where heads differ."""
+        numbers = _numbers(self.capacity)
+        if len(set(numbers)) == 1:
+            return f"{numbers[0]:,}"
+        return f"{min(numbers):,} to {max(numbers):,}, mean {sum(numbers) / len(numbers):,.1f}"
+
+
+def _numbers(capacity: Any) -> list[int]:
+    if isinstance(capacity, int):
+        return [capacity]
+    # A layer whose heads agree stands for as many heads as the layers whose heads do not.
+    heads = max((len(entry) for entry in capacity if not isinstance(entry, int)), default=1)
+    return [
+        slots
+        for entry in capacity
+        for slots in ([entry] * heads if isinstance(entry, int) else entry)
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,13 +98,29 @@ def contestants_for(
     maps
         By the name that the table uses.
     length
-        The windows'; no capacity may exceed it.
+        The windows'; some head must have fewer slots.
+
+    Raises
+    ------
+    ValueError
+        If nothing would be evicted, or maps do not fit the config.
     """
-    if max(config.capacities) >= length:
+    least = min(min(layer.capacities) for layer in config.layers)
+    if least >= length:
         raise ValueError(
-            f"capacity: got {max(config.capacities)}, expected fewer than the windows' "
-            f"length = {length}: nothing would be evicted"
+            f"capacity: got {least}, expected fewer than the windows' length = {length}: nothing "
+            "would be evicted"
         )
+    for policy in config.policies:
+        if not policy.evicts:
+            raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to compare")
+    for name, entry in maps.items():
+        if name in (FULL, POLICY, BASELINE_PLUS):
+            raise ValueError(f"maps: the name {name!r} is that of another line of the table")
+        try:
+            entry.check_against(config)
+        except ValueError as error:
+            raise ValueError(f"maps: {name!r} does not fit the model: {error}") from None
     return [
         Contestant(FULL),
         Contestant(POLICY, config.replace(rank=0, hidden=None)),
@@ -123,6 +160,11 @@ def compare(
         Windows at a time.
     progress
         Show bars.
+
+    Raises
+    ------
+    ValueError
+        If nothing would be evicted, or maps do not fit the config.
     """
     length = len(windows[0].ids)
     contestants = contestants_for(config, maps, length)
@@ -140,10 +182,10 @@ def compare(
         if shape is None:
             pair = 2 * config.head_dim * model.dtype.itemsize
             cost = config.num_layers * config.kv_heads * pair * length
-            capacity = length
+            capacity: Any = length
         else:
             cost = shape.bytes_per_sequence(model.dtype)
-            capacity = max(shape.capacities)
+            capacity = shape.capacity
         regained = None
         if contestant.name not in (FULL, POLICY):
             regained = recovery(scores[FULL], scores[POLICY], found)
@@ -162,8 +204,8 @@ def compare(
             )
         )
     facts = {
-        "policy": config.policies[0].to_dict(),
-        "capacity": list(config.capacities),
+        "policy": [policy.to_dict() for policy in config.policies],
+        "capacity": config.capacity,
         "rank": config.rank,
         "window": length,
         "windows": len(windows),

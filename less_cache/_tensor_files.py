@@ -54,5 +54,5 @@ def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps([dict(header), shapes], sort_keys=True).encode())
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

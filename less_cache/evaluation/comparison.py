@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
+from ..provenance import slots_text
 from .generation import agreement
 from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
 
@@ -56,22 +57,7 @@ class Row:
     @property
     def slots(self) -> str:
         """The slots of a head in words: 52, or the range and the mean where heads differ."""
-        numbers = _numbers(self.capacity)
-        if len(set(numbers)) == 1:
-            return f"{numbers[0]:,}"
-        return f"{min(numbers):,} to {max(numbers):,}, mean {sum(numbers) / len(numbers):,.1f}"
-
-
-def _numbers(capacity: Any) -> list[int]:
-    if isinstance(capacity, int):
-        return [capacity]
-    # A layer whose heads agree stands for as many heads as the layers whose heads do not.
-    heads = max((len(entry) for entry in capacity if not isinstance(entry, int)), default=1)
-    return [
-        slots
-        for entry in capacity
-        for slots in ([entry] * heads if isinstance(entry, int) else entry)
-    ]
+        return slots_text(self.capacity)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ COLOURS = {"muted": "#8a8f98", "bad": "#c4572e", "plus": "#d9a441", "good": "#2f
 
 def as_table(comparison: Comparison, title: str) -> Table:
     """The comparison for the terminal, of at most 80 columns where names are short."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("cache")
     for column in ("slots", "bytes a\nsequence", "perplexity", "second\nhalf", "gap\nrecovered"):
         table.add_column(column, justify="right")
@@ -49,6 +50,18 @@ def gap_text(row: Row) -> str:
         return "no gap"
     share = row.recovery
     return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def check_can_draw() -> None:
+    """Refuse to begin what would end in pictures that cannot be drawn.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("report: needs matplotlib: install less_cache[train]")
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -91,8 +91,9 @@ def train(
     check_int("batch", batch, minimum=1)
     check_model(model)
     check_fit(model, attention_modules(model), config)
+    sequences, length = tokens.shape
     for layer in chosen:
-        check_can_fit(config.layer(layer), *tokens.shape, recipe, layer)
+        check_can_fit(config.layer(layer), sequences, length, recipe, layer)
     claim(out, run_settings(model, config, recipe, tokens, model_id))
     for layer in chosen:
         folder = layer_folder(out, layer)

@@ -62,14 +62,12 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
             f"{path}: holds {read.config.dtype}, but the model is {manifest.config.dtype}"
         )
     arrays: dict[str, Tensor] = {}
-    # Layers leave the file as they are read, and the lengths that count its rows with them.
-    batch_size = read.batch_size
-    for index, config in enumerate(manifest.config.layers):
-        layer = allocate(config, batch_size)
-        read.fill(index, layer.arrays())
+    for index, (config, tensors) in enumerate(
+        zip(manifest.config.layers, read.layers, strict=True)
+    ):
+        layer = LayerState(**tensors)
         arrays["length"] = layer.length
         arrays.update(_dense(index, config, layer))
-    read.check_all_used()
     return {name: array.contiguous() for name, array in arrays.items()}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from exporters.onnx.sampling import Sampler
+from exporters.onnx import Sampler
 
 LOGITS = np.log(np.array([[0.05, 0.5, 0.25, 0.2]], np.float32))
 

@@ -80,11 +80,10 @@ class Less:
                 array.normal_()
             for positive in (layer.scores, layer.H, layer.z):
                 positive.uniform_()
-            config = self.state.config
-            slots = layer.positions.shape[1] // config.kv_heads
-            places = torch.arange(slots, dtype=torch.int32, device=layer.positions.device)
-            layer.positions.copy_(places.repeat(config.kv_heads))
-            layer.length.fill_(slots)
+            capacity = self.manager.config.layer(0).capacity
+            slots = torch.arange(capacity, device=layer.positions.device)
+            layer.positions.copy_(slots.repeat(self.manager.config.kv_heads))
+            layer.length.fill_(capacity)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, S, D]."""

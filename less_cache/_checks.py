@@ -7,6 +7,7 @@ import numbers
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
@@ -84,3 +85,33 @@ def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
             f"{name}: got rows {given.min()} to {given.max()}, expected 0 to {batch_size - 1}"
         )
     return given
+
+
+def check_device(name: str, device: Any) -> torch.device:
+    """`device` as a torch device of this machine.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a text, an index nor a `torch.device`.
+    ValueError
+        If torch knows no such device, or the machine has none of that index.
+    """
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(
+            f"{name}: got {device!r} of type {type(device).__name__}, "
+            "expected a device such as 'cpu' or 'cuda:0'"
+        )
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: got {device!r}, expected a device such as 'cpu' or 'cuda:0'"
+        ) from None
+    if found.type == "cpu" and found.index:
+        raise ValueError(f"{name}: got {device!r}, but there is one CPU: 'cpu'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name}: got {device!r}, but torch finds {torch.cuda.device_count()} CUDA GPU(s) here"
+        )
+    return found

@@ -18,15 +18,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_choice
+from ._checks import check_choice, check_int
 from .config import CacheConfig, kv_shard
+from .maps_io import load_folder, load_official, locate, save_folder, upload
 
 EXPONENT_LIMIT = 30.0
 """Largest exponent of the ``"exp"`` kind: φ·z then stays finite in float32 for any length."""
@@ -302,11 +303,13 @@ class FeatureMaps:
 
         Raises
         ------
-        ValueError
-            If the rank is 0 or the kind unknown.
+        ValueError, TypeError
+            If the rank is 0, the kind unknown, or `hidden` no positive integer.
         """
         if config.rank == 0:
             raise ValueError("config: rank is 0, expected a rank above 0 for feature maps")
+        if hidden is not None:
+            hidden = check_int("hidden", hidden, minimum=1)
         generator = generator or torch.Generator().manual_seed(0)
         shapes = tensor_shapes(
             kind,
@@ -316,18 +319,7 @@ class FeatureMaps:
             hidden=hidden or config.hidden or 512,
             rank=config.rank,
         )
-        constants = {"psi_s1": 1e-4, "psi_s2": 1e-4, "psi_b": -4.0}
-        layers = []
-        for _ in range(config.num_layers):
-            tensors = {}
-            for name, shape in shapes.items():
-                if name in constants:
-                    tensors[name] = torch.full(shape, constants[name])
-                else:
-                    bound = math.sqrt(6 / (shape[-2] + shape[-1]))
-                    tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
-            layers.append(LayerMaps(kind, tensors))
-        return cls(layers)
+        return cls([untrained_layer(kind, shapes, generator) for _ in range(config.num_layers)])
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> FeatureMaps:
         """The maps on another device, the first layers' matrices in `dtype`."""
@@ -375,10 +367,11 @@ class FeatureMaps:
                     raise ValueError(f"maps: layer {i} has {name} = {size}, expected {wanted}")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the maps into a folder: safetensors, and a JSON of shapes, model and training."""
-        from .maps_io import save_folder
+        """Write the maps into a folder: one safetensors file, with shapes, model and training.
 
-        save_folder(self, Path(folder))
+        Whoever reads meanwhile, or after a crash, finds the old maps or the new ones.
+        """
+        save_folder(Path(folder), [layer.tensors for layer in self.layers], self._card())
 
     @classmethod
     def from_pretrained(
@@ -400,11 +393,19 @@ class FeatureMaps:
         FileNotFoundError
             If there is neither.
         ValueError
-            If a file is damaged, or the two disagree.
+            If a file is damaged, or tensors and description disagree.
         """
-        from .maps_io import load_folder, locate
-
-        return load_folder(locate(name, subfolder, revision))
+        folder = locate(name, subfolder, revision)
+        layers, card = load_folder(folder)
+        maps = cls.from_tensors(
+            layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
+        )
+        for size, found in maps[0].shapes.items():
+            if card.get(size) != found:
+                raise ValueError(
+                    f"{folder}: says {size} = {card.get(size)}, but the maps have {found}"
+                )
+        return maps
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the maps to a repository of the Hugging Face hub, made if need be.
@@ -414,9 +415,8 @@ class FeatureMaps:
         str
             The address of the commit.
         """
-        from .maps_io import upload
-
-        return upload(self, repo_id, private=private, token=token)
+        tensors = [layer.tensors for layer in self.layers]
+        return upload(tensors, self._card(), repo_id, private=private, token=token)
 
     @classmethod
     def from_official(cls, folder: str | Path) -> FeatureMaps:
@@ -432,9 +432,52 @@ class FeatureMaps:
         ValueError
             If a file is damaged or not such a checkpoint.
         """
-        from .maps_io import load_official
+        record = {"source": "official LESS checkpoint"}
+        return cls.from_tensors(load_official(Path(folder)), kind="paper", record=record)
 
-        return load_official(Path(folder))
+    def _card(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "num_layers": len(self),
+            **self[0].shapes,
+            "model_id": public_name(self.model_id),
+            "training": self.record,
+        }
+
+
+def public_name(model_id: str | None) -> str | None:
+    """A model's name as it may be published: of an absolute path its last part alone."""
+    if model_id is None:
+        return None
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(model_id).is_absolute():
+            return kind(model_id).name
+    return model_id
+
+
+def untrained_layer(
+    kind: str, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+) -> LayerMaps:
+    """One layer's maps before training, as `FeatureMaps.initialise` describes them.
+
+    Parameters
+    ----------
+    kind
+        ``"paper"`` or ``"exp"``.
+    shapes
+        From `tensor_shapes`.
+    generator
+        Source of the random numbers, on the CPU.
+    """
+    constants = {"psi_s1": 1e-4, "psi_s2": 1e-4, "psi_b": -4.0}
+    tensors = {}
+    for name, shape in shapes.items():
+        if name in constants:
+            tensors[name] = torch.full(shape, constants[name])
+        else:
+            bound = math.sqrt(6 / (shape[-2] + shape[-1]))
+            tensors[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return LayerMaps(kind, tensors)
 
 
 def _checked_layer(index: int, tensors: Mapping[str, Any], kind: str | None) -> LayerMaps:

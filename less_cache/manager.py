@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._checks import check_choice, check_int
+from ._checks import check_choice, check_device, check_int
 from .arrays import Array
 from .backends import BACKENDS, best_backend, get_backend
 from .call import check_room, check_tokens, checked_mask
@@ -115,7 +115,8 @@ class CacheManager:
         Raises
         ------
         ValueError, TypeError
-            If the size is no positive integer, or the dtype not one that the backend takes.
+            If the size is no positive integer, the dtype not one that the backend takes, or there
+            is no such device.
         """
         check_int("batch_size", batch_size, minimum=1)
         numpy = isinstance(dtype, (type, np.dtype))
@@ -127,6 +128,8 @@ class CacheManager:
             )
         if numpy and device is not None:
             raise ValueError(f"device: got {device!r}, but NumPy arrays have none; leave it out")
+        if device is not None:
+            device = check_device("device", device)
         layers = [allocate(x, batch_size, numpy=numpy, device=device) for x in config.layers]
         state = CacheState(config, layers, self.maps)
         state.plan = self._plan_for(state)

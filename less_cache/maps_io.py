@@ -1,94 +1,102 @@
-"""Feature maps on disk and on the hub, and the official code's checkpoints."""
+"""Feature maps on disk and on the hub, and the official code's checkpoints: tensors and a card."""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from ._files import replaced, write_text
-from .feature_maps import FeatureMaps
+from ._files import json_text
+from ._tensor_files import DIGEST, read_tensors, write_tensors
 
 WEIGHTS = "less_maps.safetensors"
+"""Tensors, and since format 2 the card in their header: one file, so that a save is one step."""
 CARD = "less_maps.json"
-FORMAT_VERSION = 1
+"""Where format 1 had its card."""
+FORMAT_VERSION = 2
 CARD_FIELDS = ("kind", "num_layers", "model_id", "training")
 
 
-def save_folder(maps: FeatureMaps, folder: Path) -> None:
-    """Write `WEIGHTS` and `CARD` into `folder`, each by way of a temporary name."""
+def save_folder(
+    folder: Path, layers: Sequence[Mapping[str, Tensor]], card: Mapping[str, Any]
+) -> None:
+    """Write maps into `folder`, in place of those that it holds.
+
+    Parameters
+    ----------
+    folder
+        Made if need be.
+    layers
+        Each layer's tensors by name.
+    card
+        `CARD_FIELDS` and the sizes, JSON-ready.
+    """
     tensors = {
         # A copy: layers may share a tensor, which safetensors does not take.
         f"layers.{i}.{name}": tensor.detach().cpu().contiguous().clone()
-        for i, layer in enumerate(maps)
-        for name, tensor in layer.tensors.items()
+        for i, layer in enumerate(layers)
+        for name, tensor in layer.items()
     }
-    card = {
-        "format": FORMAT_VERSION,
-        "kind": maps.kind,
-        "num_layers": len(maps),
-        **maps[0].shapes,
-        "model_id": maps.model_id,
-        "training": maps.record,
-    }
-    text = json.dumps(card, indent=2, sort_keys=False) + "\n"
-    with replaced(folder / WEIGHTS) as temporary:
-        save_file(tensors, str(temporary), metadata={"format": "pt"})
-    write_text(folder / CARD, text)
+    text = json_text({"format": FORMAT_VERSION, **card})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "card": text})
+    # Where one is left, it is that of older maps; `WEIGHTS` with a card of its own goes first.
+    (folder / CARD).unlink(missing_ok=True)
 
 
-def load_folder(folder: Path) -> FeatureMaps:
-    """Read what `save_folder` wrote.
+def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Read what `save_folder` wrote: each layer's tensors by name, and the card.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     ValueError
-        If a file is damaged, or the two disagree.
+        If a file is damaged, or tensors and card disagree.
     """
-    for name in (CARD, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {name}, which every folder of maps has")
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CARD}: not valid JSON: {error}") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT_VERSION:
-        found = card.get("format") if isinstance(card, dict) else card
-        raise ValueError(f"{folder / CARD}: format {found!r}, expected {FORMAT_VERSION}")
-    try:
-        tensors = load_file(str(folder / WEIGHTS))
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS}: damaged or truncated: {error}") from None
-    if missing := [name for name in CARD_FIELDS if name not in card]:
-        raise ValueError(f"{folder / CARD}: lacks {missing}")
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: holds no {WEIGHTS}, which every folder of maps has")
+    header, tensors = read_tensors(path)
+    if "card" in header:
+        card = _card(path, header["card"], FORMAT_VERSION)
+        if DIGEST not in header:
+            raise ValueError(f"{path}: its header lacks the digest of the maps")
+    else:
+        path = folder / CARD
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: holds no {CARD}, and {WEIGHTS} has no card either")
+        card = _card(path, path.read_bytes(), 1)
     if card["num_layers"] not in range(1, len(tensors) + 1):
         raise ValueError(
-            f"{folder}: {CARD} says num_layers = {card['num_layers']!r}, "
-            f"{WEIGHTS} has {len(tensors)} tensors in all"
+            f"{path}: num_layers = {card['num_layers']!r}, but there are {len(tensors)} tensors "
+            "in all"
         )
-    layers: list[dict[str, Any]] = [{} for _ in range(card["num_layers"])]
+    layers: list[dict[str, Tensor]] = [{} for _ in range(card["num_layers"])]
     for key, tensor in tensors.items():
         match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
         if match is None or int(match[1]) >= len(layers):
             raise ValueError(f"{folder / WEIGHTS}: unexpected tensor {key!r}")
         layers[int(match[1])][match[2]] = tensor
-    maps = FeatureMaps.from_tensors(
-        layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
-    )
-    for name, size in maps[0].shapes.items():
-        if card.get(name) != size:
-            raise ValueError(
-                f"{folder}: {CARD} says {name} = {card.get(name)}, {WEIGHTS} has {size}"
-            )
-    return maps
+    return layers, card
+
+
+def _card(path: Path, text: str | bytes, version: int) -> dict[str, Any]:
+    try:
+        card = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its card is not valid JSON: {error}") from None
+    if not isinstance(card, dict) or card.get("format") != version:
+        found = card.get("format") if isinstance(card, dict) else card
+        raise ValueError(f"{path}: format {found!r}, expected {version}")
+    if missing := [name for name in CARD_FIELDS if name not in card]:
+        raise ValueError(f"{path}: its card lacks {missing}")
+    return card
 
 
 def locate(name: str | Path, subfolder: str, revision: str | None) -> Path:
@@ -106,13 +114,21 @@ def locate(name: str | Path, subfolder: str, revision: str | None) -> Path:
             f"{name}: no such folder; to fetch it from the hub, install less_cache[transformers]"
         ) from None
     prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [prefix + CARD, prefix + WEIGHTS]
+    # A repository of format 1 has a card beside its weights.
+    patterns = [prefix + WEIGHTS, prefix + CARD]
     fetched = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
     return Path(fetched) / subfolder
 
 
-def upload(maps: FeatureMaps, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Upload the maps as one commit and return its address."""
+def upload(
+    layers: Sequence[Mapping[str, Tensor]],
+    card: Mapping[str, Any],
+    repo_id: str,
+    *,
+    private: bool,
+    token: str | None,
+) -> str:
+    """Upload what `save_folder` writes as one commit and return its address."""
     try:
         from huggingface_hub import HfApi
     except ImportError:
@@ -122,15 +138,15 @@ def upload(maps: FeatureMaps, repo_id: str, *, private: bool, token: str | None)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_folder(maps, Path(folder))
+        save_folder(Path(folder), layers, card)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload LESS feature maps"
         )
     return str(commit.commit_url)
 
 
-def load_official(folder: Path) -> FeatureMaps:
-    """Read the official code's ``layer_{i}.pth`` files; see `FeatureMaps.from_official`."""
+def load_official(folder: Path) -> list[dict[str, Tensor]]:
+    """Each layer's tensors from the official code's files; see `FeatureMaps.from_official`."""
     numbers = sorted(
         int(match[1])
         for path in folder.glob("layer_*.pth")
@@ -141,13 +157,10 @@ def load_official(folder: Path) -> FeatureMaps:
             f"{folder}: has layer files {numbers}, "
             "expected layer_0.pth, layer_1.pth, ... without a gap"
         )
-    layers = [_official_layer(folder / f"layer_{i}.pth") for i in numbers]
-    return FeatureMaps.from_tensors(
-        layers, kind="paper", record={"source": "official LESS checkpoint"}
-    )
+    return [_official_layer(folder / f"layer_{i}.pth") for i in numbers]
 
 
-def _official_layer(path: Path) -> dict[str, torch.Tensor]:
+def _official_layer(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

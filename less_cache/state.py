@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import snapshot
-from ._checks import check_int, check_rows
+from ._checks import check_device, check_int, check_rows
 from .arrays import EMPTY, Array, LayerArrays, empty_arrays
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
@@ -177,11 +177,12 @@ class CacheState:
 
         Raises
         ------
-        TypeError
-            If the state is NumPy's.
+        TypeError, ValueError
+            If the state is NumPy's, or there is no such device.
         """
         if self.is_numpy:
             raise TypeError("device: a NumPy state has none; it stays where it is")
+        device = check_device("device", device)
         layers = []
         for layer in self.layers:
             arrays = {name: array.to(device, copy=True) for name, array in layer.arrays().items()}
@@ -231,7 +232,8 @@ class CacheState:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is truncated, no snapshot, or made with another config or other maps.
+            If the file is damaged, no snapshot, holds what no cache can hold, or was made with
+            another config or other maps.
         """
         found = snapshot.read(Path(path))
         found.check_config(config)
@@ -242,14 +244,15 @@ class CacheState:
                 )
             if maps.digest != found.maps_digest:
                 raise ValueError(f"{path}: made with other feature maps than those given")
-        numpy = found.library == "numpy"
-        layers, batch_size = [], found.batch_size
-        for index, bound in enumerate(found.tokens_bounds):
-            layer = allocate(found.config.layer(index), batch_size, numpy=numpy, device=device)
-            found.fill(index, layer.arrays())
-            layer.tokens_bound = bound
-            layers.append(layer)
-        found.check_all_used()
+        if device is not None:
+            device = check_device("device", device)
+        layers = []
+        for tensors, bound in zip(found.layers, found.tokens_bounds, strict=True):
+            if found.library == "numpy":
+                arrays: dict[str, Array] = {n: t.numpy().copy() for n, t in tensors.items()}
+            else:
+                arrays = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            layers.append(LayerState(**arrays, tokens_bound=bound))
         return cls(found.config, layers, maps if found.config.rank else None)
 
     def _like(self, layers: list[LayerState]) -> CacheState:

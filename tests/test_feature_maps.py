@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import less_cache as lc
-from less_cache import maps_io
+from less_cache import _tensor_files
+from less_cache._tensor_files import read_tensors
 from less_cache.backends import reference
 from less_cache.feature_maps import tensor_shapes
 from less_cache.maps_io import CARD, WEIGHTS
@@ -137,6 +138,12 @@ def test_untrained_maps_have_the_shapes_and_start_close_to_nothing(kind):
     assert lc.FeatureMaps.initialise(config)[0].hidden == 512
 
 
+@pytest.mark.parametrize("hidden", [0, -1, True, 2.5, [], "8"])
+def test_a_hidden_size_is_a_positive_integer(hidden):
+    with pytest.raises((ValueError, TypeError), match="hidden"):
+        lc.FeatureMaps.initialise(small_config(), hidden=hidden)
+
+
 def test_maps_without_a_rank_are_not_made():
     with pytest.raises(ValueError, match=r"^config: rank is 0"):
         lc.FeatureMaps.initialise(small_config(rank=0))
@@ -181,12 +188,74 @@ def test_saved_maps_come_back_bit_for_bit(tmp_path, kind, dtype):
         for name, tensor in old.tensors.items():
             assert torch.equal(new.tensors[name], tensor)
             assert new.tensors[name].dtype == dtype
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [CARD, WEIGHTS]
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == [WEIGHTS]
 
 
 def saved(folder):
     random_maps(small_config(), "paper").save_pretrained(folder)
     return folder
+
+
+def saved_as_format_1(folder):
+    """As the first version wrote maps: a card of its own, no digest."""
+    maps = random_maps(small_config(), "paper")
+    folder.mkdir(parents=True)
+    card = {"format": 1, "kind": "paper", "num_layers": 2, **maps[0].shapes}
+    (folder / CARD).write_text(json.dumps({**card, "model_id": "a/b", "training": {"steps": 3}}))
+    tensors = {
+        f"layers.{i}.{n}": t for i, layer in enumerate(maps) for n, t in layer.tensors.items()
+    }
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    return folder
+
+
+def test_maps_of_format_1_are_read_and_saved_anew(tmp_path):
+    folder = saved_as_format_1(tmp_path / "maps")
+    maps = lc.FeatureMaps.from_pretrained(folder)
+    assert (maps.model_id, maps.record) == ("a/b", {"steps": 3})
+    assert maps.digest == random_maps(small_config(), "paper").digest
+    maps.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == [WEIGHTS]
+    assert lc.FeatureMaps.from_pretrained(folder).digest == maps.digest
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = saved(tmp_path / "maps") / WEIGHTS
+    whole = path.read_bytes()
+    draws = np.random.default_rng(0)
+    for place in draws.integers(8, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(draws.integers(8))
+        path.write_bytes(flipped)
+        with pytest.raises((ValueError, FileNotFoundError), match="maps"):
+            lc.FeatureMaps.from_pretrained(path.parent)
+    path.write_bytes(whole)
+    lc.FeatureMaps.from_pretrained(path.parent)
+
+
+def test_format_2_needs_its_digest(tmp_path):
+    path = saved(tmp_path / "maps") / WEIGHTS
+    header, tensors = read_tensors(path)
+    del header["sha256"]
+    save_file(tensors, str(path), metadata=header)
+    with pytest.raises(ValueError, match="lacks the digest"):
+        lc.FeatureMaps.from_pretrained(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "kept"),
+    [
+        ("/home/me/models/my-llama", "my-llama"),
+        ("C:\\Users\\me\\my-llama", "my-llama"),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        (None, None),
+    ],
+)
+def test_no_path_of_this_machine_is_kept(tmp_path, model_id, kept):
+    maps = random_maps(small_config())
+    lc.FeatureMaps(maps.layers, model_id=model_id).save_pretrained(tmp_path)
+    assert lc.FeatureMaps.from_pretrained(tmp_path).model_id == kept
+    assert b"/home/me" not in (tmp_path / WEIGHTS).read_bytes()
 
 
 def test_a_subfolder_is_looked_into(tmp_path):
@@ -279,7 +348,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_folders_are_refused(tmp_path, damage):
-    folder = saved(tmp_path / "maps")
+    folder = saved_as_format_1(tmp_path / "maps")
     damage(folder)
     with pytest.raises(ValueError, match=r"maps|layers|kind"):
         lc.FeatureMaps.from_pretrained(folder)
@@ -287,7 +356,7 @@ def test_damaged_folders_are_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("name", [CARD, WEIGHTS])
 def test_a_missing_file_is_named(tmp_path, name):
-    folder = saved(tmp_path / "maps")
+    folder = saved_as_format_1(tmp_path / "maps")
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         lc.FeatureMaps.from_pretrained(folder)
@@ -302,7 +371,7 @@ def test_an_interrupted_save_leaves_the_old_maps(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(maps_io, "save_file", interrupted)
+    monkeypatch.setattr(_tensor_files, "save_file", interrupted)
     with pytest.raises(OSError, match="disk full"):
         random_maps(small_config(), seed=5).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
@@ -323,7 +392,7 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     maps = lc.FeatureMaps.from_pretrained("someone/llama-less", revision="v2")
     assert len(maps) == 2
-    assert calls == [("someone/llama-less", "v2", [CARD, WEIGHTS])]
+    assert calls == [("someone/llama-less", "v2", [WEIGHTS, CARD])]
 
 
 def test_a_subfolder_of_the_hub_alone_is_fetched(tmp_path, monkeypatch):
@@ -337,7 +406,7 @@ def test_a_subfolder_of_the_hub_alone_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert len(lc.FeatureMaps.from_pretrained("someone/llama-less", subfolder="h2o")) == 2
-    assert asked == [f"h2o/{CARD}", f"h2o/{WEIGHTS}"]
+    assert asked == [f"h2o/{WEIGHTS}", f"h2o/{CARD}"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/nowhere/at/all", "../x y/z", ""])

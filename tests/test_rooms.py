@@ -16,27 +16,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("less_cache", "exporters")
 
-# Pairs (module, what it imports though that imports it). Each is to be taken apart; the set only
-# shrinks.
-KNOWN_CIRCLES = {
-    # The shared options and loaders of the commands live in the module that registers them.
-    ("less_cache.cli_export", "less_cache.cli"),
-    # Convenience methods of a class (load, save, ...) whose code is in a module of its own.
-    ("less_cache.feature_maps", "less_cache.maps_io"),
-    (
-        "less_cache.integrations.transformers.cache",
-        "less_cache.integrations.transformers.saving",
-    ),
-}
-
 OUTSIDE_TRANSFORMERS = (
     "less_cache.integrations",
     "less_cache.training",
     "less_cache.evaluation",
     "less_cache.reference_model",
     "less_cache.cli",
-    "less_cache.cli_bench",
-    "less_cache.cli_export",
 )
 
 
@@ -93,11 +78,11 @@ def imports_of(module: str, path: Path) -> Iterator[Import]:
 IMPORTS = [found for module, path in MODULES.items() for found in imports_of(module, path)]
 
 
-def circles(known: set[tuple[str, str]]) -> list[list[Import]]:
-    """The imports of each circle that is left when the known ones are cut."""
+def circles() -> list[list[Import]]:
+    """The imports of each circle."""
     edges: dict[str, dict[str, Import]] = {module: {} for module in MODULES}
     for edge in IMPORTS:
-        if edge.target in MODULES and (edge.module, edge.target) not in known:
+        if edge.target in MODULES:
             edges[edge.module].setdefault(edge.target, edge)
     found = []
     done: set[str] = set()
@@ -127,17 +112,9 @@ def offenders(importers: list[str], forbidden: tuple[str, ...]) -> list[str]:
     return [str(x) for x in found]
 
 
-def test_there_are_no_circles_but_the_known_ones():
-    found = circles(KNOWN_CIRCLES)
+def test_there_are_no_circles():
+    found = circles()
     assert not found, "\n\n".join("\n".join(map(str, circle)) for circle in found)
-
-
-@pytest.mark.parametrize("pair", sorted(KNOWN_CIRCLES))
-def test_a_known_circle_is_still_one(pair):
-    found = {
-        (edge.module, edge.target) for circle in circles(KNOWN_CIRCLES - {pair}) for edge in circle
-    }
-    assert pair in found, f"{pair} is in no circle: take it out of KNOWN_CIRCLES"
 
 
 def test_the_library_knows_the_exporters_by_its_command_line_only():

@@ -1,6 +1,7 @@
 """Snapshots: a resumed cache goes on bit for bit; a file that is not ours is refused."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import less_cache as lc
-from less_cache import snapshot
+from less_cache import _tensor_files
+from less_cache._tensor_files import write_tensors
 from less_cache.snapshot import FORMAT
 from tests.helpers import POLICIES, bits_of, policy_id, random_inputs, random_maps, small_config
 
@@ -200,7 +202,9 @@ def rewritten(path, change_tensors=None, change_header=None):
         change_tensors(tensors)
     if change_header:
         change_header(header)
-    save_file(tensors, str(path), metadata=header)
+    # Signed anew: what is found is what does not fit, not that something changed.
+    header.pop("sha256")
+    write_tensors(path, tensors, header)
 
 
 def put(name, make_tensor):
@@ -227,6 +231,111 @@ def test_tensors_that_do_not_fit_the_header_are_refused(tmp_path, damage, messag
     rewritten(path, change_tensors=damage)
     with pytest.raises(ValueError, match=message):
         manager.load(path)
+
+
+def poke(name, index, value):
+    def damage(tensors):
+        tensors[name][index] = value
+
+    return damage
+
+
+def twice(tensors):
+    positions = tensors["layers.1.positions"]
+    positions[0, 1] = positions[0, 0]
+
+
+IMPOSSIBLE = {
+    "nan-key": (poke("layers.0.keys", (1, 2, 3), float("nan")), r"layers\.0\.keys: holds NaN"),
+    "nan-value": (poke("layers.1.values", (0, 0, 0), float("nan")), r"layers\.1\.values"),
+    "infinite-H": (poke("layers.1.H", (0, 0, 0, 0), float("inf")), r"layers\.1\.H: holds NaN"),
+    "nan-score": (poke("layers.0.scores", (0, 0), float("nan")), r"layers\.0\.scores"),
+    "negative-z": (poke("layers.0.z", (0, 0, 0), -1.0), r"layers\.0\.z: holds a number below 0"),
+    "negative-length": (poke("layers.0.length", 1, -3), r"layers\.0\.length"),
+    "position-beyond": (poke("layers.0.positions", (0, 0), 99), r"positions: holds one beyond"),
+    "position-below": (poke("layers.0.positions", (0, 0), -2), r"positions: holds a number below"),
+    "position-twice": (twice, r"layers\.1\.positions: head 0 holds a position twice"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_what_no_cache_can_hold_is_refused(tmp_path, damage, message):
+    manager, state = make()
+    path = tmp_path / "cache"
+    state.save(path)
+    rewritten(path, change_tensors=damage)
+    with pytest.raises(ValueError, match=message):
+        manager.load(path)
+
+
+def test_a_history_of_too_many_bits_is_refused(tmp_path):
+    manager, state = make(policy=lc.Scissorhands(window=5))
+    state.save(tmp_path / "cache")
+    rewritten(tmp_path / "cache", change_tensors=poke("layers.0.history", (0, 0), 2**5))
+    with pytest.raises(ValueError, match="history"):
+        manager.load(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "bound", ["3", "[3, null]", '["3", 3]', "[3.5, 3]", "[true, 3]", "[-1, 3]"]
+)
+def test_a_bound_that_is_no_count_is_refused(tmp_path, bound):
+    manager, state = make()
+    state.save(tmp_path / "cache")
+    rewritten(tmp_path / "cache", change_header=lambda h: h.update(tokens_bound=bound))
+    with pytest.raises(ValueError, match="tokens_bound"):
+        manager.load(tmp_path / "cache")
+
+
+def test_a_full_cache_has_not_seen_more_than_its_bound(tmp_path):
+    manager, state = make(policy=lc.FullCache(), capacity=11, rank=0)
+    state.save(tmp_path / "cache")
+    rewritten(tmp_path / "cache", change_header=lambda h: h.update(tokens_bound="[1, 1]"))
+    with pytest.raises(ValueError, match="has seen more than 1"):
+        manager.load(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["num_layers", "kv_heads"])
+def test_a_small_file_cannot_claim_a_large_cache(tmp_path, name):
+    """Refused before anything of that size is made: it would be 10^8 configs or heads."""
+    _, state = make()
+    path = tmp_path / "cache"
+    state.save(path)
+
+    def claim(header):
+        claimed = {"policy": [lc.H2O().to_dict()], "query_heads": 10**8, name: 10**8}
+        header.update(config=json.dumps({**json.loads(header["config"]), **claimed}))
+
+    rewritten(path, change_header=claim)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"{name} = 100000000"):
+        lc.CacheState.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_fewer_layers_than_claimed_are_refused(tmp_path):
+    _, state = make()
+    path = tmp_path / "cache"
+    state.save(path)
+    rewritten(
+        path, lambda tensors: [tensors.pop(n) for n in [*tensors] if n.startswith("layers.1.")]
+    )
+    with pytest.raises(ValueError, match="num_layers = 2, but found tensors of 1"):
+        lc.CacheState.load(path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    manager, state = make()
+    path = tmp_path / "cache"
+    state.save(path)
+    whole = path.read_bytes()
+    draws = np.random.default_rng(0)
+    for place in draws.integers(8, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(draws.integers(8))
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="cache"):
+            manager.load(path)
 
 
 HEADERS = {
@@ -264,7 +373,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
             file.write(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshot, "save_file", interrupted)
+    monkeypatch.setattr(_tensor_files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         state.save(path)
     assert path.read_bytes() == old

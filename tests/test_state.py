@@ -44,9 +44,9 @@ def assert_rows(state, before, rows):
 def test_a_new_layer_is_empty(numpy):
     config = small_config(policy=lc.Scissorhands(), dtype="float16")
     layer = allocate(config.layer(0), 3, numpy=numpy)
-    assert tuple(layer.keys.shape) == tuple(layer.values.shape) == (3, 2, 6, 4)
-    assert tuple(layer.scores.shape) == tuple(layer.positions.shape) == (3, 2, 6)
-    assert tuple(layer.history.shape) == (3, 2, 6)
+    assert tuple(layer.keys.shape) == tuple(layer.values.shape) == (3, 12, 4)
+    assert tuple(layer.scores.shape) == tuple(layer.positions.shape) == (3, 12)
+    assert tuple(layer.history.shape) == (3, 12)
     assert tuple(layer.H.shape) == (3, 2, 2, 4)
     assert tuple(layer.z.shape) == (3, 2, 2)
     assert tuple(layer.length.shape) == (3,)
@@ -156,3 +156,24 @@ def test_to_copies_a_torch_state_and_refuses_a_numpy_one(used):
     assert [layer.tokens_bound for layer in copy.layers] == [
         layer.tokens_bound for layer in state.layers
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "error"),
+    [
+        (3.5, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        ("banana", ValueError),
+        ("cpu:9", ValueError),
+        ("cuda:99", ValueError),
+    ],
+)
+def test_a_device_that_is_none_is_refused(device, error):
+    manager = lc.CacheManager(small_config(rank=0))
+    with pytest.raises(error, match=r"^device: got"):
+        manager.init(1).to(device)
+    if device is not None:
+        with pytest.raises(error, match=r"^device: got"):
+            manager.init(1, device=device)
+    assert manager.init(1, device="cpu:0").to(torch.device("cpu")).batch_size == 1

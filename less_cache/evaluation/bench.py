@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 
-from ..backends import runs_on_triton
-from ..config import CacheConfig
+from .._checks import check_int
+from ..backends import BACKENDS, get_backend
+from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
 from ..manager import CacheManager
 from ..policies import H2O, FullCache
@@ -47,7 +49,7 @@ def bench_layer(
     query_heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
-    share: float = 0.05,
+    capacity: Slots | Sequence[Slots] = 0.05,
     hidden: int = 512,
 ) -> list[Timing]:
     """Time a decode step of one layer: the full cache, H2O alone, and LESS on each backend.
@@ -62,8 +64,8 @@ def bench_layer(
         Sequences.
     query_heads, kv_heads, head_dim
         The layer's shape; Llama 3 8B's by default.
-    share
-        Capacity of the small caches, as a share of the context.
+    capacity
+        Of the small caches: slots a head, a share of the context, or one for each KV head.
     hidden
         Hidden size of the maps.
 
@@ -71,7 +73,14 @@ def bench_layer(
     -------
     list of Timing
         For the CPU in float32; for a CUDA GPU, where there is one, in float16 as well.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is out of range.
     """
+    check_int("batch", batch, minimum=1)
+    check_int("context", context, minimum=1)
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
@@ -80,8 +89,16 @@ def bench_layer(
         dtype = torch.float32 if device.type == "cpu" else torch.float16
         full = CacheConfig(1, query_heads, kv_heads, head_dim, context, FullCache(), rank=0)
         small = full.replace(
-            capacity=share, max_positions=context, policy=H2O(), rank=8, dtype=dtype
+            capacity=capacity if isinstance(capacity, (int, float, str)) else [capacity],
+            max_positions=context,
+            policy=H2O(),
+            rank=8,
+            dtype=dtype,
         )
+        if max(small.layer(0).capacities) > context:
+            raise ValueError(
+                f"capacity: got {small.capacity}, expected at most the context = {context}"
+            )
         maps = FeatureMaps.initialise(small, hidden=hidden)
         shape = (batch, kv_heads, 1, head_dim)
         q = torch.randn(batch, query_heads, 1, head_dim, device=device, dtype=dtype)
@@ -99,10 +116,7 @@ def bench_layer(
         contestants: list[tuple[str, int, Callable[[], object]]] = [
             ("full cache", 2 * keys[0].nbytes, attend_over_everything)
         ]
-        names = ["torch"]
-        if device.type == "cuda" and runs_on_triton(small):
-            names.append("triton")
-        for name in names:
+        for name in _backends(small, device.type):
             for config, used in ((small.replace(rank=0), None), (small, maps)):
                 manager = CacheManager(config, used, backend=name)
                 state = manager.init(batch, device=device)
@@ -127,14 +141,31 @@ def bench_layer(
     return timings
 
 
+def _backends(config: CacheConfig, device: str) -> list[str]:
+    """Every backend that runs this config on such a device, but for the slow reference."""
+    names = []
+    for name, entry in BACKENDS.items():
+        if device not in entry.devices or name == "reference":
+            continue
+        if entry.needs is not None and importlib.util.find_spec(entry.needs) is None:
+            continue
+        try:
+            get_backend(name).check_config(config)
+        except ValueError:
+            continue
+        names.append(name)
+    return names
+
+
 def _fill(state: CacheState, length: int) -> None:
     """Let a cache be full of random pairs, as after `length` tokens."""
-    for layer in state.layers:
+    for spec, layer in zip(state.config.layers, state.layers, strict=True):
         layer.keys.normal_()
         layer.values.normal_()
         layer.scores.uniform_()
-        capacity = layer.positions.shape[2]
-        layer.positions.copy_(torch.arange(length - capacity, length))
+        for head, capacity in enumerate(spec.capacities):
+            newest = torch.arange(length - capacity, length)
+            layer.positions[:, spec.head_slots(head)] = newest.to(layer.positions)
         layer.length.fill_(length)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
+from ..provenance import slots_text
 from .generation import agreement
 from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
 
@@ -29,13 +30,14 @@ class Row:
     name
         Of the contestant.
     capacity
-        Slots a head; of the full cache, the windows' length.
+        Slots a head, as `CacheConfig.capacity` has them: one number, or one a layer, or one a head
+        of a layer; of the full cache, the windows' length.
     bytes_per_sequence
         What a sequence of the windows' length takes.
     perplexity, second_half
         Over all positions, and over the second half of each window.
     recovery
-        Of the gap between policy and full cache; ``None`` for these two.
+        Of the gap between policy and full cache; ``None`` for these two, and where there is no gap.
     accepted
         Mean accepted prefix of greedy continuations, in tokens; ``None`` where not asked for.
     positions, losses
@@ -43,7 +45,7 @@ class Row:
     """
 
     name: str
-    capacity: int
+    capacity: Any
     bytes_per_sequence: int
     perplexity: float
     second_half: float
@@ -51,6 +53,11 @@ class Row:
     accepted: float | None
     positions: list[float]
     losses: list[float]
+
+    @property
+    def slots(self) -> str:
+        """The slots of a head in words: 52, or the range and the mean where heads differ."""
+        return slots_text(self.capacity)
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,29 @@ def contestants_for(
     maps
         By the name that the table uses.
     length
-        The windows'; no capacity may exceed it.
+        The windows'; some head must have fewer slots.
+
+    Raises
+    ------
+    ValueError
+        If nothing would be evicted, or maps do not fit the config.
     """
-    if max(config.capacities) >= length:
+    least = min(min(layer.capacities) for layer in config.layers)
+    if least >= length:
         raise ValueError(
-            f"capacity: got {max(config.capacities)}, expected fewer than the windows' "
-            f"length = {length}: nothing would be evicted"
+            f"capacity: got {least}, expected fewer than the windows' length = {length}: nothing "
+            "would be evicted"
         )
+    for policy in config.policies:
+        if not policy.evicts:
+            raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to compare")
+    for name, entry in maps.items():
+        if name in (FULL, POLICY, BASELINE_PLUS):
+            raise ValueError(f"maps: the name {name!r} is that of another line of the table")
+        try:
+            entry.check_against(config)
+        except ValueError as error:
+            raise ValueError(f"maps: {name!r} does not fit the model: {error}") from None
     return [
         Contestant(FULL),
         Contestant(POLICY, config.replace(rank=0, hidden=None)),
@@ -123,6 +146,11 @@ def compare(
         Windows at a time.
     progress
         Show bars.
+
+    Raises
+    ------
+    ValueError
+        If nothing would be evicted, or maps do not fit the config.
     """
     length = len(windows[0].ids)
     contestants = contestants_for(config, maps, length)
@@ -140,10 +168,10 @@ def compare(
         if shape is None:
             pair = 2 * config.head_dim * model.dtype.itemsize
             cost = config.num_layers * config.kv_heads * pair * length
-            capacity = length
+            capacity: Any = length
         else:
             cost = shape.bytes_per_sequence(model.dtype)
-            capacity = max(shape.capacities)
+            capacity = shape.capacity
         regained = None
         if contestant.name not in (FULL, POLICY):
             regained = recovery(scores[FULL], scores[POLICY], found)
@@ -162,8 +190,8 @@ def compare(
             )
         )
     facts = {
-        "policy": config.policies[0].to_dict(),
-        "capacity": list(config.capacities),
+        "policy": [policy.to_dict() for policy in config.policies],
+        "capacity": config.capacity,
         "rank": config.rank,
         "window": length,
         "windows": len(windows),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference_model
-from .._files import write_text
+from .._files import json_text, write_text
 from ..config import CacheConfig
 from ..policies import H2O
 from ..reference_model.shipped_maps import shipped
@@ -147,7 +147,7 @@ def write_demo(demo: Demo, folder: Path) -> Path:
     for row in demo.comparison.rows:
         cells = [
             html.escape(row.name),
-            f"{row.capacity:,}",
+            row.slots,
             f"{row.bytes_per_sequence / 1024:,.0f} KiB",
             f"{row.perplexity:.2f}",
             f"{row.second_half:.2f}",
@@ -169,7 +169,7 @@ def write_demo(demo: Demo, folder: Path) -> Path:
         prompt=html.escape("\n".join(demo.prompt.splitlines()[-14:])),
         first=PROMPT_START,
         last=PROMPT_START + PROMPT_TOKENS,
-        slots=demo.comparison.row(LESS).capacity,
+        slots=demo.comparison.row(LESS).slots,
         window=demo.comparison.facts["window"],
         windows=demo.comparison.facts["windows"],
         tokens=f"{demo.comparison.facts['tokens_scored']:,}",
@@ -186,7 +186,7 @@ def write_demo(demo: Demo, folder: Path) -> Path:
         "document": demo.document,
         "continuations": [vars(item) for item in demo.continuations],
     }
-    write_text(folder / "demo.json", json.dumps(data, indent=2) + "\n")
+    write_text(folder / "demo.json", json_text(data, indent=2) + "\n")
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,7 +88,7 @@ class Scores:
     def perplexity(self, *, second_half: bool = False) -> float:
         """Exp of the mean loss a token; of each window's second half alone, if asked."""
         nats, tokens = self.by_document(second_half=second_half)
-        return math.exp(nats.sum() / tokens.sum())
+        return float(np.exp(nats.sum() / tokens.sum()))
 
     def by_position(self, bins: int) -> tuple[list[float], list[float]]:
         """Mean position and mean loss in `bins` equal stretches of the windows' length."""
@@ -185,8 +184,11 @@ def score(
     return Scores(contestant, losses, [window.document for window in windows])
 
 
-def recovery(full: Scores, policy: Scores, other: Scores, *, seed: int = 0) -> Recovery:
+def recovery(full: Scores, policy: Scores, other: Scores, *, seed: int = 0) -> Recovery | None:
     """The share of the gap between `policy` and `full` that `other` wins back.
+
+    ``None`` where there is no gap: the policy does as well as the full cache, or so nearly that
+    documents drawn with replacement do not tell.
 
     Parameters
     ----------
@@ -198,12 +200,17 @@ def recovery(full: Scores, policy: Scores, other: Scores, *, seed: int = 0) -> R
     tables = [scores.by_document() for scores in (full, policy, other)]
     count = len(tables[0][0])
 
-    def shares(weights: np.ndarray) -> np.ndarray:
+    def gaps(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The part of the gap won back, and the gap."""
         perplexities = [np.exp((weights @ nats) / (weights @ tokens)) for nats, tokens in tables]
         best, worst, mine = perplexities
-        result: np.ndarray = (worst - mine) / (worst - best)
-        return result
+        return worst - mine, worst - best
 
     drawn = np.random.default_rng(seed).multinomial(count, np.ones(count) / count, size=RESAMPLES)
-    low, high = np.quantile(shares(drawn), [0.025, 0.975])
-    return Recovery(float(shares(np.ones((1, count)))[0]), float(low), float(high))
+    won, gap = gaps(np.concatenate([np.ones((1, count)), drawn]))
+    if not (gap[0] > 0 and np.quantile(gap[1:], 0.025) > 0):
+        return None
+    # The few resamples without a gap say nothing of its share.
+    shares = won[1:][gap[1:] > 0] / gap[1:][gap[1:] > 0]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return Recovery(float(won[0] / gap[0]), float(low), float(high))

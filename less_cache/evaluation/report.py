@@ -3,48 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from .._files import replaced, write_text
+from .._files import json_text, replaced, write_text
 from .comparison import FULL, POLICY, Comparison, Row
 
 COLOURS = {"muted": "#8a8f98", "bad": "#c4572e", "plus": "#d9a441", "good": "#2f7d6b"}
 
 
 def as_table(comparison: Comparison, title: str) -> Table:
-    """The comparison for the terminal."""
-    table = Table(title=title, title_justify="left")
+    """The comparison for the terminal, of at most 80 columns where names are short."""
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("cache")
-    for column in ("slots", "bytes a sequence", "perplexity", "2nd half", "gap recovered"):
+    for column in ("slots", "bytes a\nsequence", "perplexity", "second\nhalf", "gap\nrecovered"):
         table.add_column(column, justify="right")
     accepted = any(row.accepted is not None for row in comparison.rows)
     if accepted:
-        table.add_column("accepted prefix", justify="right")
+        table.add_column("accepted\nprefix", justify="right")
     for row in comparison.rows:
         cells = [
             row.name,
-            str(row.capacity),
+            row.slots.replace(", ", "\n"),
             f"{row.bytes_per_sequence:,}",
-            f"{row.perplexity:.2f}",
-            f"{row.second_half:.2f}",
-            gap_text(row),
+            f"{row.perplexity:,.2f}",
+            f"{row.second_half:,.2f}",
+            gap_text(row).replace(" (", "\n("),
         ]
         if accepted:
             cells.append("" if row.accepted is None else f"{row.accepted:.1f}")
-        table.add_row(*cells)
+        # As text: a name may look like markup.
+        table.add_row(*map(Text, cells))
     return table
 
 
 def gap_text(row: Row) -> str:
     """The recovered share with its interval, as text."""
-    if row.recovery is None:
+    if row.name in (FULL, POLICY):
         return ""
+    if row.recovery is None:
+        return "no gap"
     share = row.recovery
     return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def check_can_draw() -> None:
+    """Refuse to begin what would end in pictures that cannot be drawn.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("report: needs matplotlib: install less_cache[train]")
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -55,12 +72,15 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def save_report(comparison: Comparison, folder: Path, title: str) -> None:
-    """Write ``comparison.json``, ``positions.png`` and ``recovery.png`` into a folder."""
-    write_text(folder / "comparison.json", json.dumps(as_json(comparison), indent=2) + "\n")
+def save_report(comparison: Comparison, folder: Path, title: str) -> list[Path]:
+    """Write the comparison as JSON and as two pictures into a folder; the files' paths."""
+    written = [folder / "comparison.json"]
+    write_text(written[0], json_text(as_json(comparison), indent=2) + "\n")
     for name, draw in (("positions", draw_positions), ("recovery", draw_recovery)):
-        with replaced(folder / f"{name}.png") as temporary:
+        written.append(folder / f"{name}.png")
+        with replaced(written[-1]) as temporary:
             draw(comparison, title).savefig(temporary, format="png", dpi=130)
+    return written
 
 
 def _colour(name: str) -> str:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["Document", "held_out_documents", "load", "path", "training_documents"]
+NAME = "less_cache reference model"
+"""What maps for it call it."""
+
+__all__ = ["NAME", "Document", "held_out_documents", "load", "path", "training_documents"]
 
 
 def path() -> Path:

@@ -72,7 +72,9 @@ def shipped(policy: str, share: float, method: str = END_TO_END) -> "FeatureMaps
 
     folder = FOLDER / Target(policy, share).name / method
     if not folder.is_dir():
-        there = sorted(str(path.parent.relative_to(FOLDER)) for path in FOLDER.glob("*/*/*.json"))
+        there = sorted(
+            str(path.parent.relative_to(FOLDER)) for path in FOLDER.glob("*/*/*.safetensors")
+        )
         raise ValueError(
             f"policy, share, method: no maps ship for {folder.relative_to(FOLDER)}, "
             f"only for {', '.join(there)}"
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train from the command line; the same command resumes a run that was stopped."""
     import torch
 
-    from less_cache.reference_model import load
+    from less_cache.reference_model import NAME, load
     from less_cache.training import DistillRecipe, Recipe, distill, train
 
     parser = argparse.ArgumentParser(description="Train the reference model's feature maps.")
@@ -185,13 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     windows = training_windows(options.sequences + together.steps * together.batch)
     tokens, fresh = windows[: options.sequences], windows[options.sequences :]
     held = tokens[-together.validation :]
-    name = "less_cache reference model"
     for target in TARGETS:
         if options.only not in (None, target.name):
             continue
         config = config_for(target)
         runs = options.out / target.name
-        per_layer = train(model, tokens, config, recipe, runs / PER_LAYER, model_id=name)
+        per_layer = train(model, tokens, config, recipe, runs / PER_LAYER, model_id=NAME)
         if per_layer is None:
             raise AssertionError("all layers are trained in one run")
         end_to_end = distill(

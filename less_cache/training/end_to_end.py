@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .._checks import check_int, check_real
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps, LayerMaps
+from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..integrations.transformers.teacher_forcing import small_cache_logits
 from .recipe import generator
 from .runs import (
@@ -29,6 +30,7 @@ from .runs import (
     digest_tokens,
     load_checkpoint,
     load_optimizer,
+    model_digest,
     optimizer_tensors,
     save_checkpoint,
 )
@@ -129,8 +131,8 @@ def distill(
     Raises
     ------
     ValueError
-        If the maps do not fit the config, the tokens are too few or too short, or `out` holds a
-        run with other settings.
+        If config, maps and model do not fit each other, the tokens are too few or too short, `out`
+        holds a run with other settings, or the loss becomes infinite.
     """
     maps.check_against(config)
     if len(tokens) < recipe.validation + recipe.batch:
@@ -138,12 +140,18 @@ def distill(
             f"tokens: got {len(tokens)} sequences, "
             f"expected at least {recipe.validation + recipe.batch}"
         )
-    if tokens.shape[1] <= max(config.capacities):
+    check_model(model)
+    check_fit(model, attention_modules(model), config)
+    for policy in config.policies:
+        if not policy.evicts:
+            raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to fit")
+    if tokens.shape[1] <= (least := _least(config)):
         raise ValueError(
-            f"tokens: sequences of {tokens.shape[1]} lose nothing to a capacity of "
-            f"{max(config.capacities)}; expected longer ones"
+            f"tokens: sequences of {tokens.shape[1]} lose nothing to a capacity of {least}; "
+            "expected longer ones"
         )
     settings = {
+        "model_sha256": model_digest(model),
         "config": config.to_dict(),
         "distill": dataclasses.asdict(recipe),
         "start": maps.digest,
@@ -155,22 +163,28 @@ def distill(
     path = out / "checkpoint.safetensors"
     step = run.restore(path)
     log = Log(out / "log.jsonl", step)
-    saved = time.monotonic()
+    saved, diverged = time.monotonic(), False
     bar = tqdm(total=recipe.steps, initial=step, desc="distill", unit="step", disable=not progress)
     if step == 0:
         log.write(step=0, validation=run.validate())
     with bar:
-        while step < recipe.steps:
+        while step < recipe.steps and not diverged:
             loss = run.step(step)
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", best=f"{run.best_loss:.4f}")
+            diverged = not math.isfinite(loss)
             if step % recipe.validate_every == 0 or step == recipe.steps:
                 log.write(step=step, train=loss, validation=run.validate())
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 run.save(path, step)
                 saved = time.monotonic()
     run.save(path, step)
+    if diverged or not math.isfinite(run.best_loss):
+        raise ValueError(
+            f"learning_rate: got {recipe.learning_rate}, with which the loss was no number any "
+            f"more after step {step}; take a smaller one"
+        )
     record = {
         **maps.record,
         "method": "per layer, then end to end",
@@ -181,6 +195,11 @@ def distill(
     fitted = FeatureMaps(best, model_id=maps.model_id, record=record)
     fitted.save_pretrained(out)
     return fitted
+
+
+def _least(config: CacheConfig) -> int:
+    """The fewest slots of any head of any layer: before that nothing is lost."""
+    return min(min(capacities) for capacities in config.capacities)
 
 
 class _Distillation:
@@ -197,7 +216,7 @@ class _Distillation:
         self.model, self.config, self.recipe = model, config, recipe
         self.training = tokens[: -recipe.validation]
         self.held = tokens[-recipe.validation :]
-        self.past = min(config.capacities)
+        self.past = _least(config)
         self.layers = [
             {
                 name: t.detach().clone().float().to(model.device).requires_grad_()
@@ -284,5 +303,6 @@ class _Distillation:
                     parameter.copy_(tensors[f"now.{i}.{name}"])
                     self.best[i][name] = tensors[f"best.{i}.{name}"].to(parameter.device)
         load_optimizer(self.optimizer, tensors)
-        self.best_loss = facts["best_loss"]
+        best = facts["best_loss"]
+        self.best_loss = float("inf") if best is None else best
         return int(facts["step"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps
+from ..feature_maps import LayerMaps, tensor_shapes, untrained_layer
 from ..layer_config import LayerConfig
 from ..teacher_forced import attend
 from .collect import LayerData
@@ -21,6 +23,8 @@ from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_
 
 SAVE_EVERY_SECONDS = 60.0
 VALIDATION_ROWS = 128
+NUMBERS_A_PARAMETER = 5
+"""Kept while a layer is fitted: itself, the best one, its gradient and Adam's two."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,24 @@ def fit_layer(
     Raises
     ------
     ValueError
-        If there are too few sequences, or none is longer than the capacity.
+        If the maps cannot be fitted (`check_can_fit`), or no epoch ends in a finite error.
     """
+    check_can_fit(spec, data.k.shape[0], data.k.shape[2], recipe, layer)
     fit = _Fit(spec, data, recipe, layer)
     path = folder / "checkpoint.safetensors"
     step = fit.restore(path)
     log = Log(folder / "log.jsonl", step)
     total = recipe.epochs * fit.steps_per_epoch
-    saved = time.monotonic()
+    saved, diverged = time.monotonic(), False
     bar = tqdm(
         total=total, initial=step, desc=f"layer {layer}: fit", unit="step", disable=not progress
     )
     with bar:
-        while step < total and not fit.finished:
+        while step < total and not fit.finished and not diverged:
             loss = fit.step(step)
             step += 1
             bar.update()
+            diverged = not math.isfinite(loss)
             if step % fit.steps_per_epoch == 0:
                 error = fit.validate()
                 log.write(
@@ -107,7 +113,79 @@ def fit_layer(
                 fit.save(path, step)
                 saved = time.monotonic()
     fit.save(path, step)
+    if not math.isfinite(fit.best_error):
+        raise ValueError(
+            f"learning_rate: got {recipe.learning_rate}, with which the fit of layer {layer} came "
+            "to no finite error; take a smaller one"
+        )
+    if diverged:
+        warnings.warn(
+            f"layer {layer}: the fit diverged at step {step}; the maps of its best epoch are kept",
+            stacklevel=2,
+        )
     return LayerMaps(recipe.kind, fit.best)
+
+
+def check_can_fit(
+    spec: LayerConfig, sequences: int, tokens: int, recipe: Recipe, layer: int
+) -> None:
+    """Refuse what cannot be fitted before anything is computed or written.
+
+    Parameters
+    ----------
+    spec
+        The layer's shapes.
+    sequences, tokens
+        How much text there is: sequences of so many tokens each.
+    recipe
+        The numbers.
+    layer
+        Its number, for messages.
+
+    Raises
+    ------
+    ValueError
+        If there are too few sequences, nothing is evicted from them, or the maps are too large
+        for this machine.
+    """
+    if not spec.policy.evicts:
+        raise ValueError(f"policy: {spec.policy} evicts nothing, so there is nothing to fit")
+    held = recipe.held_out(sequences)
+    if sequences - held < recipe.batch:
+        raise ValueError(
+            f"tokens: got {sequences} sequences, expected at least {recipe.batch + held}"
+        )
+    if tokens <= min(spec.capacities):
+        raise ValueError(
+            f"tokens: sequences of {tokens} lose nothing to a capacity of {min(spec.capacities)}, "
+            f"layer {layer}'s; expected longer ones"
+        )
+    shapes = _shapes(spec, recipe)
+    needed = 4 * NUMBERS_A_PARAMETER * sum(math.prod(shape) for shape in shapes.values())
+    if needed > (available := _memory()):
+        raise ValueError(
+            f"rank, hidden: got {spec.rank} and {recipe.hidden}, with which a layer takes "
+            f"{needed / 1e9:,.0f} GB while it is fitted; this machine has {available / 1e9:,.0f} GB"
+        )
+
+
+def _shapes(spec: LayerConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    return tensor_shapes(
+        recipe.kind,
+        query_heads=spec.query_heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        hidden=recipe.hidden,
+        rank=spec.rank,
+    )
+
+
+def _memory() -> float:
+    """Bytes of memory that the machine has; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 class _Fit:
@@ -115,34 +193,15 @@ class _Fit:
 
     def __init__(self, spec: LayerConfig, data: LayerData, recipe: Recipe, layer: int) -> None:
         count, _, tokens, _ = data.k.shape
-        self.validation = max(1, round(count * recipe.validation))
+        self.validation = recipe.held_out(count)
         self.training = count - self.validation
-        if self.training < recipe.batch:
-            raise ValueError(
-                f"tokens: got {count} sequences, expected at least {recipe.batch + self.validation}"
-            )
-        if tokens <= spec.capacity:
-            raise ValueError(
-                f"tokens: sequences of {tokens} lose nothing to a capacity of {spec.capacity}; "
-                "expected longer ones"
-            )
         self.spec, self.data, self.recipe, self.layer = spec, data, recipe, layer
-        self.past = torch.arange(spec.capacity, tokens)
+        # Before that no head has lost anything.
+        self.past = torch.arange(min(spec.capacities), tokens)
         self.steps_per_epoch = self.training // recipe.batch
-        shapes = CacheConfig(
-            num_layers=1,
-            query_heads=spec.query_heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            capacity=spec.capacity,
-            policy=spec.policy,
-            rank=spec.rank,
-        )
         draws = generator(recipe.seed, layer, "weights")
-        maps = FeatureMaps.initialise(
-            shapes, kind=recipe.kind, hidden=recipe.hidden, generator=draws
-        )
-        self.tensors = {name: t.requires_grad_() for name, t in maps[0].tensors.items()}
+        maps = untrained_layer(recipe.kind, _shapes(spec, recipe), draws)
+        self.tensors = {name: t.requires_grad_() for name, t in maps.tensors.items()}
         self.optimizer = torch.optim.Adam(self.tensors.values(), lr=recipe.learning_rate)
         self.best = {name: t.detach().clone() for name, t in self.tensors.items()}
         self.best_error = float("inf")
@@ -150,6 +209,11 @@ class _Fit:
         stride = max(1, len(self.past) // VALIDATION_ROWS)
         self.validation_rows = self.past[::stride]
         self.policy_error = self._error(None)
+        if not self.policy_error > 0:
+            raise ValueError(
+                f"policy: {spec.policy} makes an error of {self.policy_error} in layer {layer}, so "
+                "there is nothing to fit"
+            )
 
     @property
     def finished(self) -> bool:
@@ -224,5 +288,6 @@ class _Fit:
                 parameter.copy_(tensors[f"now.{name}"])
                 self.best[name] = tensors[f"best.{name}"]
         load_optimizer(self.optimizer, tensors)
-        self.best_error, self.stale = facts["best_error"], facts["stale"]
+        best, self.stale = facts["best_error"], facts["stale"]
+        self.best_error = float("inf") if best is None else best
         return int(facts["step"])

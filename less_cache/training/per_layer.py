@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from .._checks import check_int
+from .._files import is_left_behind, owner_tag
 from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps
+from ..feature_maps import FeatureMaps, LayerMaps, public_name
+from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from .collect import collect_layer
-from .layer import fit_layer
+from .layer import check_can_fit, fit_layer
 from .recipe import Recipe
-from .runs import Log, claim, digest_tokens, load_checkpoint, save_checkpoint
+from .runs import (
+    Log,
+    claim,
+    differences,
+    digest_tokens,
+    load_checkpoint,
+    model_digest,
+    read_settings,
+    save_checkpoint,
+)
 
 
 def train(
@@ -75,33 +88,50 @@ def train(
     if config.rank == 0:
         raise ValueError("config: rank is 0, expected a rank above 0: there is nothing to fit")
     chosen = list(range(config.num_layers)) if layers is None else list(layers)
+    check_int("batch", batch, minimum=1)
+    check_model(model)
+    check_fit(model, attention_modules(model), config)
+    sequences, length = tokens.shape
     for layer in chosen:
-        config.layer(layer)
-    claim(out, run_settings(config, recipe, tokens, model_id))
+        check_can_fit(config.layer(layer), sequences, length, recipe, layer)
+    claim(out, run_settings(model, config, recipe, tokens, model_id))
     for layer in chosen:
         folder = layer_folder(out, layer)
-        if (folder / "maps.safetensors").exists():
-            continue
         spec = config.layer(layer)
-        scratch = folder / "data" if data_on_disk else None
-        data = collect_layer(
-            model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
-        )
-        maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
+        with _scratch(folder) if data_on_disk else nullcontext() as scratch:
+            if (folder / "maps.safetensors").exists():
+                continue
+            data = collect_layer(
+                model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
+            )
+            maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
         save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
-        if scratch is not None:
-            shutil.rmtree(scratch)
     if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
         return merge([out], out)
     return None
 
 
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder of this process alone, gone in the end, as are those of processes that died."""
+    for left in folder.glob("data.*"):
+        if is_left_behind(left.name.removeprefix("data.")):
+            shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"data.{owner_tag()}.", dir=folder))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch)
+
+
 def run_settings(
-    config: CacheConfig, recipe: Recipe, tokens: Tensor, model_id: str | None
+    model: Any, config: CacheConfig, recipe: Recipe, tokens: Tensor, model_id: str | None
 ) -> dict[str, Any]:
     """What makes two runs the same, as JSON-ready data."""
     return {
-        "model_id": model_id,
+        "model_id": public_name(model_id),
+        "model_sha256": model_digest(model),
         "config": config.to_dict(),
         "recipe": recipe.to_dict(),
         "sequences": list(tokens.shape),
@@ -132,8 +162,6 @@ def merge(folders: Sequence[Path], out: Path) -> FeatureMaps:
     ValueError
         If the runs' settings differ.
     """
-    import json
-
     runs = []
     for folder in folders:
         path = folder / "run.json"
@@ -141,11 +169,13 @@ def merge(folders: Sequence[Path], out: Path) -> FeatureMaps:
             raise FileNotFoundError(
                 f"folders: {folder} holds no run.json, so it is no run's folder"
             )
-        runs.append(json.loads(path.read_text(encoding="utf-8")))
+        runs.append(read_settings(path))
     settings = runs[0]
     for folder, run in zip(folders, runs, strict=True):
-        if wrong := sorted(k for k in settings if run.get(k) != settings[k]):
-            raise ValueError(f"folders: {folder} and {folders[0]} differ in {', '.join(wrong)}")
+        if told := differences(run, settings):
+            raise ValueError(
+                f"folders: {folder} (there) and {folders[0]} (now) have other settings: {told}"
+            )
     layers, errors = [], []
     for layer in range(settings["config"]["num_layers"]):
         holders = [
@@ -157,9 +187,10 @@ def merge(folders: Sequence[Path], out: Path) -> FeatureMaps:
             raise FileNotFoundError(
                 f"folders: layer {layer} is in none of {list(map(str, folders))}"
             )
-        layers.append(
-            LayerMaps(settings["recipe"]["kind"], load_file(str(holders[0] / "maps.safetensors")))
-        )
+        fitted = load_checkpoint(holders[0] / "maps.safetensors")
+        if fitted is None:
+            raise FileNotFoundError(f"folders: {holders[0]} lost its maps meanwhile")
+        layers.append(LayerMaps(settings["recipe"]["kind"], fitted[0]))
         found = load_checkpoint(holders[0] / "checkpoint.safetensors")
         errors.append(found[1]["best_error"] if found else None)
     record = {

@@ -82,6 +82,10 @@ class Recipe:
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * 0.5 ** (step // steps_per_epoch // self.halve_every)
 
+    def held_out(self, sequences: int) -> int:
+        """How many of so many sequences are kept for validation."""
+        return max(1, round(sequences * self.validation))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready data."""
         return dataclasses.asdict(self)

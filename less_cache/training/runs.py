@@ -9,17 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import replaced, write_text
+from .._files import json_text, write_text
+from .._tensor_files import read_tensors, write_tensors
+
+SAMPLED = 1024
+"""Numbers of a parameter that tell models apart."""
 
 
 def digest_tokens(tokens: Tensor) -> str:
     """SHA-256 of token ids and their shape."""
     digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
     digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: Any) -> str:
+    """SHA-256 of a model's parameters: names, shapes, and some numbers of each.
+
+    Enough to tell models apart, and quick where hashing all of a large one would not be.
+    """
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        numbers = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -33,22 +49,55 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path = folder / "run.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(settings))
-        if wrong := sorted(
-            k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)
-        ):
-            told = ", ".join(f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in wrong)
-            raise ValueError(f"out: {folder} holds a run with other settings ({told})")
+        found = read_settings(path)
+        wanted = json.loads(json_text(settings))
+        if told := differences(found, wanted):
+            raise ValueError(f"out: {folder} holds a run with other settings: {told}")
         return
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    write_text(path, json_text(settings, indent=2) + "\n")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `claim` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: damaged, holds no settings")
+    return settings
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In words what differs between two runs' settings; "" where nothing does."""
+    there, now = _flat(found), _flat(wanted)
+    told = []
+    for name in sorted(there.keys() | now.keys()):
+        if there.get(name) != now.get(name):
+            values = f": {there.get(name)!r} there, {now.get(name)!r} now"
+            told.append(name + (values if len(values) < 80 else " differs"))
+    return ", ".join(told)
+
+
+def _flat(data: Any, name: str = "") -> dict[str, Any]:
+    # What all layers agree on is told once.
+    if isinstance(data, list) and data and all(entry == data[0] for entry in data):
+        data = data[0]
+    if not isinstance(data, Mapping):
+        return {name: data}
+    parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in data.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and JSON-ready facts as one safetensors file, by way of a temporary name."""
-    with replaced(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, str(temporary), metadata={"facts": json.dumps(dict(facts))})
+    write_tensors(path, tensors, {"facts": json_text(facts)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -61,12 +110,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     """
     if not path.exists():
         return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or no checkpoint: {error}") from None
+    header, tensors = read_tensors(path)
+    if "facts" not in header:
+        raise ValueError(f"{path}: damaged or no checkpoint: its header has no facts")
+    return tensors, json.loads(header["facts"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -110,8 +157,9 @@ class Log:
     def write(self, **facts: Any) -> None:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+            file.write(json_text(facts) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        """One entry a step: two processes that share a folder write the same lines twice."""
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return [*{entry["step"]: entry for entry in lines}.values()]

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from exporters.onnx import OnnxDecoder
 from less_cache.cli import app
-from less_cache.cli_export import export
+from less_cache.cli.export import export
 
 
 def test_the_shipped_model_is_one_command_away(tmp_path):

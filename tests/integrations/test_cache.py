@@ -1,9 +1,12 @@
 """`LessCache` by itself: rows, reset, snapshots, and what it cannot do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import less_cache as lc
+from less_cache.integrations.transformers import saving
 from tests.integrations.models import build, full, less, model_of, prompts
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -106,9 +109,9 @@ def test_snapshots_that_do_not_fit(tmp_path):
     mixed = tmp_path / "one" / "state.safetensors"
     mixed.write_bytes((tmp_path / "two" / "state.safetensors").read_bytes())
     with lc.attach(model, config, maps) as handle:
-        with pytest.raises(ValueError, match="does not belong to"):
+        with pytest.raises(FileNotFoundError, match="belongs to"):
             handle.load_cache(tmp_path / "one")
-        layers = tmp_path / "two" / "layers.safetensors"
+        (layers,) = (tmp_path / "two").glob("layers.*")
         layers.write_bytes(layers.read_bytes()[:-7])
         with pytest.raises(ValueError, match="truncated"):
             handle.load_cache(tmp_path / "two")
@@ -117,6 +120,41 @@ def test_snapshots_that_do_not_fit(tmp_path):
         pytest.raises(ValueError, match="another config"),
     ):
         handle.load_cache(tmp_path / "two")
+
+
+@pytest.mark.parametrize("step", ["layers", "state"])
+def test_a_save_that_broke_off_leaves_the_old_one(tmp_path, monkeypatch, step):
+    model = model_of("gemma2")
+    config, maps = less(model)
+    with lc.attach(model, config, maps) as handle:
+        cache, _ = filled(model, handle)
+        cache.save(tmp_path)
+        continued(model, cache, [0, 1, 2])
+
+        def broken(*given):
+            raise OSError("disk full")
+
+        if step == "layers":
+            monkeypatch.setattr(saving, "write_tensors", broken)
+        else:
+            monkeypatch.setattr(Path, "replace", killed_at_the_last_rename(Path.replace))
+        with pytest.raises(OSError, match="disk full"):
+            cache.save(tmp_path)
+        monkeypatch.undo()
+        assert handle.load_cache(tmp_path).get_seq_length() == 9
+        cache.save(tmp_path)
+        assert handle.load_cache(tmp_path).get_seq_length() == 11
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def killed_at_the_last_rename(replace):
+    def broken(self, target):
+        # Both files are there by then; only the snapshot has not got its name yet.
+        if target.name == saving.STATE_FILE:
+            raise OSError("disk full")
+        return replace(self, target)
+
+    return broken
 
 
 def test_no_rollback():

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...arrays import EMPTY
+from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
 from . import prompt
-from .maps import JoinedMaps
 from .maths import INFINITY, log_mass_of, scaled, with_low_rank
 from .slots import RunSlots
 
@@ -29,7 +29,7 @@ def fastest(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
 def on_a_cpu(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -81,7 +81,7 @@ def on_a_cpu(
 def in_blocks(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     q: Tensor,
     keys: Tensor,
     values: Tensor,

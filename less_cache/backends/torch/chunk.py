@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...arrays import EMPTY
+from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
 from ...policies import Gain
 from . import attention
-from .maps import JoinedMaps
 from .maths import (
     INFINITY,
     choose_slot,
@@ -33,7 +33,7 @@ Attention = Callable[..., tuple[Tensor, Tensor]]
 def attend(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,7 +129,7 @@ def attend(
 def _evict_one(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     lengths: Tensor,
     incoming: Tensor,
 ) -> None:

@@ -45,7 +45,7 @@ def attend(
         out = torch_chunk.attend(
             run.layer,
             held,
-            own_maps,  # type: ignore[arg-type]  # of maps it calls phi and psi alone
+            own_maps,
             q[:, run.query_heads],
             k[:, run.kv_heads],
             v[:, run.kv_heads],

@@ -15,6 +15,7 @@ from ...config import CacheConfig
 from ...manager import CacheManager
 from ...state import CacheState
 from ..introspection import full_attention_layers
+from .saving import load_cache, save_cache
 
 ROLLBACK = (
     "{name}: not supported by LessCache, which cannot take tokens back: what it evicted is merged "
@@ -271,6 +272,8 @@ class LessCache(Cache):  # type: ignore[misc]
     def save(self, folder: str | Path) -> None:
         """Write the cache into a folder; `Attachment.load_cache` reads it back.
 
+        Whoever reads meanwhile, or after a crash, finds the cache that was there or this one.
+
         Parameters
         ----------
         folder
@@ -281,9 +284,13 @@ class LessCache(Cache):  # type: ignore[misc]
         ValueError
             If the cache has seen no tokens yet.
         """
-        from .saving import save_cache
-
-        save_cache(self, Path(folder))
+        if self.state is None:
+            raise ValueError("cache: has seen no tokens yet, so there is nothing to save")
+        sliding = {}
+        for i, layer in self.sliding_layers.items():
+            sliding[f"{i}.keys"], sliding[f"{i}.values"] = layer.keys, layer.values
+        seen = [self.get_seq_length(i) for i in range(len(self))]
+        save_cache(Path(folder), self.state, sliding, seen)
 
     @classmethod
     def load(
@@ -307,6 +314,22 @@ class LessCache(Cache):  # type: ignore[misc]
         ValueError
             If one is damaged, or was made with another config, other maps or another model.
         """
-        from .saving import load_cache
-
-        return load_cache(cls(manager, model_config), Path(folder), device)
+        cache = cls(manager, model_config)
+        state, saved = load_cache(Path(folder), lambda path: manager.load(path, device=device))
+        own = cache.sliding_layers
+        wanted = {f"{i}.{name}" for i in own for name in ("keys", "values")}
+        if len(saved.seen) != len(cache) or set(saved.sliding) != wanted:
+            raise ValueError(
+                f"{saved.path}: made for {len(saved.seen)} layers, of which "
+                f"{sorted(saved.sliding)} slide; the model has {len(cache)}, of which "
+                f"{sorted(wanted)} slide"
+            )
+        for i, layer in own.items():
+            keys, values = (saved.sliding[f"{i}.{name}"].to(device) for name in ("keys", "values"))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, saved.seen[i]
+        for layer, count in zip(cache.layers, saved.seen, strict=True):
+            if isinstance(layer, LessLayer):
+                layer.seen = count
+        cache.adopt(state)
+        return cache

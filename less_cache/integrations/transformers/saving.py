@@ -1,76 +1,93 @@
-"""A `LessCache` in a folder: the state's snapshot, and what only transformers needs beside it."""
+"""A transformers cache in a folder: the state's snapshot, and what only transformers has beside it.
+
+The snapshot is the one that counts. The other file is named after it and is there before it, so
+that a save takes effect in one step: when the snapshot gets its name.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ..._files import replaced
-from .cache import LessCache, LessLayer
+from ..._tensor_files import DIGEST, read_tensors, write_tensors
+from ...state import CacheState
 
-FORMAT = "less_cache.transformers.1"
+FORMAT = "less_cache.transformers.2"
 STATE_FILE = "state.safetensors"
-LAYERS_FILE = "layers.safetensors"
+LAYERS_FILES = "layers.*.safetensors"
 
 
-def save_cache(cache: LessCache, folder: Path) -> None:
-    """Write `cache`; see `LessCache.save`."""
-    if cache.state is None:
-        raise ValueError("cache: has seen no tokens yet, so there is nothing to save")
-    tensors = {}
-    for i, layer in cache.sliding_layers.items():
-        tensors[f"{i}.keys"] = layer.keys.detach().cpu().contiguous()
-        tensors[f"{i}.values"] = layer.values.detach().cpu().contiguous()
-    cache.state.save(folder / STATE_FILE)
-    header = {
-        "format": FORMAT,
-        "seen": json.dumps([cache.get_seq_length(i) for i in range(len(cache))]),
-        # The two files are written one after the other; this tells whether they belong together.
-        "state": _digest(folder / STATE_FILE),
-    }
-    with replaced(folder / LAYERS_FILE) as temporary:
-        save_file(tensors, str(temporary), metadata=header)
+@dataclass(frozen=True)
+class SavedLayers:
+    """What lies beside the snapshot.
+
+    Parameters
+    ----------
+    sliding
+        Keys and values of the sliding-window layers, ``"0.keys"``, ``"0.values"``, ...
+    seen
+        Tokens that each layer of the model has seen, padding included.
+    path
+        The file, for messages.
+    """
+
+    sliding: dict[str, Tensor]
+    seen: list[int]
+    path: Path
 
 
-def load_cache(cache: LessCache, folder: Path, device: Any) -> LessCache:
-    """Fill the empty `cache` from `folder`; see `LessCache.load`."""
-    state = cache.manager.load(folder / STATE_FILE, device=device)
-    path = folder / LAYERS_FILE
+def save_cache(
+    folder: Path, state: CacheState, sliding: Mapping[str, Tensor], seen: Sequence[int]
+) -> None:
+    """Write a cache in place of the one that `folder` holds; see `SavedLayers`."""
+    with replaced(folder / STATE_FILE) as temporary:
+        state.save(temporary)
+        digest = read_tensors(temporary)[0][DIGEST]
+        beside = layers_file(folder, digest)
+        header = {"format": FORMAT, "state": digest, "seen": json.dumps([*seen])}
+        write_tensors(beside, sliding, header)
+    for old in folder.glob(LAYERS_FILES):
+        if old != beside:
+            old.unlink(missing_ok=True)
+
+
+def load_cache(
+    folder: Path, load_state: Callable[[Path], CacheState]
+) -> tuple[CacheState, SavedLayers]:
+    """Read what `save_cache` wrote.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    load_state
+        Reads the snapshot.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If one is damaged.
+    """
+    state = load_state(folder / STATE_FILE)
+    digest = read_tensors(folder / STATE_FILE)[0][DIGEST]
+    path = layers_file(folder, digest)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file: {error}") from None
-    if header.get("format") != FORMAT:
+        raise FileNotFoundError(f"{path}: no such file, which belongs to {STATE_FILE} beside it")
+    header, sliding = read_tensors(path)
+    if header.get("format") != FORMAT or DIGEST not in header:
         raise ValueError(f"{path}: got format {header.get('format')!r}, expected {FORMAT!r}")
-    if header["state"] != _digest(folder / STATE_FILE):
+    if header["state"] != digest:
         raise ValueError(f"{path}: does not belong to the {STATE_FILE} beside it")
-    seen = json.loads(header["seen"])
-    sliding = cache.sliding_layers
-    wanted = {f"{i}.{name}" for i in sliding for name in ("keys", "values")}
-    if len(seen) != len(cache) or set(tensors) != wanted:
-        raise ValueError(
-            f"{path}: made for {len(seen)} layers, of which {sorted(tensors)} slide; the model has "
-            f"{len(cache)}, of which {sorted(wanted)} slide"
-        )
-    for i, layer in sliding.items():
-        keys, values = (tensors[f"{i}.{name}"].to(device) for name in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values, layer.cumulative_length = keys, values, seen[i]
-    for layer, count in zip(cache.layers, seen, strict=True):
-        if isinstance(layer, LessLayer):
-            layer.seen = count
-    cache.adopt(state)
-    return cache
+    return state, SavedLayers(sliding, json.loads(header["seen"]), path)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def layers_file(folder: Path, digest: str) -> Path:
+    """What lies beside the snapshot of that digest."""
+    return folder / LAYERS_FILES.replace("*", digest[:16])

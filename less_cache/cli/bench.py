@@ -8,19 +8,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .options import parse_capacity
+
 
 def bench(
-    context: Annotated[int, typer.Option(help="Tokens that the full cache holds.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 8,
-    query_heads: Annotated[int, typer.Option(help="Of the layer.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Of the layer.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Of the layer.")] = 128,
-    share: Annotated[float, typer.Option(help="Capacity, as a share of the context.")] = 0.05,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that the full cache holds.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
+    query_heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 128,
+    capacity: Annotated[
+        str,
+        typer.Option(
+            help="Slots a head (52), a share of the context (0.05), or a JSON list of "
+            "one a KV head."
+        ),
+    ] = "0.05",
 ) -> None:
     """Time one layer's decode step on every backend that this machine can run."""
     import torch
 
-    from .evaluation.bench import bench_layer
+    from ..evaluation.bench import bench_layer
 
     timings = bench_layer(
         context=context,
@@ -28,7 +36,7 @@ def bench(
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        share=share,
+        capacity=parse_capacity(capacity),
     )
     title = (
         f"One layer, one step: {context} tokens, batch {batch}, {torch.get_num_threads()} threads"

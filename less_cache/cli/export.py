@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .._checks import check_choice
+from .loading import check_config, check_machine, config_for, load_model
+from .options import SHIPPED, CapacityOption, ModelOption, PolicyOption, check_out, named_maps
+from .telling import say
+
 export = typer.Typer(no_args_is_help=True, help="Write a model with its cache for other runtimes.")
 
 
@@ -18,18 +23,15 @@ def _formats() -> None:
 @export.command()
 def onnx(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the model, or 'reference': the shipped one.")
-    ] = "reference",
+    model: ModelOption = SHIPPED,
     maps: Annotated[
-        Path | None, typer.Option(help="Folder of feature maps; without: the policy alone, rank 0.")
+        str | None,
+        typer.Option(
+            help="FOLDER, or NAME=FOLDER, of feature maps; without: the policy alone, rank 0."
+        ),
     ] = None,
-    capacity: Annotated[
-        str, typer.Option(help="Slots a head (52), or a share of the model's positions (0.05, 5%).")
-    ] = "0.05",
-    policy: Annotated[
-        str, typer.Option(help="h2o, sinkwindow, tova, ... with fields; full: no eviction.")
-    ] = "h2o",
+    capacity: CapacityOption = "0.05",
+    policy: PolicyOption = "h2o",
     dtype: Annotated[str, typer.Option(help="float32, float16; bfloat16: TensorRT.")] = "float32",
     opset: Annotated[int, typer.Option(help="Of ONNX: 20 to 23.")] = 23,
     layout: Annotated[
@@ -41,24 +43,23 @@ def onnx(
     ] = False,
 ) -> None:
     """Write one ONNX file for prompts, steps and later turns, and its weights beside it."""
-    from ._checks import check_choice
-    from .cli import _config, _load_model, console
-    from .feature_maps import FeatureMaps
-
     check_choice("format", layout, ("onnx", "genai"))
     try:
         from exporters.onnx.export import export_decoder
         from exporters.onnx.genai import export_genai
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install less_cache[onnx]") from None
-    read = FeatureMaps.from_pretrained(maps) if maps is not None else None
-    loaded, tokenizer = _load_model(model, "cpu", dtype)
-    rank = read[0].rank if read is not None else 0
-    config = _config(loaded, capacity, "fullcache" if policy == "full" else policy, rank)
+    policy = "fullcache" if policy == "full" else policy
+    check_config(capacity, policy)
+    check_machine("cpu", dtype)
+    check_out(out)
+    read = None if maps is None else next(iter(named_maps([maps]).values()))
+    loaded, tokenizer = load_model(model, "cpu", dtype)
+    config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank)
     write = export_genai if layout == "genai" else export_decoder
     write(loaded, config, read, out, dtype=dtype, opset=opset, tokenizer=tokenizer, force=force)
-    console.print(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
-    console.print(f"Written: {out}")
+    say(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
+    say(f"Written: {out}")
 
 
 @export.command()
@@ -92,8 +93,6 @@ def tensorrt(
     """Build a step's and a prompt's TensorRT engine from an exported model. Ctrl-C ends it."""
     from exporters.tensorrt import build_engines
 
-    from .cli import console
-
     build_engines(
         onnx,
         out,
@@ -109,4 +108,4 @@ def tensorrt(
         progress=not verbose,
         verbose=verbose,
     )
-    console.print(f"Written: {out}")
+    say(f"Written: {out}")

@@ -1,0 +1,5 @@
+"""``python -m less_cache.cli``."""
+
+from .main import main
+
+main()

@@ -1,0 +1,204 @@
+"""``less-cache train``, ``distill`` and ``merge``: feature maps for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .loading import (
+    check_config,
+    check_machine,
+    config_for,
+    length_for,
+    load_model,
+    model_name,
+    vocabulary_of,
+)
+from .options import (
+    SHIPPED,
+    CapacityOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    ModelOption,
+    PolicyOption,
+    SequencesOption,
+    check_out,
+    named_maps,
+    parse_layers,
+)
+from .telling import resumable, say
+
+OutOption = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
+
+
+def train(
+    data: DataOption,
+    out: OutOption,
+    model: ModelOption = SHIPPED,
+    capacity: CapacityOption = "0.05",
+    policy: PolicyOption = "h2o",
+    rank: Annotated[int, typer.Option(min=1, help="Rows of the low-rank state.")] = 8,
+    recipe: Annotated[str, typer.Option(help="paper, or fast: exp maps and sampled rows.")] = (
+        "paper"
+    ),
+    kind: Annotated[str | None, typer.Option(help="paper or exp; overrides the recipe.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Query rows a step; overrides.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Overrides the recipe.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without gain before a stop.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+    length: LengthOption = None,
+    sequences: SequencesOption = None,
+    layers: Annotated[str | None, typer.Option(help="Only these: 0:8, or 3.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a pass when collecting.")] = 4,
+    data_on_disk: Annotated[bool, typer.Option(help="Keep a layer's data in files.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fit feature maps to a model, layer by layer."""
+    from ..training import RECIPES, load_tokens
+    from ..training import train as run
+    from ..training.data import read_documents
+
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: got {recipe!r}, expected one of {', '.join(RECIPES)}")
+    changes: dict[str, Any] = {
+        "kind": kind,
+        "hidden": hidden,
+        "epochs": epochs,
+        "rows": rows,
+        "learning_rate": learning_rate,
+        "patience": patience,
+        "seed": seed,
+    }
+    chosen = dataclasses.replace(
+        RECIPES[recipe], **{k: v for k, v in changes.items() if v is not None}
+    )
+    # What needs no model is checked before one is loaded.
+    check_config(capacity, policy)
+    check_out(out)
+    check_machine(device, dtype)
+    documents = read_documents(data)
+    with resumable():
+        loaded, tokenizer = load_model(model, device, dtype)
+        config = config_for(loaded, capacity, policy, rank)
+        part = parse_layers(layers, config.num_layers)
+        tokens = load_tokens(
+            documents,
+            tokenizer,
+            length=length_for(config, length),
+            vocabulary=vocabulary_of(loaded),
+            sequences=sequences,
+        )
+        maps = run(
+            loaded,
+            tokens,
+            config,
+            chosen,
+            out,
+            layers=part,
+            data_on_disk=data_on_disk,
+            batch=batch,
+            model_id=model_name(model),
+        )
+    if maps is None:
+        merged = shlex.join(["less-cache", "merge", str(out), "--out"])
+        say("Layers done; the others are still missing. With the folders of the other parts, then:")
+        say(f"{merged} WHOLE PARTS...")
+    else:
+        _say_errors(maps.record["validation_error_share"])
+        say(f"Maps: {out}. Next:")
+        say(_judge(model, capacity, policy, out))
+
+
+def distill(
+    data: DataOption,
+    maps: Annotated[
+        str, typer.Option(help="FOLDER, or NAME=FOLDER, of the per-layer maps to start from.")
+    ],
+    out: OutOption,
+    model: ModelOption = SHIPPED,
+    capacity: CapacityOption = "0.05",
+    policy: PolicyOption = "h2o",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
+    length: LengthOption = None,
+    sequences: SequencesOption = None,
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+    micro_batch: Annotated[
+        int, typer.Option(min=1, help="Sequences at a time; more take memory.")
+    ] = 1,
+    recompute: Annotated[bool, typer.Option(help="Spend time to save memory.")] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fit all layers' maps together, to the model's logits under the full cache."""
+    from ..training import DistillRecipe, load_tokens
+    from ..training import distill as run
+    from ..training.data import read_documents
+
+    recipe = DistillRecipe(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=seed,
+        micro_batch=micro_batch,
+        recompute=recompute,
+    )
+    check_config(capacity, policy)
+    check_out(out)
+    check_machine(device, dtype)
+    (start,) = named_maps([maps]).values()
+    documents = read_documents(data)
+    with resumable():
+        loaded, tokenizer = load_model(model, device, dtype)
+        config = config_for(loaded, capacity, policy, start[0].rank)
+        tokens = load_tokens(
+            documents,
+            tokenizer,
+            length=length_for(config, length),
+            vocabulary=vocabulary_of(loaded),
+            sequences=sequences,
+        )
+        fitted = run(loaded, tokens, config, start, recipe, out)
+    say(f"Validation loss: {fitted.record['validation_loss']:.4f} nats a token")
+    say(f"Maps: {out}. Next:")
+    say(_judge(model, capacity, policy, out))
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs that share settings.")],
+    out: Annotated[Path, typer.Option(help="Where the maps are written.")],
+) -> None:
+    """Put layers that were fitted in several runs together."""
+    from ..training import merge as run
+
+    check_out(out)
+    maps = run(folders, out)
+    _say_errors(maps.record["validation_error_share"])
+    say(f"Maps: {out}")
+
+
+def _judge(model: str, capacity: str, policy: str, out: Path) -> str:
+    """The command that judges these maps."""
+    options = {
+        "--model": model,
+        "--capacity": capacity,
+        "--policy": policy,
+        "--maps": f"LESS={out}",
+    }
+    return shlex.join(["less-cache", "eval", *(word for pair in options.items() for word in pair)])
+
+
+def _say_errors(shares: list[float | None]) -> None:
+    told = ("?" if share is None else f"{share:.2f}" for share in shares)
+    layers = ", ".join(f"{layer}: {share}" for layer, share in enumerate(told))
+    say(f"Validation error by layer, as a share of the policy's own: {layers}")

@@ -36,8 +36,8 @@ BLOCKS_A_SPLIT = 8
 SLOTS_A_TILE = {1: 256, 16: 128, 32: 32}
 """Slots that kernel A looks at at a time, by the sequences of a program: none too many to spill."""
 
-SCORES_AT_A_TIME = 256
-"""Slots whose scores kernel B updates at a time."""
+SCORES_A_THREAD = 2
+"""Slots whose scores a thread of kernel B updates at a time."""
 
 ALIGNED_ARRAYS = ("keys", "values", "H")
 """Arrays that are read a vector at a time."""
@@ -183,7 +183,7 @@ def step(
         "BLOCK_G": tile.group,
         "BLOCK_D": tile.head_dim,
         "BLOCK_R": tile.rank,
-        "BLOCK_S": SCORES_AT_A_TIME,
+        "BLOCK_S": SCORES_A_THREAD * 32 * tile.warps,
     }
     own = {"SPLIT": split, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
     programs = batch * layer.kv_heads

@@ -98,7 +98,7 @@ def layouts_of_export(folder: Path) -> list[Layout]:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder has no manifest, or not one that can be read.
+        If the folder has no manifest, or not one that can be read, or a policy without kernels.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -147,6 +147,8 @@ def _product(
 
 def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
     policy = policy_from_dict(layer["policy"])
+    if policy.custom:
+        raise ValueError(f"policy: {policy} has scores of Python code, and no kernels")
     rank = int(layer["rank"])
     group = config.query_heads // config.kv_heads
     return Layout(

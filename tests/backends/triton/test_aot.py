@@ -197,3 +197,24 @@ layouts_of_export(Path(sys.argv[1]))
 """
     result = run(["-c", script, str(tmp_path)], tmp_path)
     assert "not the manifest of an exported model: KeyError('config')" in result.stderr
+
+
+def test_a_policy_without_kernels_is_refused_by_name(tmp_path):
+    config = lc.CacheConfig(1, 2, 2, 64, capacity=9, policy=lc.H2O(), rank=0, dtype="float16")
+    folder = write_manifest(tmp_path / "export", config, [None])
+    script = """
+import dataclasses, sys
+from pathlib import Path
+import less_cache as lc
+from less_cache.backends.triton.aot.layouts import layouts_of_export
+@lc.register_policy
+@dataclasses.dataclass(frozen=True)
+class Mine(lc.Policy):
+    pass
+path = Path(sys.argv[1]) / "less_cache.json"
+path.write_text(path.read_text().replace('"H2O"', '"Mine"'))
+layouts_of_export(path.parent)
+"""
+    result = run(["-c", script, str(folder)], tmp_path)
+    assert "policy: Mine(sinks=0, recent=" in result.stderr
+    assert "has scores of Python code, and no kernels" in result.stderr

@@ -14,6 +14,7 @@ from .blocks import attend_in_blocks
 from .building import Builder, Value
 from .parts import (
     INT_MAX,
+    LATER,
     Layer,
     Values,
     choose_slot,
@@ -223,7 +224,7 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
         state = merge(b, layer, state, maps, (pairs[0], pairs[1]), gone)
     # Oldest first, empty slots last: an order that does not depend on the padding.
     age = b.take(positions, staying)
-    age = b("Where", b("Less", age, b.constant(0, "int32")), b.constant(INT_MAX, "int32"), age)
+    age = b("Where", b("Less", age, b.constant(0, "int32")), b.constant(LATER, "int32"), age)
     staying = b.take(staying, _order(b, age, capacity))
     index = b.spread(staying, config.head_dim)
     held = dict(state)

@@ -15,6 +15,10 @@ from .building import Builder, Value
 
 INT_MAX = int(np.iinfo(np.int32).max)
 
+LATER = 2**31 - 128
+"""A position after every other. OpenVINO may compute a ``Where`` of int32 in float32, where the
+largest int32 would become 2^31, and negative on the way back; this number stays what it is."""
+
 Values = dict[str, Value]
 """A body's inputs, or a state, by the names of `less_cache.ops`."""
 
@@ -65,7 +69,7 @@ def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
     if not policy.evicts:
         return b("ArgMin", positions, axis=2)
     kept = protected(b, layer, positions, seen)
-    last = b.constant(INT_MAX, "int32")
+    last = b.constant(LATER, "int32")
     empty = b.constant(EMPTY, "int32")
     if policy.starts is Start.POSITION and policy.gains is Gain.NONE:
         # The score is the position itself.

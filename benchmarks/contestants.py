@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, LlamaConfig, StaticCache
 
 import less_cache as lc
 from examples.custom_loop import Shape
+from less_cache.arrays import EMPTY
 from less_cache.policies import Policy
-from less_cache.state import EMPTY
 
 
 class Contestant(Protocol):
@@ -79,7 +79,7 @@ class Less:
                 positive.uniform_()
             # Which positions are held makes no difference to a step's cost; a short sequence
             # leaves the slots before its first token empty.
-            layer.positions.copy_(last.clamp_min(EMPTY))
+            layer.positions.copy_(last.clamp_min(EMPTY).repeat(shape.kv_heads))
             layer.length.fill_(context - 1)
 
     @property

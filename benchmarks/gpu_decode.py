@@ -80,9 +80,10 @@ class Less:
                 array.normal_()
             for positive in (layer.scores, layer.H, layer.z):
                 positive.uniform_()
-            slots = layer.positions.shape[2]
-            layer.positions.copy_(torch.arange(slots, device=layer.positions.device))
-            layer.length.fill_(slots)
+            capacity = self.manager.config.layer(0).capacity
+            slots = torch.arange(capacity, device=layer.positions.device)
+            layer.positions.copy_(slots.repeat(self.manager.config.kv_heads))
+            layer.length.fill_(capacity)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, S, D]."""

@@ -27,6 +27,7 @@ def interleaved(
     repeats: int,
     *,
     before: Mapping[str, Callable[[], None]] | None = None,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` times each, in turn: a noisy neighbour then hits them all.
 
@@ -38,9 +39,11 @@ def interleaved(
         How often.
     before
         By name, what to do before each call, untimed.
+    warm_up
+        Untimed rounds before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-WARM_UP, repeats):
+    for turn in range(-warm_up, repeats):
         for name, call in calls.items():
             if before:
                 before[name]()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ Array = Any
 
 EMPTY = -1
 """The position of a slot that holds no pair."""
+
+ARRAYS = ("keys", "values", "scores", "positions", "H", "z", "history")
+"""What a layer's cache consists of, in this order; `history` only for some policies."""
 
 PAGE_ALIGNMENT = 16
 """Each array of a page begins at a multiple of so many bytes, and so does the next page."""
@@ -54,9 +57,22 @@ class LayerArrays:
     H: Array
     z: Array
     history: Array | None = None
+    # Views are asked for in every step, and cost as much as a small operator each.
+    _views: dict[tuple[int, ...], tuple[list[Array], LayerArrays]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def of_run(self, run: Run) -> LayerArrays:
         """The arrays of heads of equal capacity as dense views [P, heads, C, ...] of these."""
+        own = [getattr(self, name) for name in ARRAYS]
+        key = (run.first, run.heads, run.offset, run.layer.slots)
+        known, views = self._views.get(key, (None, None))
+        if views is None or known is None or any(map(operator.is_not, known, own)):
+            views = self._dense(run)
+            self._views[key] = (own, views)
+        return views
+
+    def _dense(self, run: Run) -> LayerArrays:
         shape = (-1, run.heads, run.layer.capacity)
 
         def dense(array: Array) -> Array:
@@ -81,7 +97,7 @@ class LayerArrays:
 
     def named(self) -> dict[str, Array]:
         """The arrays by name, `history` only where there is one."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(LayerArrays)}
+        found = {name: getattr(self, name) for name in ARRAYS}
         return {name: array for name, array in found.items() if array is not None}
 
 
@@ -197,12 +213,12 @@ class Page:
                 f"{buffer.data_ptr()}, expected multiples of {PAGE_ALIGNMENT}"
             )
         arrays = {}
-        for field in self.fields:
-            part = buffer[:, field.offset : field.offset + field.nbytes]
-            dtype = getattr(torch, field.dtype)
+        for entry in self.fields:
+            part = buffer[:, entry.offset : entry.offset + entry.nbytes]
+            dtype = getattr(torch, entry.dtype)
             # A field without numbers (rank 0) has no bytes to look at.
-            whole = part.view(dtype) if field.nbytes else part.new_empty(part.shape, dtype=dtype)
-            arrays[field.name] = whole.unflatten(1, field.shape) if field.shape else whole
+            whole = part.view(dtype) if entry.nbytes else part.new_empty(part.shape, dtype=dtype)
+            arrays[entry.name] = whole.unflatten(1, entry.shape) if entry.shape else whole
         return LayerArrays(**arrays)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array
         raise ValueError("k: got 0 tokens, expected at least 1")
 
 
-def _check_kind(name: str, array: Any, keys: Array, library: type) -> None:
+def _check_kind(name: str, array: Any, keys: Array, library: Any) -> None:
     if not isinstance(array, library):
         raise TypeError(
             f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
@@ -68,7 +69,7 @@ def _check_kind(name: str, array: Any, keys: Array, library: type) -> None:
         raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
 
 
-def checked_mask(k: Array, mask: Array | None) -> Array | None:
+def checked_mask(k: Array, mask: Any) -> Any:
     """The mask [B, S] as booleans.
 
     Raises
@@ -99,10 +100,15 @@ def checked_mask(k: Array, mask: Array | None) -> Array | None:
         raise TypeError(
             f"mask: got dtype {mask.dtype} (it could hold NaN), expected booleans or 0 and 1"
         )
-    readable = numpy or (mask.device.type == "cpu" and not torch.compiler.is_compiling())
+    readable = numpy or (not torch.compiler.is_compiling() and _on_host(mask))
     if readable and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"mask: got values {mask.min()} to {mask.max()}, expected only 0 and 1")
     return mask != 0
+
+
+def _on_host(array: Any) -> bool:
+    """Whether looking at the numbers waits for nobody."""
+    return isinstance(array, np.ndarray) or bool(array.device.type == "cpu")
 
 
 def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
@@ -144,9 +150,8 @@ def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
     if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
     if array.ndim != 1 or (size is not None and array.shape[0] != size):
-        raise ValueError(
-            f"{name}: got shape {tuple(array.shape)}, expected [{'batch' if size is None else size}]"
-        )
+        expected = "batch" if size is None else size
+        raise ValueError(f"{name}: got shape {tuple(array.shape)}, expected [{expected}]")
     if isinstance(array, Tensor) and array.device != k.device:
         raise ValueError(f"{name}: on device {array.device}, expected {k.device}")
 
@@ -161,7 +166,7 @@ def check_pool(arrays: LayerArrays, lengths: Any, rows: Any) -> None:
     """
     pool = len(arrays.keys)
     _check_numbers("lengths", lengths, None, arrays.keys)
-    readable = isinstance(lengths, np.ndarray) or lengths.device.type == "cpu"
+    readable = _on_host(lengths)
     if readable and len(lengths) and int(lengths.min()) < 0:
         raise ValueError(f"lengths: got {int(lengths.min())}, expected 0 or more")
     if rows is None:
@@ -193,14 +198,14 @@ def check_packed(
             )
     check_tokens(layer, keys, 1, *(x.swapaxes(0, 1)[None] for x in (q, k, v)))
     _check_numbers("query_start_loc", first, len(lengths) + 1, keys)
-    if isinstance(first, np.ndarray) or first.device.type == "cpu":
+    if _on_host(first):
         numbers = [int(number) for number in first]
         if numbers[0] != 0 or numbers[-1] != k.shape[0] or numbers != sorted(numbers):
             raise ValueError(
                 f"query_start_loc: got {numbers}, expected numbers that ascend from 0 to the "
                 f"tokens, {k.shape[0]}"
             )
-        for index, (start, stop) in enumerate(zip(numbers, numbers[1:], strict=False)):
+        for index, (start, stop) in enumerate(pairwise(numbers)):
             total = int(lengths[index]) + stop - start
             if not layer.policy.evicts and total > min(layer.capacities):
                 raise _no_room(layer, total)
@@ -216,7 +221,7 @@ def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_token
     """
     if layer.policy.evicts or not len(lengths):
         return
-    if isinstance(lengths, np.ndarray) or lengths.device.type == "cpu":
+    if _on_host(lengths):
         incoming = new_tokens if mask is None else mask.sum(1)
         total = int((lengths + incoming).max())
         if total > min(layer.capacities):
@@ -256,7 +261,7 @@ def run_packed(
         return _run_padded(attend, q, k, v, lengths, rows, first, limit)
     out = np.zeros_like(q) if isinstance(q, np.ndarray) else torch.zeros_like(q)
     starts = [int(start) for start in first]
-    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    counts = [stop - start for start, stop in pairwise(starts)]
     single = [i for i, count in enumerate(counts) if count == 1]
     groups = ([single] if single else []) + [[i] for i, count in enumerate(counts) if count > 1]
     for group in groups:

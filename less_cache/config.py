@@ -7,7 +7,7 @@ import importlib
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ._checks import check_int, check_real
@@ -87,9 +87,12 @@ class CacheConfig:
     softcap: float | None = None
     dtype: Any = "float32"
     state_dtype: Any = None
+    # What was asked for, and what came of it: not part of what a config is.
+    _asked: dict[str, Any] = field(init=False, repr=False, compare=False)
+    _layers: tuple[LayerConfig, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        asked = {name: getattr(self, name) for name in PARAMETERS}
         for name in ("num_layers", "query_heads", "kv_heads", "head_dim"):
             asked[name] = check_int(name, asked[name], minimum=1)
         asked["rank"] = check_int("rank", self.rank, minimum=0)
@@ -333,11 +336,14 @@ class CacheConfig:
         fields = dict(data)
         if fields.pop("format", None) != FORMAT_VERSION:
             raise ValueError(f"format: got {data.get('format')!r}, expected {FORMAT_VERSION}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if wrong := sorted(set(fields) ^ known):
+        if wrong := sorted(set(fields) ^ set(PARAMETERS)):
             raise ValueError(f"config: unknown or missing field(s) {wrong}")
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
         return cls(**fields)
+
+
+PARAMETERS = tuple(entry.name for entry in dataclasses.fields(CacheConfig) if entry.init)
+"""What a config is made of."""
 
 
 def kv_shard(query_heads: int, kv_heads: int, rank: int, world: int) -> slice:

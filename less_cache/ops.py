@@ -304,7 +304,11 @@ def functional_step(
     maps: list[Tensor],
     spec: str,
 ) -> list[Tensor]:
-    """The step of one layer without side effects.
+    """The step of heads of equal capacity C without side effects: a layer, or a run of its heads.
+
+    The state is dense here, a slot axis [heads, C] in place of the flat one of `LayerArrays`:
+    keys and values [B, Hkv, C, D]; scores, positions and history [B, Hkv, C]. So an exported
+    file's tensors are.
 
     Parameters
     ----------
@@ -321,17 +325,29 @@ def functional_step(
     maps
         The parameters that `map_names` names, in that order.
     spec
-        From `layer_spec`.
+        From `layer_spec`, of ``layer.runs[i].layer``.
 
     Returns
     -------
     list of Tensor
         The output [B, Hq, S, D], then the new state in the same order.
+
+    Raises
+    ------
+    ValueError
+        If the heads differ in capacity.
     """
     layer, kind = read_spec(spec)
-    copies = [array.clone() for array in state]
+    if not layer.is_uniform:
+        raise ValueError(f"spec: capacities {layer.capacities}, expected those of one run of heads")
+    copies = [array.clone(memory_format=torch.contiguous_format) for array in state]
+    # Views, through which the step writes into the copies.
+    flat = [
+        array if name in ("H", "z") else array.flatten(1, 2)
+        for name, array in zip(state_names(layer), copies, strict=True)
+    ]
     plan = plan_step(layer, make_maps(kind, maps), device=q.device, backend="torch")
-    out = plan.run(make_arrays(layer, copies), q, k, v, length, mask=mask != 0)
+    out = plan.run(make_arrays(layer, flat), q, k, v, length, mask=mask != 0)
     return [out, *copies]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._tensor_files import DIGEST, read_tensors, write_tensors
 from .arrays import EMPTY, array_shapes
-from .config import CacheConfig
+from .config import PARAMETERS, CacheConfig
 from .layer_config import LayerConfig
 
 FORMAT = "less_cache.snapshot.2"
@@ -117,7 +117,7 @@ def differences(saved: CacheConfig, wanted: CacheConfig) -> str:
     """The parameters in which two configs differ, in words."""
     return ", ".join(
         f"{name} is {getattr(saved, name)!r}, expected {getattr(wanted, name)!r}"
-        for name in CacheConfig.__dataclass_fields__
+        for name in PARAMETERS
         if getattr(saved, name) != getattr(wanted, name)
     )
 

@@ -189,7 +189,7 @@ def attend_all(
 
 
 def pair_logits(layer: LayerConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """q·k·scale, soft-capped where the model does so: [B, Hkv, M, N] from [.., M, D], [.., N, D]."""
+    """q·k·scale, soft-capped where the model does so: [..., M, N] from [..., M, D], [..., N, D]."""
     logits = queries @ keys.transpose(2, 3) * layer.scale
     if layer.softcap is None:
         return logits

@@ -66,7 +66,7 @@ def test_bad_parameters_are_refused_by_name(argument, error, changes):
 
 def test_the_least_capacity_is_sinks_and_recent_and_one():
     policy = lc.SinkWindow(sinks=3, recent=2)
-    assert small_config(policy=policy, capacity=6).capacities == (6, 6)
+    assert small_config(policy=policy, capacity=6).capacities == ((6, 6), (6, 6))
     with pytest.raises(ValueError, match=r"^capacity: got 5, .* = 6 slots"):
         small_config(policy=policy, capacity=5)
 
@@ -82,12 +82,12 @@ def test_numbers_of_other_libraries_are_numbers():
 )
 def test_a_share_counts_slots_rounded_up(share, positions, slots):
     config = small_config(capacity=share, max_positions=positions, policy=lc.KeyNorm())
-    assert config.capacities == (slots, slots)
+    assert config.capacities == ((slots,) * 2,) * 2
 
 
 def test_layers_may_differ():
     config = small_config(capacity=[6, 8], policy=[lc.H2O(recent=1), lc.TOVA()])
-    assert config.capacities == (6, 8)
+    assert config.capacities == ((6, 6), (8, 8))
     assert config.layer(1).policy == lc.TOVA()
     assert config.layer(0).capacity == 6
     with pytest.raises(ValueError, match=r"^layer: "):
@@ -191,7 +191,7 @@ def test_for_budget_takes_all_that_fits_and_no_more(budget, policy, rank, dtype)
         return
     config = lc.CacheConfig.for_budget(bytes_per_sequence=budget, **parameters)
     assert config.bytes_per_sequence() <= budget
-    more = lc.CacheConfig(capacity=config.capacities[0] + 1, **parameters)
+    more = lc.CacheConfig(capacity=config.capacity + 1, **parameters)
     assert more.bytes_per_sequence() > budget
 
 
@@ -220,7 +220,93 @@ def test_baseline_plus_spends_the_states_bytes_on_slots(rank, head_dim, dtype):
     assert plus.bytes_per_sequence() >= config.bytes_per_sequence()
     slots = config.layer(0).slot_bytes * config.kv_heads * config.num_layers
     assert plus.bytes_per_sequence() < config.bytes_per_sequence() + slots
-    assert plus.policies == config.policies
+    # Half of the slots are recent ones, whatever their number: as if made for it at once.
+    assert plus == small_config(rank=0, head_dim=head_dim, dtype=dtype, capacity=plus.capacity)
+
+
+def test_replacing_works_from_what_was_asked():
+    config = small_config(policy=lc.H2O(), capacity=100)
+    assert config.policy.recent == 49
+    assert config.replace(capacity=20).policy.recent == 9
+    assert config.replace(capacity=1000).policy.recent == 499
+    share = small_config(capacity=0.5, max_positions=20, policy=lc.SinkWindow())
+    assert share.replace(max_positions=40).capacity == 20
+    wide = small_config(state_dtype="float64")
+    assert wide.with_dtype("float16").state_dtype == "float64"
+    assert small_config(dtype="float64").with_dtype("float32").state_dtype == "float32"
+    assert config.replace(scale=2.0).replace(head_dim=16).scale == 2.0
+    assert config.replace(head_dim=16).scale == 0.25
+    with pytest.raises(TypeError, match=r"^slots: no parameter"):
+        config.replace(slots=3)
+
+
+def test_heads_may_differ():
+    config = small_config(capacity=[6, [8, "50%"]], max_positions=20)
+    assert config.capacities == ((6, 6), (8, 10))
+    assert [policy.recent for policy in config.layer(1).policies] == [3, 4]
+    layer = config.layer(1)
+    assert (layer.slots, layer.offsets, layer.is_uniform) == (18, (0, 8), False)
+    assert layer.bytes_per_sequence == 18 * layer.slot_bytes + 2 * layer.low_rank_bytes + 4
+    assert [run.layer.capacity for run in layer.runs] == [8, 10]
+    assert [len(config.layer(0).runs)] == [1]
+    assert lc.CacheConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"^capacity: differs by head"):
+        _ = layer.capacity
+    with pytest.raises(ValueError, match=r"^capacity: got 3 entries for layer 1, .* 2: one a KV"):
+        small_config(capacity=[6, [8, 9, 10]])
+    with pytest.raises(ValueError, match=r"^capacity: got 1, "):
+        small_config(capacity=[6, [8, 1]], policy=lc.SinkWindow(sinks=2))
+
+
+def test_runs_are_heads_of_equal_capacity_side_by_side():
+    config = small_config(query_heads=12, kv_heads=6, capacity=[6, [8, 8, 9, 8, 7, 7]])
+    runs = config.layer(1).runs
+    assert [(run.first, run.heads, run.offset) for run in runs] == [
+        (0, 2, 0),
+        (2, 1, 16),
+        (3, 1, 25),
+        (4, 2, 33),
+    ]
+    assert [run.query_heads for run in runs] == [
+        slice(0, 4),
+        slice(4, 6),
+        slice(6, 8),
+        slice(8, 12),
+    ]
+    assert [run.slots for run in runs][-1] == slice(33, 47)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_shards_hold_the_heads_once(world):
+    config = small_config(query_heads=12, kv_heads=6, capacity=[6, [8, 8, 9, 8, 7, 7]], scale=0.3)
+    shards = [config.shard(rank, world) for rank in range(world)]
+    assert sum(shard.kv_heads for shard in shards) == 6
+    assert sum(shard.bytes_per_sequence() - 8 for shard in shards) == (
+        config.bytes_per_sequence() - 8
+    )
+    joined = [capacity for shard in shards for capacity in shard.capacities[1]]
+    assert joined == [8, 8, 9, 8, 7, 7]
+    assert {shard.layer(0).scale for shard in shards} == {0.3}
+
+
+def test_more_processes_than_kv_heads_share_them():
+    config = small_config(query_heads=8, kv_heads=2, capacity=[6, [8, 9]])
+    shards = [config.shard(rank, 4) for rank in range(4)]
+    assert [shard.capacities[1] for shard in shards] == [(8,), (8,), (9,), (9,)]
+    assert {shard.query_heads for shard in shards} == {2}
+    for world, rank in ((3, 0), (4, 4), (0, 0), (16, 0)):
+        with pytest.raises(ValueError, match=r"^(world|rank): "):
+            config.shard(rank, world)
+
+
+def test_numpys_numbers_are_pythons():
+    config = small_config(
+        capacity=[np.int64(6), [np.int32(7), np.float64(0.5)]],
+        rank=np.int64(2),
+        max_positions=np.int64(16),
+    )
+    assert json.loads(json.dumps(config.to_dict()))["capacity"] == [6, [7, 0.5]]
+    assert config.capacities[1] == (7, 8)
 
 
 def model(**changes):
@@ -270,7 +356,7 @@ MODELS = {
 @pytest.mark.parametrize(("changes", "expected"), MODELS.values(), ids=MODELS)
 def test_a_models_configuration_gives_the_shapes(changes, expected):
     config = lc.CacheConfig.from_model(model(**changes), capacity=0.1, policy=lc.H2O())
-    assert config.capacities[0] == 10
+    assert config.capacity == 10
     for name, value in expected.items():
         assert getattr(config, name) == value, name
 
@@ -288,7 +374,7 @@ def test_parameters_override_what_the_model_says():
 
 def test_without_a_capacity_the_models_longest_sequence_counts():
     config = lc.CacheConfig.from_model(model(), policy=lc.FullCache())
-    assert config.capacities == (100, 100, 100)
+    assert config.capacity == 100
     with pytest.raises(ValueError, match=r"^capacity: "):
         lc.CacheConfig.from_model(model(max_position_embeddings=None), policy=lc.FullCache())
 

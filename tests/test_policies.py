@@ -5,7 +5,7 @@ import pytest
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Policy, parse_policy, policy_from_dict
+from less_cache.policies import Gain, Policy, Start, parse_policy, policy_from_dict
 from tests.helpers import POLICIES, policy_id
 
 BAD = {
@@ -96,7 +96,7 @@ def test_an_unresolved_number_is_not_guessed():
 def test_only_a_base_policy_lacks_an_update():
     with pytest.raises(NotImplementedError, match="Policy must define update"):
         Policy().update(np, None, None, None, None)
-    assert Policy.score is Score.CUSTOM
+    assert (Policy.starts, Policy.gains) == (Start.ZERO, Gain.GIVEN)
 
 
 def run(policy, capacity, queries, keys):
@@ -108,7 +108,7 @@ def run(policy, capacity, queries, keys):
     for query, key in zip(queries, keys, strict=True):
         q, k = (np.full((1, 1, 1, 1), float(number)) for number in (query, key))
         manager.attend(state, 0, q, k, k)
-        positions = state.layers[0].positions[0, 0]
+        positions = state.layers[0].positions[0]
         held.append(sorted(positions[positions >= 0].tolist()))
     return held, state.layers[0]
 
@@ -122,7 +122,7 @@ def test_the_largest_key_leaves_first():
     held, layer = run(lc.KeyNorm(recent=1), 3, [0] * 6, [1, -5, 2, 9, 0.5, 3])
     # Nine leaves only once it is no longer the last token.
     assert held[3:] == [[0, 2, 3], [0, 3, 4], [0, 4, 5]]
-    assert layer.scores[0, 0].tolist() == [-1.0, -0.5, -3.0]
+    assert layer.scores[0].tolist() == [-1.0, -0.5, -3.0]
 
 
 def test_h2o_sums_what_attention_gave():
@@ -134,7 +134,7 @@ def test_h2o_sums_what_attention_gave():
     assert held == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4]]
     # Then two steps over 0, 2, 0: 2 and 3 left with the least scores.
     np.testing.assert_allclose(
-        layer.scores[0, 0], [first + 2 / (2 + e2), second + 2 * e2 / (2 + e2), 1 / (2 + e2)]
+        layer.scores[0], [first + 2 / (2 + e2), second + 2 * e2 / (2 + e2), 1 / (2 + e2)]
     )
 
 
@@ -147,7 +147,7 @@ def test_recent_tokens_are_protected_from_h2o():
 
 def test_decay_lets_old_attention_fade():
     def scores(factor):
-        return run(lc.DecayedH2O(recent=0, factor=factor), 9, [1, 1, 1], [0, 0, 0])[1].scores[0, 0]
+        return run(lc.DecayedH2O(recent=0, factor=factor), 9, [1, 1, 1], [0, 0, 0])[1].scores[0]
 
     np.testing.assert_allclose(scores(1.0)[:3], [1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3])
     np.testing.assert_allclose(
@@ -166,8 +166,8 @@ def test_tova_asks_the_last_query_alone():
 def test_scissorhands_counts_fair_shares_within_its_window():
     _, layer = run(lc.Scissorhands(recent=0, window=2), 9, [3, 3, 3, -3], [1, 0, 0, 0])
     # The first key had its share thrice, then lost it; only two queries are looked back on.
-    assert layer.history[0, 0, :4].tolist() == [0b10, 0b01, 0b01, 0b01]
-    assert layer.scores[0, 0, :4].tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert layer.history[0, :4].tolist() == [0b10, 0b01, 0b01, 0b01]
+    assert layer.scores[0, :4].tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_full_cache_evicts_nothing():

@@ -70,7 +70,7 @@ def test_times_name_the_pairs_that_are_held_at_the_end(policy):
     times = teacher_forced.eviction_times(config.layer(0), q, k)
     for row in range(len(q)):
         for head in range(config.kv_heads):
-            held = state.layers[0].positions[row, head]
+            held = state.layers[0].positions[row, config.layer(0).head_slots(head)]
             stays = (times[row, head] == TOKENS).nonzero().flatten()
             assert sorted(held[held >= 0].tolist()) == stays.tolist()
 

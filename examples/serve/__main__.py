@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,11 @@ def main(
     api_key: Annotated[
         str | None, typer.Option(envvar="LESS_CACHE_API_KEY", help="Asked of clients.")
     ] = None,
+    access_log: Annotated[bool, typer.Option(help="A line on stdout for each request.")] = True,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that clients may use beside localhost and --host; '*': any."),
+    ] = None,
 ) -> None:
     """Serve an exported model by the OpenAI API, with a page to try it at /."""
     settings = Settings(
@@ -62,6 +68,7 @@ def main(
         shutdown_grace=shutdown_grace,
         max_connections=max_connections,
         api_key=api_key,
+        allowed_hosts=(f"[{host}]" if ":" in host else host, *(allowed_host or ())),
     )
     if model is None:
         served = ServedModel(
@@ -69,7 +76,10 @@ def main(
         )
     else:
         served = ServedModel(model, name=name, context=context, threads=threads)
-    Server(Service(served, settings), host, port).run()
+    service = Service(served, settings)
+    Server(service, host, port, access_log=access_log).run()
+    if service.scheduler.dead:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, failed
-from .protocol import Format, StreamOptions
+from .protocol import Format, Part, StreamOptions
 from .sequences import Piece
 from .tickets import RequestFailed, Ticket
 
@@ -52,8 +52,7 @@ async def answer_whole(ticket: Ticket, form: Format, request: Request) -> Respon
     """
     usage = Usage(ticket)
     count = sum(len(job.answers) for job in ticket.jobs)
-    texts: list[list[str]] = [[] for _ in range(count)]
-    reasons = [""] * count
+    answers = [Part() for _ in range(count)]
     failure = None
     async with anyio.create_task_group() as group:
         group.start_soon(_cancel_on_disconnect, ticket, request.receive)
@@ -61,8 +60,7 @@ async def answer_whole(ticket: Ticket, form: Format, request: Request) -> Respon
             async for pieces in ticket.pieces():
                 usage.add(pieces)
                 for piece in pieces:
-                    texts[piece.choice].append(piece.text)
-                    reasons[piece.choice] = piece.finish or ""
+                    answers[piece.choice].add(piece)
         except RequestFailed as error:
             failure = failed(error.reason, ticket.timeout)
         finally:
@@ -70,7 +68,6 @@ async def answer_whole(ticket: Ticket, form: Format, request: Request) -> Respon
         group.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    answers = [("".join(text), reason) for text, reason in zip(texts, reasons, strict=True)]
     return JSONResponse(form.whole(answers, usage.as_json()))
 
 
@@ -144,8 +141,8 @@ class EventStream(Response):
         text = "".join(map(_event, opening))
         async for pieces in self._ticket.pieces():
             usage.add(pieces)
-            for index, part, finish in _joined(pieces):
-                chunk = self._form.chunk(index, part, finish)
+            for index, part in _joined(pieces):
+                chunk = self._form.chunk(index, part)
                 if self._options.continuous_usage_stats:
                     chunk["usage"] = usage.as_json()
                 text += _event(chunk)
@@ -160,14 +157,12 @@ def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-def _joined(pieces: list[Piece]) -> list[tuple[int, str, str | None]]:
-    """What came of each choice, as one: (index, text, finish reason)."""
-    texts: dict[int, str] = {}
-    finished: dict[int, str | None] = {}
+def _joined(pieces: list[Piece]) -> list[tuple[int, Part]]:
+    """What came of each choice, as one, if it is anything to tell."""
+    parts: dict[int, Part] = {}
     for piece in pieces:
-        texts[piece.choice] = texts.get(piece.choice, "") + piece.text
-        finished[piece.choice] = piece.finish
-    return [(i, text, finished[i]) for i, text in texts.items() if text or finished[i]]
+        parts.setdefault(piece.choice, Part()).add(piece)
+    return [(i, part) for i, part in parts.items() if part.text or part.finish or part.scored]
 
 
 async def _cancel_on_disconnect(ticket: Ticket, receive: Receive) -> None:

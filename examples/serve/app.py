@@ -17,15 +17,22 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from . import protocol
 from .answering import EventStream, answer_whole, error_response
 from .errors import ApiError
+from .guards import Guard
 from .intake import chat_ticket, completion_ticket, read_request
 from .metrics import Metrics
 from .model import ServedModel
-from .scheduler import Draining, Messages, QueueFull, Scheduler
+from .scheduler import Dead, Draining, Messages, QueueFull, Scheduler
 from .settings import Settings
 from .tickets import Ticket
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    # The page's empty icon.
+    "img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'"
+)
+
+FAILED = "The server has failed and ends; its log tells more"
 
 
 class Service:
@@ -37,6 +44,8 @@ class Service:
         self.metrics = Metrics()
         self.scheduler = Scheduler(model.decoder, settings, self.metrics)
         self.metrics.watch(self.scheduler, model)
+        self.dead = asyncio.Event()
+        """Set in the event loop when the scheduler has failed for good."""
 
     def submit(self, ticket: Ticket) -> None:
         """Hand a request to the scheduler.
@@ -56,6 +65,8 @@ class Service:
                 retry_after=1,
                 outcome="queue_full",
             ) from None
+        except Dead:
+            raise ApiError(503, FAILED, code="server_failed", outcome="dead") from None
         except Draining:
             raise ApiError(
                 503,
@@ -97,18 +108,24 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        service.scheduler.start(lambda messages: _post(loop, messages))
+        service.scheduler.start(
+            lambda messages: _post(loop, messages),
+            lambda: loop.call_soon_threadsafe(service.dead.set),
+        )
         yield
         await asyncio.to_thread(service.scheduler.stop)
 
-    app = FastAPI(title="less_cache", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # No description of itself: the routes read their requests on their own, so that it would tell
+    # nothing, and it would be open where a key is asked for.
+    app = FastAPI(title="less_cache", lifespan=lifespan, openapi_url=None)
     app.state.service = service
+    app.add_middleware(Guard, hosts=service.settings.allowed_hosts)
     app.include_router(_api(service))
     app.include_router(_views(service))
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
-        if error.outcome in ("invalid", "queue_full", "draining") and error.status < 504:
+        if error.outcome is not None:
             service.metrics.refused(error.outcome)
         return error_response(error)
 
@@ -127,8 +144,12 @@ def create_app(service: Service) -> FastAPI:
 def _api(service: Service) -> APIRouter:
     async def check_key(request: Request) -> None:
         key = service.settings.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+        if key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Headers are bytes, which Starlette shows as Latin-1; a key is sent as UTF-8.
+        right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer" or not right:
             raise ApiError(401, "The API key is missing or wrong", code="invalid_api_key")
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
@@ -146,13 +167,13 @@ def _api(service: Service) -> APIRouter:
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        asked = await read_request(request, protocol.CompletionRequest, service.settings)
+        asked = await read_request(request, protocol.CompletionRequest, model, service.settings)
         ticket = await completion_ticket(asked, model, service.settings)
         return await answer(ticket, protocol.CompletionFormat(model.name), asked, request)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await read_request(request, protocol.ChatRequest, service.settings)
+        asked = await read_request(request, protocol.ChatRequest, model, service.settings)
         ticket = await chat_ticket(asked, model, service.settings)
         return await answer(ticket, protocol.ChatFormat(model.name), asked, request)
 
@@ -183,8 +204,11 @@ def _views(service: Service) -> APIRouter:
     async def metrics() -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    @router.get("/health")
     @router.get("/healthz")
     async def health() -> Response:
+        if service.scheduler.dead:
+            return JSONResponse({"status": "failed"}, 503)
         if service.scheduler.draining:
             return JSONResponse({"status": "stopping"}, 503)
         return JSONResponse({"status": "ok"})

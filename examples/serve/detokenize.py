@@ -10,9 +10,10 @@ CONTEXT_TOKENS = 6
 
 
 class Decodes(Protocol):
-    """The one method of `tokenizers.Tokenizer` that is needed here."""
+    """What is needed of `tokenizers.Tokenizer`."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+    def id_to_token(self, id: int) -> str | None: ...  # noqa: A002 - its name there
 
 
 class Detokenizer:

@@ -28,7 +28,7 @@ class ApiError(Exception):
     retry_after
         Seconds after which another try makes sense.
     outcome
-        By which it is counted.
+        By which it is counted; ``None``: the scheduler has done so.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
-        outcome: str = "invalid",
+        outcome: str | None = "invalid",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +48,9 @@ class ApiError(Exception):
         self.code = code
         self.outcome = outcome
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 408:
+            # What the client still sends of its request is no new one.
+            self.headers["Connection"] = "close"
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
@@ -81,7 +84,10 @@ def invalid(error: ValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing", param=param, code="missing_required_parameter")
-    path = ".".join(str(part) for part in first["loc"])
+    if not first["loc"] and first["type"] == "value_error":
+        # Of parameters that do not go together: the reason names them.
+        return ApiError(400, first["msg"].removeprefix("Value error, "), code="invalid_value")
+    path = ".".join(str(part) for part in first["loc"]) or "The body"
     given = repr(first["input"])
     if len(given) > SHOWN:
         given = given[:SHOWN] + "..."
@@ -92,9 +98,12 @@ def invalid(error: ValidationError) -> ApiError:
 def failed(reason: Failure, timeout: float) -> ApiError:
     """What a client is told whose request the scheduler ended."""
     if reason == "timeout":
-        return ApiError(504, f"The answer took longer than {timeout:g} s", code="timeout")
+        message = f"The answer took longer than {timeout:g} s"
+        return ApiError(504, message, code="timeout", outcome=None)
     if reason == "shutdown":
-        return ApiError(503, "The server stopped", code="shutting_down", retry_after=5)
+        message = "The server stopped"
+        return ApiError(503, message, code="shutting_down", retry_after=5, outcome=None)
     if reason == "cancelled":
-        return ApiError(499, "The client went away", code="cancelled")
-    return ApiError(500, "The model failed; the server's log tells more", code="internal_error")
+        return ApiError(499, "The client went away", code="cancelled", outcome=None)
+    message = "The model failed; the server's log tells more"
+    return ApiError(500, message, code="internal_error", outcome=None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TypeVar
 
 import anyio
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from . import protocol
@@ -25,7 +25,9 @@ BODY_SECONDS = 10.0
 Kind = TypeVar("Kind", bound=protocol.Request)
 
 
-async def read_request(request: HttpRequest, kind: type[Kind], settings: Settings) -> Kind:
+async def read_request(
+    request: HttpRequest, kind: type[Kind], model: ServedModel, settings: Settings
+) -> Kind:
     """Read and check a request's body, giving up on one that is too long or too slow.
 
     Raises
@@ -42,8 +44,10 @@ async def read_request(request: HttpRequest, kind: type[Kind], settings: Setting
                     raise ApiError(413, f"The body has more than {settings.max_body:,} bytes")
     except TimeoutError:
         raise ApiError(408, f"The body took longer than {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client went away", code="cancelled", outcome="cancelled") from None
     try:
-        return kind.model_validate_json(bytes(body))
+        return await model.aside(len(body), kind.model_validate_json, bytes(body))
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -63,11 +67,14 @@ async def completion_ticket(
         raise ApiError(
             400, f"prompt: got {len(prompts)}, at most {settings.max_queue}", param="prompt"
         )
-    # In another thread, since a long text takes a while; the tokenizer works without the GIL.
-    run = asyncio.get_running_loop().run_in_executor
-    tokens = [
-        await run(model.threads, model.encode, p) if isinstance(p, str) else p for p in prompts
-    ]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text in texts:
+        _check_length(text, model, "prompt")
+
+    def encode() -> list[list[int]]:
+        return [model.encode(p) if isinstance(p, str) else p for p in prompts]
+
+    tokens = await model.aside(sum(map(len, texts)), encode)
     largest = max((max(ids, default=0) for ids in tokens), default=0)
     if largest >= model.decoder.manifest.vocab_size:
         raise ApiError(
@@ -75,9 +82,11 @@ async def completion_ticket(
             f"prompt: got token {largest}, expected 0 to {model.decoder.manifest.vocab_size - 1}",
             param="prompt",
         )
-    return _ticket(
-        request, tokens, request.max_tokens or COMPLETION_TOKENS, "prompt", model, settings
-    )
+    wanted = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    shown = None
+    if request.echo:
+        shown = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
+    return _ticket(request, tokens, wanted, "prompt", model, settings, shown)
 
 
 async def chat_ticket(
@@ -91,12 +100,27 @@ async def chat_ticket(
         If a limit is passed.
     """
     messages = [message.plain() for message in request.messages]
-    run = asyncio.get_running_loop().run_in_executor
-    tokens = await run(model.threads, model.encode_chat, messages)
+    texts = [message["content"] for message in messages]
+    for text in texts:
+        _check_length(text, model, "messages")
+    tokens = await model.aside(sum(map(len, texts)), model.encode_chat, messages)
     wanted = request.max_completion_tokens or request.max_tokens
     if wanted is None:
         wanted = max(1, min(settings.max_tokens, model.context - len(tokens)))
     return _ticket(request, [tokens], wanted, "messages", model, settings)
+
+
+def _check_length(text: str, model: ServedModel, param: str) -> None:
+    """Refuse a text that is much too long without looking at what it says."""
+    most = model.most_characters
+    if most is not None and len(text) > most:
+        raise ApiError(
+            400,
+            f"{param}: got a text of {len(text):,} characters; the context of {model.context} "
+            f"tokens never holds more than {most:,}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _ticket(
@@ -106,7 +130,9 @@ def _ticket(
     param: str,
     model: ServedModel,
     settings: Settings,
+    shown: list[str] | None = None,
 ) -> Ticket:
+    """A ticket for prompts, of which `shown` is what is to stand before the answers."""
     if request.model != model.name:
         raise ApiError(
             404,
@@ -135,16 +161,27 @@ def _ticket(
         max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         seed=request.seed,
         stop=tuple(request.stop),
+        logprobs=request.top(),
+        echo=shown is not None,
     )
     ticket = Ticket(settings.request_timeout)
     for first, tokens in enumerate(prompts):
         answers = [
-            Answer(first * request.n + i, tokens, generation, model.tokenizer, model.end_tokens)
+            Answer(
+                first * request.n + i,
+                tokens,
+                generation,
+                model.tokenizer,
+                model.end_tokens,
+                shown[first] if shown else "",
+            )
             for i in range(request.n)
         ]
-        ticket.jobs.append(Job(ticket, tokens, answers))
+        ticket.jobs.append(Job(ticket, tokens, answers, generation.scores_prompt))
     return ticket

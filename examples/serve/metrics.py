@@ -23,7 +23,7 @@ class Metrics:
         self._requests = Counter(
             f"{PREFIX}requests",
             "Requests by outcome: completed, cancelled, timeout, shutdown, error, or refused as "
-            "invalid, queue_full or draining.",
+            "invalid, queue_full, draining or dead.",
             ["outcome"],
             registry=self.registry,
         )
@@ -76,15 +76,14 @@ class Metrics:
         """So many were read."""
         self._prompt_tokens.inc(count)
 
-    def first_tokens(self, count: int) -> None:
-        """So many were chosen after a prompt, outside of steps."""
+    def generated_tokens(self, count: int) -> None:
+        """So many were chosen."""
         self._generated_tokens.inc(count)
 
     def step(self, seconds: float, rows: int) -> None:
-        """A step gave every row a token."""
+        """A step took in a token of every row."""
         self._step.observe(seconds)
         self._rows.observe(rows)
-        self._generated_tokens.inc(rows)
 
     def ended(self, outcome: str, seconds: float) -> None:
         """A request that the scheduler had accepted is over."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 import less_cache as lc
 from exporters.common.manifest import MANIFEST
 from exporters.onnx import OnnxDecoder, export_decoder
-from less_cache.policies import FullCache
 
 SHIPPED = "less-cache-reference"
 TOKENIZER = "tokenizer.json"
@@ -24,6 +25,11 @@ CHAT_SEPARATOR = "\n\n"
 
 TOKENIZING_THREADS = 2
 """Few, since each thread that allocates keeps some memory of its own."""
+
+LONG = 16 * 1024
+"""Characters from which on a request has to queue with others of its kind."""
+
+Result = TypeVar("Result")
 
 
 def shipped_folder() -> Path:
@@ -66,11 +72,6 @@ class ServedModel:
     threads
         Of one decode step. Default: one a core but one, which is left to the event loop.
 
-    Attributes
-    ----------
-    threads : concurrent.futures.ThreadPoolExecutor
-        Where `encode` and `encode_chat` do not hold up the event loop.
-
     Raises
     ------
     FileNotFoundError
@@ -95,10 +96,12 @@ class ServedModel:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; export the model with its tokenizer")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-        self.threads = ThreadPoolExecutor(TOKENIZING_THREADS, "tokenizing")
+        self._threads = ThreadPoolExecutor(TOKENIZING_THREADS, "tokenizing")
+        self._thread_of_long = ThreadPoolExecutor(1, "tokenizing-long")
         self.end_tokens = frozenset(self.decoder.manifest.eos_token_ids)
         self.context = self._context(context)
         self._template = _chat_template(folder)
+        self._longest_token = _longest_token(self.tokenizer)
 
     @property
     def bytes_per_row(self) -> int:
@@ -111,6 +114,20 @@ class ServedModel:
         config, layers = self.decoder.manifest.config, self.decoder.manifest.data["layers"]
         pair = 2 * config.kv_heads * config.head_dim * getattr(torch, config.dtype).itemsize
         return pair * sum(not layer["window"] for layer in layers)
+
+    @property
+    def most_characters(self) -> int | None:
+        """Texts that have more do not fit the context, whatever they say; ``None``: not known."""
+        return None if self._longest_token is None else self._longest_token * self.context
+
+    async def aside(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do a request's work, of `size` characters or bytes, without holding up the event loop.
+
+        Long ones have a thread of their own, in which they wait for each other: so many that they
+        take seconds do not keep a short one waiting.
+        """
+        pool = self._threads if size < LONG else self._thread_of_long
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     def encode(self, text: str) -> list[int]:
         """A prompt's tokens, with the special ones that the tokenizer begins texts with."""
@@ -132,12 +149,8 @@ class ServedModel:
 
     def _context(self, wanted: int | None) -> int:
         config = self.decoder.manifest.config
-        full = [
-            capacity
-            for capacity, policy in zip(config.capacities, config.policies, strict=True)
-            if isinstance(policy, FullCache)
-        ]
-        most = min(full, default=None)
+        full = [layer for layer in config.layers if not layer.policy.evicts]
+        most = min((min(layer.capacities) for layer in full), default=None)
         if wanted is None:
             known = [n for n in (config.max_positions, most) if n is not None]
             if not known:
@@ -147,6 +160,16 @@ class ServedModel:
             allowed = "at least 2" if most is None else f"2 to {most}, the full cache's capacity"
             raise ValueError(f"context: got {wanted}, expected {allowed}")
         return wanted
+
+
+def _longest_token(tokenizer: Tokenizer) -> int | None:
+    """Characters that a token stands for at most; ``None`` where it may be any number."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    eats_blanks = any(token.lstrip or token.rstrip for token in added)
+    # A token of the byte-level kind is written with a character a byte, and none is unknown.
+    if tokenizer.normalizer or not isinstance(tokenizer.decoder, ByteLevel) or eats_blanks:
+        return None
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _chat_template(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from exporters.onnx import OnnxDecoder
+from exporters.onnx import OnnxDecoder, OnnxState
 
 from .batch import RowBatch, last_logits
 from .rates import Rate
@@ -30,7 +31,7 @@ class Observer(Protocol):
 
     def first_token(self, seconds: float) -> None: ...
     def prompt_tokens(self, count: int) -> None: ...
-    def first_tokens(self, count: int) -> None: ...
+    def generated_tokens(self, count: int) -> None: ...
     def step(self, seconds: float, rows: int) -> None: ...
     def ended(self, outcome: str, seconds: float) -> None: ...
 
@@ -41,6 +42,10 @@ class QueueFull(Exception):  # noqa: N818 - expected under load
 
 class Draining(Exception):  # noqa: N818 - expected when the server stops
     """The server stops, and takes no more requests."""
+
+
+class Dead(Exception):  # noqa: N818 - told to clients
+    """The scheduler's thread has ended by an error, and nothing decodes any more."""
 
 
 class Scheduler:
@@ -68,16 +73,28 @@ class Scheduler:
         self._running: list[tuple[Job, Answer]] = []  # in the order of the batch's rows
         self._reading: deque[Job] = deque()  # admitted: rows are reserved, the prompt is not read
         self._waiting: deque[Job] = deque()
+        self._open: set[Ticket] = set()  # submitted, not ended
         self._wake = threading.Condition()
-        self._stopping = self._draining = False
+        self._stopping = self._draining = self._dead = False
         self._outbox: Messages = []
+        self._chosen = 0  # tokens, in this turn
         self._send: Callable[[Messages], None] = lambda messages: None
+        self._died: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.generated = Rate()
 
-    def start(self, send: Callable[[Messages], None]) -> None:
-        """Begin; `send` is called in the scheduler's thread, once a turn."""
+    def start(self, send: Callable[[Messages], None], died: Callable[[], object]) -> None:
+        """Begin.
+
+        Parameters
+        ----------
+        send
+            Called in the scheduler's thread, once a turn.
+        died
+            Called there if it ends by an error, after all requests were told.
+        """
         self._send = send
+        self._died = died
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
@@ -85,16 +102,19 @@ class Scheduler:
 
         Raises
         ------
-        Draining, QueueFull
+        Dead, Draining, QueueFull
             If it is refused.
         """
         with self._wake:
+            if self._dead:
+                raise Dead
             if self._draining:
                 raise Draining
             if len(self._waiting) + len(ticket.jobs) > self._settings.max_queue:
                 raise QueueFull
             ticket.unfinished = sum(len(job.answers) for job in ticket.jobs)
             self._waiting.extend(ticket.jobs)
+            self._open.add(ticket)
             self._wake.notify()
 
     def drain(self) -> None:
@@ -116,6 +136,11 @@ class Scheduler:
         return self._draining
 
     @property
+    def dead(self) -> bool:
+        """Whether the thread has ended by an error."""
+        return self._dead
+
+    @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
         with self._wake:
@@ -134,7 +159,7 @@ class Scheduler:
     @property
     def tokens_held(self) -> int:
         """Tokens that the running sequences have seen: what a full cache would hold."""
-        return sum(len(job.prompt) + answer.tokens - 1 for job, answer in tuple(self._running))
+        return sum(job.taken + answer.steps - 1 for job, answer in tuple(self._running))
 
     @property
     def allocated_bytes(self) -> int:
@@ -142,34 +167,51 @@ class Scheduler:
         return self._batch.nbytes
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._stopping or self._waiting or self._reading or self._running):
-                    self._wake.wait()
-                if self._stopping:
-                    break
-            try:
+        try:
+            while self._wait_for_work():
                 self._turn()
-            except Exception:
-                # The rows may be half written. Whoever waits is told; later requests start anew.
-                logger.exception("A decode step failed")
-                self._end_all("error")
-                self._batch = RowBatch(self._decoder, self._settings.max_batch)
+                self._flush()
+            self._end_all("shutdown")
             self._flush()
-        self._end_all("shutdown")
-        self._flush()
+        except BaseException:
+            # Whatever it was: without this thread every request would wait for ever.
+            logger.critical("The scheduler's thread failed; the server is of no use", exc_info=True)
+            self._die()
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._stopping or self._waiting or self._reading or self._running):
+                self._wake.wait()
+            return not self._stopping
+
+    def _die(self) -> None:
+        """Tell everybody, by as little code as may fail again."""
+        with self._wake:
+            self._dead = self._draining = True
+            tickets = list(self._open)
+            self._open.clear()
+            for jobs in (self._waiting, self._reading, self._running):
+                jobs.clear()
+        # What the last turns made comes first: an answer may be complete.
+        with contextlib.suppress(Exception):
+            self._send([*self._outbox, *((ticket, "error") for ticket in tickets)])
+        with contextlib.suppress(Exception):
+            self._died()
 
     def _turn(self) -> None:
         self._drop_ended()
         self._admit()
         self._read_prompts()
         self._step()
+        self._observer.generated_tokens(self._chosen)
+        self.generated.add(self._chosen)
+        self._chosen = 0
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
         with self._wake:
-            jobs = [*self._waiting, *self._reading, *(job for job, _ in self._running)]
-        for ticket in {id(job.ticket): job.ticket for job in jobs}.values():
+            tickets = list(self._open)
+        for ticket in tickets:
             if ticket.cancelled:
                 self._fail(ticket, "cancelled")
             elif now > ticket.deadline:
@@ -202,57 +244,86 @@ class Scheduler:
         spent = 0
         while self._reading:
             job = self._reading[0]
-            tokens = job.prompt[job.taken : job.taken + chunk]
+            if job.ticket.ended:
+                self._reading.popleft()
+                continue
+            tokens = job.ahead[job.taken : job.taken + chunk]
             if spent and spent + len(tokens) > chunk:
                 return
             spent += len(tokens)
-            job.state = job.state or self._decoder.new_state(1)
-            logits = last_logits(self._decoder.append(job.state, np.array([tokens])))[0]
-            job.taken += len(tokens)
-            self._observer.prompt_tokens(len(tokens))
-            if job.taken == len(job.prompt):
+            try:
+                self._read(job, tokens)
+            except Exception:
+                logger.exception("A prompt failed")
+                self._fail(job.ticket, "error")
+            if job.taken == len(job.ahead):
                 self._reading.popleft()
-                self._join(job, logits)
 
-    def _join(self, job: Job, logits: np.ndarray) -> None:
-        ticket, state = job.ticket, job.state
-        assert state is not None
-        if not ticket.started:
-            ticket.started = True
-            self._observer.first_token(time.monotonic() - ticket.submitted)
+    def _read(self, job: Job, tokens: list[int]) -> None:
+        state = job.state = job.state or self._decoder.new_state(1)
+        logits = last_logits(self._decoder.append(state, np.array([tokens])))[0]
+        job.taken += len(tokens)
+        self._observer.prompt_tokens(len(tokens))
+        if job.taken == len(job.ahead):
+            self._join(job, state, logits)
+
+    def _join(self, job: Job, state: OnnxState, logits: np.ndarray) -> None:
         for answer in job.answers:
-            if not self._advance(job, answer, logits):
+            if self._advance(job, answer, logits):
                 self._batch.join(state)
                 self._running.append((job, answer))
-        self._observer.first_tokens(len(job.answers))
-        self.generated.add(len(job.answers))
         job.state = None
 
     def _step(self) -> None:
         if not self._running:
             return
         started = time.perf_counter()
-        logits = self._batch.step([answer.last_token for _, answer in self._running])
+        try:
+            logits = self._batch.step([answer.last_token for _, answer in self._running])
+        except Exception:
+            # All rows are one call, which may have left any of them half written.
+            logger.exception("A decode step failed")
+            for job, _ in self._running:
+                self._fail(job.ticket, "error")
+            self._running.clear()
+            self._batch = RowBatch(self._decoder, self._settings.max_batch)
+            return
         rows = range(len(self._running))
-        finished = [row for row in rows if self._advance(*self._running[row], logits[row])]
-        for row in reversed(finished):
-            self._leave(row)
+        going_on = [self._advance(*self._running[row], logits[row]) for row in rows]
+        for row in reversed(rows):
+            if not going_on[row]:
+                self._leave(row)
         self._observer.step(time.perf_counter() - started, len(rows))
-        self.generated.add(len(rows))
 
     def _advance(self, job: Job, answer: Answer, logits: np.ndarray) -> bool:
-        """Choose an answer's next token; whether it was the last."""
+        """Let an answer take its next token; whether it goes on.
+
+        What fails here concerns one request, and ends no other.
+        """
         ticket = job.ticket
-        piece = answer.advance(logits)
-        self._outbox.append((ticket, piece))
-        if piece.finish is None:
+        if ticket.ended:  # by another of its answers
             return False
+        before = answer.tokens
+        try:
+            piece = answer.advance(logits)
+        except Exception:
+            logger.exception("An answer failed")
+            self._fail(ticket, "error")
+            return False
+        self._outbox.append((ticket, piece))
+        if answer.tokens > before:
+            self._chosen += 1
+            if not ticket.started:
+                ticket.started = True
+                self._observer.first_token(time.monotonic() - ticket.submitted)
+        elif job.one_by_one:
+            self._observer.prompt_tokens(1)
+        if piece.finish is None:
+            return True
         ticket.unfinished -= 1
         if ticket.unfinished == 0:
-            ticket.ended = True
-            self._outbox.append((ticket, None))
-            self._observer.ended("completed", time.monotonic() - ticket.submitted)
-        return True
+            self._end(ticket, None, "completed")
+        return False
 
     def _leave(self, row: int) -> None:
         """As `RowBatch.leave` does it: the last row takes the place of the freed one."""
@@ -263,18 +334,22 @@ class Scheduler:
 
     def _fail(self, ticket: Ticket, reason: Failure) -> None:
         if not ticket.ended:
-            ticket.ended = True
-            self._outbox.append((ticket, reason))
-            self._observer.ended(reason, time.monotonic() - ticket.submitted)
+            self._end(ticket, reason, reason)
+
+    def _end(self, ticket: Ticket, message: Failure | None, outcome: str) -> None:
+        ticket.ended = True
+        with self._wake:
+            self._open.discard(ticket)
+        self._outbox.append((ticket, message))
+        self._observer.ended(outcome, time.monotonic() - ticket.submitted)
 
     def _end_all(self, reason: Failure) -> None:
         with self._wake:
-            jobs = [*self._waiting, *self._reading, *(job for job, _ in self._running)]
-            self._waiting.clear()
-            self._reading.clear()
-            self._running.clear()
-        for job in jobs:
-            self._fail(job.ticket, reason)
+            tickets = list(self._open)
+            for jobs in (self._waiting, self._reading, self._running):
+                jobs.clear()
+        for ticket in tickets:
+            self._fail(ticket, reason)
 
     def _flush(self) -> None:
         if self._outbox:

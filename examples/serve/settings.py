@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from less_cache._checks import check_int, check_real
+
+HOST = re.compile(r"\*|(\*\.)?[^*:/\s\[\]]+|\[[0-9a-fA-F:.]+\]")
+"""A name, a domain's names, any name, or an IPv6 address."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,12 @@ class Settings:
     shutdown_grace
         Seconds that accepted requests have to end once the server was told to stop.
     max_connections
-        Open connections; uvicorn answers more with a plain 503.
+        Open connections; each is a file to the system, which often allows a process 1,024.
     api_key
         What clients must send as their bearer token; ``None`` asks for nothing.
+    allowed_hosts
+        Names beside the loopback's that requests may call the server by, without a port;
+        ``*.example.com`` stands for all in a domain, ``*`` for any.
 
     Raises
     ------
@@ -49,8 +56,9 @@ class Settings:
     max_body: int = 256 * 1024
     request_timeout: float = 120.0
     shutdown_grace: float = 20.0
-    max_connections: int = 1024
+    max_connections: int = 512
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "max_tokens", "prefill_chunk", "max_connections"):
@@ -61,3 +69,10 @@ class Settings:
         check_real("shutdown_grace", self.shutdown_grace, above=0.0)
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key: got nothing but blanks, expected a key or None")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise ValueError("api_key: begins or ends with a blank, which no header can carry")
+        for host in self.allowed_hosts:
+            if not HOST.fullmatch(host):
+                raise ValueError(
+                    f"allowed_hosts: got {host!r}, expected a name, '*.' and a domain, or '*'"
+                )

@@ -17,7 +17,7 @@ Failure = Literal["timeout", "shutdown", "cancelled", "error"]
 """Why a request ended without its answers."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A prompt, and the answers that go on from it.
 
@@ -27,18 +27,26 @@ class Job:
         Token ids, at least one.
     answers : list of Answer
         Each takes a row; the prompt is read once for all of them.
+    one_by_one : bool
+        Only the prompt's first token is read ahead of the answers; they take in the others.
     taken : int
-        Tokens of the prompt that `state` has seen.
+        Tokens that were read ahead.
     """
 
     ticket: Ticket
     prompt: list[int]
     answers: list[Answer]
+    one_by_one: bool = False
     taken: int = 0
     state: OnnxState | None = None
 
+    @property
+    def ahead(self) -> list[int]:
+        """Tokens to be read before the answers take rows."""
+        return self.prompt[:1] if self.one_by_one else self.prompt
 
-@dataclass
+
+@dataclass(eq=False)
 class Ticket:
     """One request.
 

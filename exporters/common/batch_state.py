@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from less_cache._checks import check_int, check_rows
-from less_cache.state import EMPTY
+from less_cache.arrays import EMPTY
 
 from .manifest import Manifest, TensorSpec
 
@@ -25,8 +25,9 @@ class BatchState(ABC):
     manifest : Manifest
         That of the model it belongs to.
     arrays : dict
-        The runtime's arrays by name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; see
-        the manifest.
+        The runtime's arrays by name: ``length`` [B], ``{i}.keys`` [B, Hkv, C, D], and so on; where
+        a layer's heads differ in capacity, ``{i}.h{first}.keys`` of heads from `first` on. See the
+        manifest.
     tokens_bound : int
         No sequence has seen more tokens than this.
     """

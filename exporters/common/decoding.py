@@ -9,8 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from less_cache.policies import FullCache
-
 from .batch_state import BatchState
 from .manifest import Manifest
 from .sampling import GenerationStep, Sampler, generate_tokens
@@ -32,9 +30,8 @@ class BatchDecoder(ABC, Generic[State]):
     def __init__(self, manifest: Manifest, state_type: type[State]) -> None:
         self.manifest = manifest
         self._state_type = state_type
-        capacities = zip(manifest.config.capacities, manifest.config.policies, strict=True)
-        full = (size for size, policy in capacities if isinstance(policy, FullCache))
-        self._room = min(full, default=None)
+        full = [layer for layer in manifest.config.layers if not layer.policy.evicts]
+        self._room = min((min(layer.capacities) for layer in full), default=None)
 
     @abstractmethod
     def new_state(self, batch_size: int) -> State:

@@ -12,7 +12,7 @@ from .fields import check_fields
 from .folders import check_files, read_index
 
 MANIFEST, MODEL, WEIGHTS = "less_cache.json", "model.onnx", "model.onnx.data"
-FORMAT = "less_cache.onnx.1"
+FORMAT = "less_cache.onnx.2"
 DTYPES = frozenset({"float32", "float16", "bfloat16", "int32", "int64"})
 FIELDS = {
     "config": dict,
@@ -24,7 +24,13 @@ FIELDS = {
     "inputs": [str],
     "outputs": [str],
     "state": [{"name": str, "dtype": DTYPES, "shape": [int]}],
-    "layers": [{"capacity": int, "window": int, "maps": (str, type(None))}],
+    "layers": [
+        {
+            "window": int,
+            "maps": (str, type(None)),
+            "runs": [{"heads": [int], "capacity": int, "arrays": [str]}],
+        }
+    ],
     "files": dict,
 }
 """What a reader needs of `MANIFEST`, as `check_fields` takes it."""
@@ -69,6 +75,11 @@ class Manifest:
     def full_layers(self) -> list[int]:
         """The model's layers that `config` counts; the others have a sliding window."""
         return [i for i, layer in enumerate(self.data["layers"]) if not layer["window"]]
+
+    @property
+    def largest_capacity(self) -> int:
+        """The slots of the largest head of all layers, windows included."""
+        return max(run["capacity"] for layer in self.data["layers"] for run in layer["runs"])
 
     @property
     def maps_digest(self) -> str | None:
@@ -134,9 +145,14 @@ def manifest_of(folder: Path, data: Any, where: str) -> Manifest:
         raise ValueError(
             f"{where}: layers: {full} without a window, but config says {config.num_layers}"
         )
-    names = [f"past.{entry['name']}" for entry in data["state"]]
-    if missing := [name for name in names if name not in data["inputs"]]:
+    state = [entry["name"] for entry in data["state"]]
+    if missing := [f"past.{name}" for name in state if f"past.{name}" not in data["inputs"]]:
         raise ValueError(f"{where}: inputs: lacks {missing}, which state names")
+    held = [name for layer in data["layers"] for run in layer["runs"] for name in run["arrays"]]
+    if missing := [name for name in held if name not in state]:
+        raise ValueError(f"{where}: state: lacks {missing}, which layers name")
+    if idle := [index for index, layer in enumerate(data["layers"]) if not layer["runs"]]:
+        raise ValueError(f"{where}: layers[{idle[0]}]: no runs of heads, expected at least one")
     return Manifest(
         folder=folder,
         config=config,

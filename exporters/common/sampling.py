@@ -20,11 +20,14 @@ class Sampler:
     Parameters
     ----------
     temperature
-        Divides the logits; 0 takes the likeliest token.
+        Divides the logits; 0 takes the likeliest token, and so does one so small that a quotient
+        would overflow.
     top_k
         Only this many of the likeliest; ``None``: all.
     top_p
         Only the likeliest whose probabilities sum up to this, at least one token.
+    min_p
+        Only tokens that are at least this times as probable as the likeliest; 0: all.
     seed
         Of the random numbers; ``None``: another sequence of them each time.
 
@@ -37,6 +40,7 @@ class Sampler:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     _random: np.random.Generator = field(init=False, repr=False)
 
@@ -46,6 +50,8 @@ class Sampler:
         if self.top_k is not None:
             check_int("top_k", self.top_k, minimum=1)
         check_real("top_p", self.top_p, above=0.0, maximum=1.0)
+        if self.min_p != 0:
+            check_real("min_p", self.min_p, above=0.0, maximum=1.0)
         if self.seed is not None:
             check_int("seed", self.seed, minimum=0)
         self._random = np.random.default_rng(self.seed)
@@ -68,8 +74,13 @@ class Sampler:
         order = np.argsort(-logits, axis=1, kind="stable")
         if self.top_k is not None:
             order = order[:, : self.top_k]
-        ranked = np.take_along_axis(logits, order, 1).astype(np.float64) / self.temperature
-        weights = np.exp(ranked - ranked[:, :1])
+        ranked = np.take_along_axis(logits, order, 1).astype(np.float64)
+        # Differences first: the likeliest's is 0 at any temperature, where its quotient may be
+        # infinite. The others' may become -inf, which weighs nothing.
+        with np.errstate(over="ignore"):
+            weights = np.exp((ranked - ranked[:, :1]) / self.temperature)
+        # The likeliest weighs 1.
+        weights = np.where(weights < self.min_p, 0.0, weights)
         weights /= weights.sum(1, keepdims=True)
         # A token stays if those before it do not reach top_p yet: the first always does.
         before = weights.cumsum(1) - weights

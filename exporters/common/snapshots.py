@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from less_cache import ops, snapshot
+from less_cache.layer_config import LayerConfig
 from less_cache.state import CacheState, LayerState, allocate
 
+from .heads import run_name
 from .manifest import Manifest
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """In place of feature maps, of which a snapshot needs only the digest."""
-
-    digest: str
 
 
 def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int) -> CacheState:
@@ -39,17 +33,15 @@ def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int)
         If the model has sliding-window layers, which `CacheState` does not hold.
     """
     _check_layers(manifest)
-    config = manifest.config
     layers = []
-    for i in range(config.num_layers):
-        layer = allocate(config.layer(i), len(arrays["length"]))
-        own = _arrays(layer)
-        for name in own:
-            own[name].copy_(arrays[f"{i}.{name}"])
+    for index, config in enumerate(manifest.config.layers):
+        layer = allocate(config, len(arrays["length"]))
+        for name, view in _dense(index, config, layer).items():
+            view.copy_(arrays[name])
         layer.length.copy_(arrays["length"])
         layer.tokens_bound = bound
         layers.append(layer)
-    return CacheState(config, layers, _maps(manifest))
+    return CacheState(manifest.config, layers, maps_digest=manifest.maps_digest or "")
 
 
 def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
@@ -61,28 +53,32 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
         If there is no such file, it is damaged, or it is of another config, maps or dtype.
     """
     _check_layers(manifest)
-    read = CacheState.load(path, manifest.config, _maps(manifest))
+    read = snapshot.read(path)
+    read.check_config(manifest.config)
+    if read.maps_digest != (manifest.maps_digest or ""):
+        raise ValueError(f"{path}: made with other feature maps than the model's")
     if read.config.dtype != manifest.config.dtype:
         raise ValueError(
             f"{path}: holds {read.config.dtype}, but the model is {manifest.config.dtype}"
         )
-    arrays: dict[str, Tensor] = {"length": read.length}
-    for i, layer in enumerate(read.layers):
-        arrays.update({f"{i}.{name}": array for name, array in _arrays(layer).items()})
-    return arrays
+    arrays: dict[str, Tensor] = {}
+    for index, (config, tensors) in enumerate(
+        zip(manifest.config.layers, read.layers, strict=True)
+    ):
+        layer = LayerState(**tensors)
+        arrays["length"] = layer.length
+        arrays.update(_dense(index, config, layer))
+    return {name: array.contiguous() for name, array in arrays.items()}
 
 
-def _maps(manifest: Manifest) -> Any:
-    return _Maps(manifest.maps_digest) if manifest.maps_digest else None
-
-
-def _arrays(layer: LayerState) -> dict[str, Any]:
-    """The arrays of a layer that an exported model has, too."""
-    return {
-        name: array
-        for name, array in layer.arrays().items()
-        if name != "length" and not (name in ("H", "z") and array.shape[2] == 0)
-    }
+def _dense(index: int, config: LayerConfig, layer: LayerState) -> dict[str, Tensor]:
+    """Views of a layer's arrays as an exported model has them, by the manifest's names."""
+    views = {}
+    for run in config.runs:
+        held = layer.of_run(run).named()
+        prefix = run_name(index, config, run)
+        views.update({f"{prefix}.{name}": held[name] for name in ops.state_names(config)})
+    return views
 
 
 def _check_layers(manifest: Manifest) -> None:

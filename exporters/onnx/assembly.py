@@ -7,6 +7,7 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import ir
 
 from .building import Builder, Value
+from .heads import HeadRun, ModelLayer
 from .nodes import CHUNK, DOMAIN, STEP, function, node_attributes, node_outputs
 from .parts import Layer
 from .tracing import APPEND, outputs_of
@@ -14,7 +15,7 @@ from .tracing import APPEND, outputs_of
 IR_VERSION = 10
 
 
-def assemble(model: ir.Model, layers: list[Layer], opset: int) -> ir.Model:
+def assemble(model: ir.Model, layers: list[ModelLayer], opset: int) -> ir.Model:
     """Replace each `APPEND` node by a choice: `STEP` if S = 1, else `CHUNK`.
 
     Parameters
@@ -35,13 +36,14 @@ def assemble(model: ir.Model, layers: list[Layer], opset: int) -> ir.Model:
     _shorten_mask(build, ids, mask)
     _move_to_front(head, graph)
     appends = [node for node in graph if node.op_type == APPEND and node.domain == DOMAIN]
-    if len(appends) != len(layers):
-        raise AssertionError(f"{len(appends)} layers attended, expected {len(layers)}")
+    runs = [run for layer in layers for run in layer.runs]
+    if len(appends) != len(runs):
+        raise AssertionError(f"{len(appends)} runs of heads attended, expected {len(runs)}")
     overloads: dict[Layer, str] = {}
-    for layer in layers:
-        overloads.setdefault(layer, str(len(overloads)) if overloads else "")
-    for index, (node, layer) in enumerate(zip(appends, layers, strict=True)):
-        _choose(graph, node, single, layer, overloads[layer], index)
+    for run in runs:
+        overloads.setdefault(run.layer, str(len(overloads)) if overloads else "")
+    for node, run in zip(appends, runs, strict=True):
+        _choose(graph, node, single, run, overloads[run.layer])
     for layer, overload in overloads.items():
         for name in (STEP, CHUNK):
             body = function(name, layer, opset, overload)
@@ -72,9 +74,8 @@ def _move_to_front(head: ir.Graph, graph: ir.Graph) -> None:
     graph.insert_before(graph[0], nodes)
 
 
-def _choose(
-    graph: ir.Graph, node: ir.Node, single: Value, layer: Layer, overload: str, index: int
-) -> None:
+def _choose(graph: ir.Graph, node: ir.Node, single: Value, run: HeadRun, overload: str) -> None:
+    layer, prefix = run.layer, f"layers.{run.name}"
     taken = outputs_of(node)
     inputs = list(node.inputs)
     names = node_outputs(layer.config)
@@ -88,19 +89,17 @@ def _choose(
             domain=DOMAIN,
             overload=overload,
             num_outputs=len(names),
-            name=f"layers.{index}.{op}",
+            name=f"{prefix}.{op}",
         )
         for value, name in zip(call.outputs, names, strict=True):
-            value.name = f"layers.{index}.{op}.{name}"
+            value.name = f"{prefix}.{op}.{name}"
             like = inputs[0] if name == "out" else inputs[5 + names.index(name) - 1]
             if like is not None:
                 value.type, value.shape = like.type, like.shape
-        branches[branch] = ir.Graph([], call.outputs, nodes=[call], name=f"layers.{index}.{op}")
-    choice = ir.node(
-        "If", [single], branches, num_outputs=len(names), name=f"layers.{index}.attention"
-    )
+        branches[branch] = ir.Graph([], call.outputs, nodes=[call], name=f"{prefix}.{op}")
+    choice = ir.node("If", [single], branches, num_outputs=len(names), name=f"{prefix}.attention")
     for position, (value, name) in enumerate(zip(choice.outputs, names, strict=True)):
-        value.name = f"layers.{index}.{name}"
+        value.name = f"{prefix}.{name}"
         result = branches["then_branch"].outputs[position]
         value.type, value.shape = result.type, result.shape
         if position in taken:

@@ -1,4 +1,4 @@
-"""Several new tokens at once, as `less_cache.backends.torch_chunk.append` takes them."""
+"""Several new tokens at once, as `less_cache.backends.torch.chunk` takes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from less_cache import ops
-from less_cache.policies import Score
-from less_cache.state import EMPTY
+from less_cache.arrays import EMPTY
+from less_cache.policies import Gain
 
 from .blocks import attend_in_blocks
 from .building import Builder, Value
@@ -71,24 +71,25 @@ def chunk_body(
     for name, new in (("keys", k), ("values", v), ("positions", new_positions)):
         state[name] = b("Concat", state[name], new, axis=2)
     weight = None
-    if policy.score is Score.ATTENTION:
-        weight = b.cast(ones, layer.wide)
-        if policy.decay != 1:
-            age = b("Sub", b("Squeeze", incoming, b.ints(2)), ranks)
-            weight = b("Mul", weight, _faded(b, layer, age))
+    if policy.gains is Gain.SUM:
+        weight = _query_weights(b, layer, ones, ranks, incoming)
     out, gained = attend(b, layer, state, given, q, weight, opset=opset)
     out = b("Where", tokens4, out, blank)
 
     # 3. Scores.
-    if policy.history_window:
+    if policy.gains is Gain.HISTORY:
         state["history"] = _history(b, layer, state, q, ranks, incoming)
         state["scores"] = popcount(b, layer, state["history"])
     else:
-        scores = state["scores"]
-        if gained is not None and policy.decay != 1:
-            scores = b("Mul", scores, _faded(b, layer, incoming))
-        scores = b("Concat", scores, first, axis=2)
-        state["scores"] = scores if gained is None else b("Add", scores, gained)
+        scores = b("Concat", state["scores"], first, axis=2)
+        if gained is not None:
+            if policy.decay != 1:
+                scores = b("Mul", scores, _faded(b, layer, incoming))
+            if policy.pool > 1:
+                several = b("Greater", incoming, b.constant(1, "int32"))
+                gained = b("Where", several, _pooled(b, layer, state, gained), gained)
+            scores = b("Add", scores, gained)
+        state["scores"] = scores
 
     # 4. The new pairs are in; all but C leave.
     state = _keep(b, layer, state, given, b("Add", seen, incoming))
@@ -100,7 +101,7 @@ def _evict_one(
 ) -> Values:
     """If a row is full and has new tokens, its victim leaves and the slot becomes empty."""
     config = layer.config
-    if config.policy.score is Score.NONE:
+    if not config.policy.evicts:
         return state
     slot = choose_slot(b, layer, state, seen)
     position = b.take(state["positions"], slot)
@@ -111,6 +112,40 @@ def _evict_one(
         state = merge(b, layer, state, maps, (pair[0], pair[1]), gone)
     left = b("Where", gone, b.constant(EMPTY, "int32"), position)
     return {**state, "positions": b.put(state["positions"], slot, left)}
+
+
+def _query_weights(b: Builder, layer: Layer, ones: Value, ranks: Value, incoming: Value) -> Value:
+    """[B, S], what each query's probabilities count for: the decay to the power of its age."""
+    policy = layer.config.policy
+    weight = b.cast(ones, layer.wide)
+    if policy.decay == 1 and policy.counted is None:
+        return weight
+    age = b("Sub", b("Squeeze", incoming, b.ints(2)), ranks)
+    if policy.decay != 1:
+        weight = b("Mul", weight, _faded(b, layer, age))
+    if policy.counted is not None:
+        counts = b("Less", age, b.constant(policy.counted, "int32"))
+        weight = b("Where", counts, weight, b.constant(0, layer.wide))
+    return weight
+
+
+def _pooled(b: Builder, layer: Layer, state: Values, gained: Value) -> Value:
+    """The mean of [B, Hkv, N] over `Policy.pool` held pairs, neighbours in order of position."""
+    neighbours = layer.config.policy.pool
+    reach = neighbours // 2
+    order = _order(b, state["positions"], b.dim(state["positions"], 2))
+    # Empty slots come first and gained nothing: like the zeros beyond the ends.
+    ordered = b.take(gained, order)
+    start, axis = b.ints(0), b.ints(2)
+    edge = b("Mul", b("Slice", ordered, start, b.ints(1), axis), b.constant(0, layer.wide))
+    padded = b("Concat", *[edge] * reach, ordered, *[edge] * reach, axis=2)
+    total = b("Slice", padded, start, b.ints(1 - neighbours), axis)
+    for shift in range(1, neighbours):
+        end = shift + 1 - neighbours
+        part = b("Slice", padded, b.ints(shift), b.ints(end or INT_MAX), axis)
+        total = b("Add", total, part)
+    mean = b("Div", total, b.constant(neighbours, layer.wide))
+    return b.put(gained, order, mean)
 
 
 def _faded(b: Builder, layer: Layer, age: Value) -> Value:

@@ -9,13 +9,13 @@ from onnxscript import ir
 from torch import Tensor, nn
 
 from less_cache import ops
+from less_cache.arrays import empty_arrays
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 from less_cache.integrations.transformers.interception import intercepted
 from less_cache.integrations.transformers.model_check import attention_modules, decoder_of
-from less_cache.state import allocate
 
-from .parts import Layer
+from .heads import ModelLayer
 from .tracing import trace
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -37,27 +37,31 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, model: Any, layers: list[Layer], maps: FeatureMaps | None, all_logits: bool
+        self, model: Any, layers: list[ModelLayer], maps: FeatureMaps | None, all_logits: bool
     ) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
         self.all_logits = all_logits
-        self.maps = nn.ModuleList()
+        # By the names of runs; a module sees parameters only in lists of its own.
+        self.maps: dict[str, nn.ParameterList] = {}
         given = iter(maps or ())
         for layer in layers:
-            held = nn.ParameterList()
+            own = None
             if layer.kind is not None:
-                dtype = getattr(torch, layer.config.dtype)
-                tensors = next(given).to("cpu", dtype).tensors
-                held.extend(
-                    nn.Parameter(tensors[name], requires_grad=False)
-                    for name in ops.map_names(layer.kind)
-                )
-            self.maps.append(held)
-        # Set by `forward`; `attend` reads and extends them, layer by layer.
-        self.past: list[list[Tensor]] = []
-        self.present: list[list[Tensor]] = []
+                own = next(given).to("cpu", getattr(torch, layer.config.dtype))
+            for run in layer.runs:
+                held = self.maps[run.name] = nn.ParameterList()
+                if own is not None:
+                    tensors = own.heads(run.run.query_heads, run.run.kv_heads).tensors
+                    held.extend(
+                        nn.Parameter(tensors[name], requires_grad=False)
+                        for name in ops.map_names(layer.kind)
+                    )
+        self.maps_held = nn.ModuleList(self.maps.values())
+        # Set by `forward`; `attend` reads the one and extends the other, run by run.
+        self.past: dict[str, list[Tensor]] = {}
+        self.present: dict[str, list[Tensor]] = {}
         self.mask = self.length = torch.empty(0)
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -66,32 +70,36 @@ class Decoder(nn.Module):
         self.mask = (attention_mask != 0).to(torch.int32)
         ranks = self.mask.cumsum(1, dtype=torch.int32)
         positions = (self.length.unsqueeze(1) + ranks - 1).clamp_min(0).to(torch.int64)
-        self.past, self.present = [], []
+        self.past, self.present = {}, {}
         for layer in self.layers:
-            count = len(ops.state_names(layer.config))
-            self.past.append(arrays[:count])
-            arrays = arrays[count:]
+            for run in layer.runs:
+                count = len(run.arrays)
+                self.past[run.name], arrays = arrays[:count], arrays[count:]
         logits = self.model(
             input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).logits
         length = self.length + self.mask.sum(1, dtype=torch.int32)
-        return [logits, length, *(array for layer in self.present for array in layer)]
+        return [logits, length, *(array for run in self.present.values() for array in run)]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One layer's attention: a single operator."""
+        """One layer's attention: a single operator for each run of heads of equal capacity."""
         layer = self.layers[index]
-        out, *state = ops.append(
-            q,
-            k,
-            v,
-            self.mask,
-            self.length,
-            self.past[index],
-            list(self.maps[index].parameters()),
-            ops.layer_spec(layer.config, layer.kind),
-        )
-        self.present.append(state)
-        return out
+        outs = []
+        for run in layer.runs:
+            heads = run.run
+            out, *state = ops.functional_step(
+                q[:, heads.query_heads],
+                k[:, heads.kv_heads],
+                v[:, heads.kv_heads],
+                self.mask,
+                self.length,
+                self.past[run.name],
+                list(self.maps[run.name]),
+                ops.layer_spec(run.layer.config, layer.kind),
+            )
+            self.present[run.name] = state
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def keep_last(self, module: Any, args: Any, output: Any) -> None:
         """Keep only the hidden state of each row's last token, before the head sees it."""
@@ -102,26 +110,27 @@ class Decoder(nn.Module):
         output.last_hidden_state = hidden.gather(1, index)
 
 
-def state_tensors(layers: list[Layer]) -> dict[str, Tensor]:
+def state_tensors(layers: list[ModelLayer]) -> dict[str, Tensor]:
     """An empty state of two sequences, by name without ``past.`` and ``present.``."""
     tensors = {"length": torch.zeros(2, dtype=torch.int32)}
-    for i, layer in enumerate(layers):
-        arrays = allocate(layer.config, 2)
-        for name in ops.state_names(layer.config):
-            tensors[f"{i}.{name}"] = getattr(arrays, name)
+    for layer in layers:
+        arrays = empty_arrays(layer.config, 2)
+        for run in layer.runs:
+            dense = arrays.of_run(run.run).named()
+            tensors.update({full: dense[name].contiguous() for name, full in run.arrays.items()})
     return tensors
 
 
 def trace_decoder(
     model: Any,
     config: CacheConfig,
-    layers: list[Layer],
+    layers: list[ModelLayer],
     maps: FeatureMaps | None,
     *,
     opset: int,
     all_logits: bool,
 ) -> ir.Model:
-    """The graph of `Decoder`, each layer's attention one `tracing.APPEND` node."""
+    """The graph of `Decoder`, the attention of each run of heads one `tracing.APPEND` node."""
     wrapper = Decoder(model, layers, maps, all_logits)
     tokens = torch.ones(2, 3, dtype=torch.int64)
     state = state_tensors(layers)

@@ -9,20 +9,19 @@ from typing import Any
 import less_cache
 from exporters.common.folders import listed
 from exporters.common.manifest import FORMAT, MANIFEST
-from less_cache import ops
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 
 from .decoder import state_tensors
-from .parts import Layer
+from .heads import ModelLayer
 
 
 def write_manifest(
     folder: Path,
     model: Any,
     config: CacheConfig,
-    layers: list[Layer],
+    layers: list[ModelLayer],
     maps: FeatureMaps | None,
     *,
     opset: int,
@@ -49,12 +48,19 @@ def write_manifest(
         "state": state,
         "layers": [
             {
-                "capacity": layer.config.capacity,
                 "policy": layer.config.policy.to_dict(),
                 "rank": layer.config.rank,
                 "maps": layer.kind,
                 "window": layer.window,
-                "arrays": list(ops.state_names(layer.config)),
+                "runs": [
+                    {
+                        "heads": list(range(run.run.kv_heads.start, run.run.kv_heads.stop)),
+                        "capacity": run.layer.config.capacity,
+                        "recent": run.layer.config.policy.protected_recent,
+                        "arrays": list(run.arrays.values()),
+                    }
+                    for run in layer.runs
+                ],
             }
             for layer in layers
         ],

@@ -23,8 +23,8 @@ from less_cache.manager import CacheManager
 from .assembly import assemble
 from .decoder import trace_decoder
 from .describing import write_manifest
+from .heads import ModelLayer
 from .layers import model_layers
-from .parts import Layer
 
 DTYPES = ("float32", "float16", "bfloat16")
 GENAI_CONFIG = "genai_config.json"
@@ -115,7 +115,7 @@ class Prepared:
         The transformers model, of the dtype asked for.
     config : CacheConfig
         The config, with that dtype.
-    layers : list of Layer
+    layers : list of ModelLayer
         The model's layers, in order.
     graph : onnx_ir.Model
         The graph to save.
@@ -123,7 +123,7 @@ class Prepared:
 
     model: Any
     config: CacheConfig
-    layers: list[Layer]
+    layers: list[ModelLayer]
     graph: ir.Model
 
 
@@ -143,6 +143,12 @@ def prepare(
         raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
     name = check_choice("dtype", dtype_name(dtype or getattr(model, "dtype", None)), dtypes)
     config = config.with_dtype(name)
+    for i, policy in enumerate(config.policies):
+        if policy.custom:
+            raise ValueError(
+                f"config: layer {i} has {policy}, whose scores are Python code of its own, which "
+                "cannot be exported"
+            )
     # It refuses maps that do not fit the config.
     CacheManager(config, maps, backend="torch")
     layers = model_layers(model, config, maps.kind if maps is not None else None)

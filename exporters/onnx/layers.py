@@ -14,10 +14,10 @@ from less_cache.integrations.transformers.model_check import (
 )
 from less_cache.policies import SinkWindow
 
-from .parts import Layer
+from .heads import ModelLayer
 
 
-def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Layer]:
+def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[ModelLayer]:
     """Describe each layer of a model for the export.
 
     A sliding-window layer becomes a cache with as many slots as its window, which drops the oldest
@@ -49,9 +49,9 @@ def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Laye
     layers = []
     for i in range(model.config.num_hidden_layers):
         if i in full:
-            layers.append(Layer(config.layer(full.index(i)), kind))
+            layers.append(ModelLayer(i, config.layer(full.index(i)), kind))
         else:
             window = int(model.config.sliding_window)
             sliding = config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
-            layers.append(Layer(sliding.layer(0), None, window))
+            layers.append(ModelLayer(i, sliding.layer(0), None, window))
     return layers

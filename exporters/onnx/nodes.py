@@ -7,7 +7,7 @@ from typing import Any
 from onnxscript import ir
 
 from less_cache import ops
-from less_cache.config import LayerConfig
+from less_cache.layer_config import LayerConfig
 
 from .building import Builder
 from .chunk_body import chunk_body
@@ -41,14 +41,15 @@ def node_outputs(layer: LayerConfig) -> list[str]:
 def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
     """What a plugin needs to know to take the body's place; the body has it built in.
 
-    ``score`` is the number of `less_cache.policies.Score`, ``softcap`` is 0 if there is none,
-    ``maps`` is ``"none"`` at rank 0.
+    ``start`` and ``gain`` are numbers of `less_cache.policies.Start` and `Gain`, ``softcap`` is 0
+    if there is none, ``maps`` is ``"none"`` at rank 0.
     """
     policy = layer.policy
     return {
         "plugin_version": "1",
         "plugin_namespace": "",
-        "score": int(policy.score),
+        "start": int(policy.starts),
+        "gain": int(policy.gains),
         "sinks": policy.sinks,
         "recent": policy.protected_recent,
         "decay": float(policy.decay),

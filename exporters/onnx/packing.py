@@ -4,19 +4,18 @@
 ``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
 parts, H, z, and last the length. So zeros are an empty state. Positions are exact up to 2^24.
 
-The library expects the tensors of all layers to have the same shape: smaller ones are filled up
-with zeros. Past and present may share memory: a present tensor is written last, when its layer has
-read all of the past ones.
+The library expects the tensors of all layers to have the same shape: smaller ones, and smaller
+heads of a layer, are filled up with zeros. Past and present may share memory: a present tensor is
+written last, when its layer has read all of the past ones.
 """
 
 from __future__ import annotations
 
 from onnxscript import ir
 
-from less_cache import ops
-
 from .building import KINDS, Builder, Value
 from .decoder import BATCH
+from .heads import HeadRun, ModelLayer
 from .parts import Layer, Values
 
 PAST, PRESENT = "past_key_values", "present"
@@ -24,7 +23,7 @@ HISTORY_PARTS, PART_BITS = 3, 21
 """A history has up to 62 bits, and a float32 holds only 24 exactly."""
 
 
-def pack_state(model: ir.Model, layers: list[Layer]) -> None:
+def pack_state(model: ir.Model, layers: list[ModelLayer]) -> None:
     """Replace the state's inputs and outputs of an assembled graph by packed ones."""
     graph = model.graph
     old_inputs = {str(value.name): value for value in graph.inputs}
@@ -35,23 +34,27 @@ def pack_state(model: ir.Model, layers: list[Layer]) -> None:
     front = ir.Graph([], [], nodes=[], name="front")
     unpack, pack = Builder(front, "unpack"), Builder(graph, "pack")
     inputs, outputs = tokens, [logits]
+    runs = [run for layer in layers for run in layer.runs]
     sizes = (
-        max(sum(_columns(layer).values()) for layer in layers),
-        max(2 * layer.config.capacity for layer in layers),
+        max(sum(_columns(run.layer).values()) for run in runs),
+        max(2 * run.layer.config.capacity for run in runs),
     )
-    for i, layer in enumerate(layers):
-        packed = _inputs(i, layer, sizes)
+    for layer in layers:
+        packed = _inputs(layer, sizes)
         inputs.extend(packed.values())
-        past = _unpacked(unpack, layer, packed)
-        if i == 0:
-            past["length"] = _first_length(unpack, layer, packed["conv"])
-        for name, value in past.items():
-            old = old_inputs["past.length" if name == "length" else f"past.{i}.{name}"]
-            ir.convenience.replace_all_uses_with(old, value)
-        present = {n: results[f"present.{i}.{n}"] for n in ops.state_names(layer.config)}
-        for name, value in present.items():
-            value.name = f"state.{i}.{name}"
-        outputs.extend(_packed(pack, i, layer, sizes, present, results["present.length"]))
+        if not layer.index:
+            length = _first_length(unpack, layer.runs[0].layer, packed["conv"])
+            ir.convenience.replace_all_uses_with(old_inputs["past.length"], length)
+        parts = []
+        for run in layer.runs:
+            past = _unpacked(unpack, run.layer, _heads(unpack, layer, run, packed))
+            for name, full in run.arrays.items():
+                ir.convenience.replace_all_uses_with(old_inputs[f"past.{full}"], past[name])
+            present = {name: results[f"present.{full}"] for name, full in run.arrays.items()}
+            for name, value in present.items():
+                value.name = f"state.{run.arrays[name]}"
+            parts.append(_packed(pack, run.layer, sizes, present, results["present.length"]))
+        outputs.extend(_joined(pack, layer, sizes, parts))
     results["present.length"].name = "state.length"
     graph.inputs[:] = inputs
     graph.outputs[:] = outputs
@@ -98,17 +101,26 @@ def _columns(layer: Layer) -> dict[str, int]:
     return {**sizes, "length": 1}
 
 
-def _inputs(index: int, layer: Layer, sizes: tuple[int, int]) -> Values:
+def _heads(b: Builder, layer: ModelLayer, run: HeadRun, packed: Values) -> Values:
+    """The packed tensors of a run's heads alone."""
+    if len(layer.runs) == 1:
+        return packed
+    heads = run.run.kv_heads
+    bounds = b.ints(heads.start), b.ints(heads.stop), b.ints(1)
+    return {name: b("Slice", value, *bounds) for name, value in packed.items()}
+
+
+def _inputs(layer: ModelLayer, sizes: tuple[int, int]) -> Values:
     config = layer.config
     heads = (BATCH, config.kv_heads)
     return {
         "conv": ir.val(
-            f"{PAST}.{index}.conv_state",
+            f"{PAST}.{layer.index}.conv_state",
             ir.DataType.FLOAT,
             ir.Shape([*heads, sizes[0]]),
         ),
         "recurrent": ir.val(
-            f"{PAST}.{index}.recurrent_state",
+            f"{PAST}.{layer.index}.recurrent_state",
             KINDS[config.dtype],
             ir.Shape([*heads, sizes[1], config.head_dim]),
         ),
@@ -150,12 +162,12 @@ def _unpacked(b: Builder, layer: Layer, packed: Values) -> Values:
 
 def _packed(
     b: Builder,
-    index: int,
     layer: Layer,
     sizes: tuple[int, int],
     present: Values,
     length: Value,
 ) -> tuple[Value, Value]:
+    """``conv_state`` and ``recurrent_state`` of the heads of `layer`."""
     config = layer.config
     columns = {
         "scores": present["scores"],
@@ -177,15 +189,23 @@ def _packed(
     conv = b("Concat", *(columns[name] for name in _columns(layer)), axis=2)
     conv = _filled(b, conv, 3, sizes[0] - sum(_columns(layer).values()))
     recurrent = b("Concat", present["keys"], present["values"], axis=2)
-    recurrent = _filled(b, recurrent, 4, sizes[1] - 2 * config.capacity)
-    for value, name, like in zip(
-        (conv, recurrent),
-        ("conv_state", "recurrent_state"),
-        _inputs(index, layer, sizes).values(),
-        strict=True,
+    return conv, _filled(b, recurrent, 4, sizes[1] - 2 * config.capacity)
+
+
+def _joined(
+    b: Builder, layer: ModelLayer, sizes: tuple[int, int], parts: list[tuple[Value, Value]]
+) -> list[Value]:
+    """The packed tensors of all of a layer's heads, as outputs of the graph."""
+    outputs = []
+    likes = _inputs(layer, sizes).values()
+    for name, like, part in zip(
+        ("conv_state", "recurrent_state"), likes, zip(*parts, strict=True), strict=True
     ):
-        value.name, value.type, value.shape = f"{PRESENT}.{index}.{name}", like.type, like.shape
-    return conv, recurrent
+        value = part[0] if len(part) == 1 else b("Concat", *part, axis=1)
+        value.name = f"{PRESENT}.{layer.index}.{name}"
+        value.type, value.shape = like.type, like.shape
+        outputs.append(value)
+    return outputs
 
 
 def _filled(b: Builder, array: Value, rank: int, missing: int) -> Value:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from less_cache.config import LayerConfig
+from less_cache.arrays import EMPTY
 from less_cache.feature_maps import EXPONENT_LIMIT
-from less_cache.policies import Score
-from less_cache.state import EMPTY
+from less_cache.layer_config import LayerConfig
+from less_cache.policies import Gain, Start
 
 from .building import Builder, Value
 
@@ -26,7 +26,7 @@ class Layer:
     Parameters
     ----------
     config
-        Shapes, capacity, policy and dtypes.
+        Of a layer whose heads have equal capacity, or of a run of such heads.
     kind
         The kind of its feature maps; ``None`` at rank 0.
     window
@@ -61,13 +61,14 @@ def protected(b: Builder, layer: Layer, positions: Value, seen: Value) -> Value:
 def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
     """[B, Hkv, 1] int64: the first empty slot, else the victim's."""
     positions = state["positions"]
-    score = layer.config.policy.score
-    if score is Score.NONE:
+    policy = layer.config.policy
+    if not policy.evicts:
         return b("ArgMin", positions, axis=2)
     kept = protected(b, layer, positions, seen)
     last = b.constant(INT_MAX, "int32")
     empty = b.constant(EMPTY, "int32")
-    if score is Score.POSITION:
+    if policy.starts is Start.POSITION and policy.gains is Gain.NONE:
+        # The score is the position itself.
         held = b("Greater", positions, empty)
         return b("ArgMin", b("Where", b("And", kept, held), last, positions), axis=2)
     infinity = b.constant(np.inf, layer.wide)
@@ -85,10 +86,10 @@ def initial_scores(
 ) -> Value:
     """The first scores of new pairs, [B, Hkv, S] if `spread`; `positions` is [B, 1, S]."""
     config = layer.config
-    if config.policy.score is Score.POSITION:
+    if config.policy.starts is Start.POSITION:
         scores = b.cast(positions, layer.wide)
         return b("Expand", scores, b.ints(1, config.kv_heads, 1)) if spread else scores
-    if config.policy.score is Score.KEY_NORM:
+    if config.policy.starts is Start.KEY_NORM:
         norm = b("ReduceL2", b.cast(k, layer.wide, config.dtype), b.ints(3), keepdims=0)
         return b("Neg", norm)
     zero = b.constant(0, layer.wide)

@@ -1,10 +1,10 @@
-"""One new token of each sequence, as `less_cache.backends.torch_backend.step` takes it."""
+"""One new token of each sequence, as `less_cache.backends.torch.step` takes it."""
 
 from __future__ import annotations
 
 from less_cache import ops
-from less_cache.policies import Score
-from less_cache.state import EMPTY
+from less_cache.arrays import EMPTY
+from less_cache.policies import Gain, Start
 
 from .building import Builder, Value
 from .parts import (
@@ -55,7 +55,7 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
         pair = b("Squeeze", b("Where", incoming4, new, old[name]), b.ints(2))
         state[name] = b("ScatterND", state[name], row, pair)
     state["positions"] = b.put(state["positions"], slot, b("Where", incoming, seen, old_position))
-    if policy.score is not Score.NONE:
+    if policy.starts is not Start.ZERO or policy.gains is not Gain.NONE:
         first = initial_scores(b, layer, given["k"], seen, spread=False)
         old_score = b.take(state["scores"], slot)
         state["scores"] = b.put(state["scores"], slot, b("Where", incoming, first, old_score))
@@ -74,13 +74,13 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
     out = b("Where", incoming4, out, b.constant(0, config.dtype))
 
     # 3. Scores, from the softmax over the pairs alone.
-    if policy.score is Score.ATTENTION:
+    if policy.gains is Gain.SUM:
         faded = state["scores"]
         if policy.decay != 1:
             faded = b("Mul", faded, b.constant(policy.decay, layer.wide))
         gained = b("ReduceSum", probabilities, b.ints(2), keepdims=0)
         state["scores"] = b("Where", incoming, b("Add", faded, gained), state["scores"])
-    elif policy.history_window:
+    elif policy.gains is Gain.HISTORY:
         state.update(_remember(b, layer, state, probabilities, empty, incoming))
     return [out, *(state[name] for name in ops.state_names(config))]
 

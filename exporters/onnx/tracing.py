@@ -46,7 +46,7 @@ def trace(
     ----------
     module
         Its forward takes the tensors of `inputs` as one list, and returns a list. Each
-        ``less_cache::append`` that it calls becomes one `APPEND` node; `outputs_of` finds its
+        ``less_cache::step`` that it calls becomes one `APPEND` node; `outputs_of` finds its
         outputs.
     inputs
         Examples by name. Dynamic axes need sizes of at least 2: the tracer silently takes smaller
@@ -68,7 +68,7 @@ def trace(
             input_names=list(inputs),
             output_names=list(outputs),
             opset_version=opset,
-            custom_translation_table={torch.ops.less_cache.append.default: _bare_node()},
+            custom_translation_table={torch.ops.less_cache.step.default: _bare_node()},
             verbose=False,
         )
     if program is None:

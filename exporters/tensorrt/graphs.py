@@ -12,6 +12,7 @@ from exporters.common.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import Builder, Value
 from exporters.onnx.chunk_body import chunk_body
+from exporters.onnx.heads import ModelLayer
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
 from exporters.onnx.step_body import step_body
@@ -72,7 +73,7 @@ def derive_graphs(
     return paths
 
 
-def layers_of(manifest: Manifest) -> list[Layer]:
+def layers_of(manifest: Manifest) -> list[ModelLayer]:
     """The model's layers, from its manifest."""
     full = manifest.full_layers
     layers = []
@@ -80,9 +81,10 @@ def layers_of(manifest: Manifest) -> list[Layer]:
         if entry["window"]:
             window = entry["window"]
             sliding = manifest.config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
-            layers.append(Layer(sliding.layer(0), None, window))
+            layers.append(ModelLayer(index, sliding.layer(0), None, window))
         else:
-            layers.append(Layer(manifest.config.layer(full.index(index)), entry["maps"]))
+            config = manifest.config.layer(full.index(index))
+            layers.append(ModelLayer(index, config, entry["maps"]))
     return layers
 
 
@@ -93,18 +95,18 @@ def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
     graph = model.graph
     _take_whole_mask(graph)
     choices = [node for node in graph if node.op_type == "If"]
-    layers = layers_of(manifest)
-    if len(choices) != len(layers):
+    runs = [run for layer in layers_of(manifest) for run in layer.runs]
+    if len(choices) != len(runs):
         raise ValueError(
-            f"{manifest.folder / MODEL}: {len(choices)} attention layers, but the manifest has "
-            f"{len(layers)}"
+            f"{manifest.folder / MODEL}: attention in {len(choices)} places, but the manifest has "
+            f"{len(runs)} runs of heads"
         )
-    for index, (choice, layer) in enumerate(zip(choices, layers, strict=True)):
+    for index, (choice, run) in enumerate(zip(choices, runs, strict=True)):
         call = next(iter(choice.attributes["then_branch"].as_graph()))
         if step and plugin:
             _call(graph, choice, call)
         else:
-            _write_out(graph, choice, call, layer, step, f"layer{index}")
+            _write_out(graph, choice, call, run.layer, step, f"attention{index}")
     model.functions.clear()
     common_passes.RemoveUnusedNodesPass()(model)
     if not (step and plugin):

@@ -55,7 +55,7 @@ def check_limits(
     """
     check_int("max_batch", max_batch, minimum=1)
     check_int("max_prompt", max_prompt, minimum=2)
-    slots = max(entry["capacity"] for entry in manifest.data["layers"])
+    slots = manifest.largest_capacity
     if slots + max_prompt > MAX_SORTED and not counts_order(manifest):
         raise ValueError(
             f"max_prompt: got {max_prompt}, expected at most {MAX_SORTED - slots}: TensorRT sorts "
@@ -73,7 +73,7 @@ def check_limits(
 
 def counts_order(manifest: Manifest) -> bool:
     """Whether a cache is too large for TensorRT to sort it with a prompt."""
-    return max(entry["capacity"] for entry in manifest.data["layers"]) > MAX_SORTED // 2
+    return manifest.largest_capacity > MAX_SORTED // 2
 
 
 def input_shapes(

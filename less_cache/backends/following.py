@@ -1,4 +1,4 @@
-"""When pairs of known sequences leave, by running the step over them: for backends without a scan."""
+"""When pairs of known sequences leave, for backends without a scan: the step runs over them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
 
-from benchmarks import decode, memory
+from benchmarks import decode, memory, prompt
 from benchmarks.contestants import Dynamic, Less, Static
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder
@@ -119,7 +119,7 @@ def test_full_caches_step_to_exactly_the_context_every_time(kind):
 def test_a_less_cache_starts_as_after_that_many_tokens(context, held):
     contestant = Less(decode.TINY, context, 2, capacity=8, policy=lc.H2O(), hidden=8)
     for layer in contestant.state.layers:
-        assert int((layer.positions >= 0).sum(2).max()) == held
+        assert (layer.positions >= 0).sum(1).tolist() == [held * 2] * 2
         assert int(layer.positions.max()) == context - 2
         assert layer.length.tolist() == [context - 1] * 2
     q, k, v = (torch.randn(2, 2, 1, 32) for _ in range(3))
@@ -153,3 +153,19 @@ def test_memory_writes_json_and_a_picture(tmp_path):
     assert report["dynamic"]["samples"][-1]["tokens"] == 20
     assert report["peak_rss"] > 0
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_prompt_benchmark_compares_all_policies_with_the_full_cache(tmp_path):
+    file = tmp_path / "p.json"
+    result = invoke(
+        prompt.main, "--tiny", "--contexts=64", "--batches=1,2", "--capacity=16",
+        "--repeats=1", "--steps=1", "--threads=1", f"--json={file}",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    rows = [row for row in report["results"] if row["batch"] == 2]
+    names = {row["cache"] for row in rows}
+    assert {"full cache", "SinkWindow", "ObservationWindow + LESS, rank 8", "H2O"} <= names
+    assert all(row["prompt_ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1
+    assert report["command"].startswith("benchmarks/")

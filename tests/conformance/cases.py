@@ -110,6 +110,10 @@ class BackendCase:
         )
 
 
+def _torch(name: str, dtype: str, outputs: float, state: float, **more: Any) -> BackendCase:
+    return BackendCase(name, "torch", dtype, outputs, state, vectorised_policies=True, **more)
+
+
 CASES = (
     BackendCase(
         "reference-numpy-float64",
@@ -132,24 +136,11 @@ CASES = (
         vectorised_policies=True,
         examples=20,
     ),
-    BackendCase(
-        "torch-float64", "torch", "float64", 1e-9, 1e-9, vectorised_policies=True, examples=250
-    ),
-    BackendCase(
-        "torch-float32", "torch", "float32", 2e-5, 5e-5, vectorised_policies=True, examples=250
-    ),
-    BackendCase("torch-float16", "torch", "float16", 1e-2, 1e-2, vectorised_policies=True),
-    BackendCase("torch-bfloat16", "torch", "bfloat16", 6e-2, 6e-2, vectorised_policies=True),
-    BackendCase(
-        "torch-cuda",
-        "torch",
-        "float32",
-        2e-5,
-        5e-5,
-        device="cuda",
-        skip=NO_GPU,
-        vectorised_policies=True,
-    ),
+    _torch("torch-float64", "float64", 1e-9, 1e-9, examples=250),
+    _torch("torch-float32", "float32", 2e-5, 5e-5, examples=250),
+    _torch("torch-float16", "float16", 1e-2, 1e-2),
+    _torch("torch-bfloat16", "bfloat16", 6e-2, 6e-2),
+    _torch("torch-cuda", "float32", 2e-5, 5e-5, device="cuda", skip=NO_GPU),
     # Without a GPU the kernels run under Triton's interpreter (see tests/conftest.py), slowly.
     BackendCase(
         "triton-float32",

@@ -25,7 +25,7 @@ from less_cache import ops
 from less_cache.backends.triton.decode import KINDS
 from tests.conformance.cases import ORACLE, BackendCase, Runner
 from tests.conformance.scenarios import CloseCall
-from tests.helpers import held_by, random_maps
+from tests.helpers import random_maps
 
 HIDDEN = 32
 GOLDEN = Path(__file__).parents[1] / "conformance" / "golden"
@@ -73,7 +73,7 @@ def random_cases() -> Iterator[Case]:
         if isinstance(policy, lc.FullCache):
             prompt = min(prompt, capacity - 1)
         config = lc.CacheConfig(
-            1, heads, kv_heads, head_dim, capacity, policy, rank=rank, dtype=dtype
+            1, heads, kv_heads, head_dim, capacity=capacity, policy=policy, rank=rank, dtype=dtype
         )
         kind = "exp" if number % 2 else "paper"
         name = f"{type(policy).__name__}-{dtype}-{head_dim}-{rank}-{kind}-{capacity}"
@@ -129,7 +129,7 @@ def dump(
         starts = rng.integers(0, case.prompt, size=case.batch)
         mask = np.arange(case.prompt)[None] >= starts[:, None]
         present = rng.random((case.batch, 1)) < 0.8
-    oracle.append(*(array[:, :, :-1] for array in tokens), mask)
+    oracle.attend(*(array[:, :, :-1] for array in tokens), mask)
     layer = case.config.layer(0)
     names = ops.state_names(layer)
     state = oracle.state.layers[0]
@@ -151,10 +151,10 @@ def dump(
             content.append(raw(array, layer.dtype if narrow else "float32"))
     close = CloseCall()
     with close.watch():
-        out = oracle.append(q, k, v, present)
+        out = oracle.attend(q, k, v, present)
     if close.met:
         return None
-    held = held_by(oracle.state.layers[0])
+    held = oracle.held()
     content.append(raw(np.where(present[:, None, :, None], out, 0.0), "float64"))
     for name in names:
         dtype = dtype_of(name, "float64")
@@ -166,8 +166,8 @@ def dump(
     fields = (
         case.name,
         *(layer.query_heads, layer.kv_heads, layer.head_dim, hidden, layer.dtype, "float32"),
-        *(int(policy.score), policy.sinks, policy.protected_recent, policy.decay),
-        *(policy.history_window, layer.capacity, layer.rank),
+        *(int(policy.starts), int(policy.gains), policy.sinks, policy.protected_recent),
+        *(policy.decay, policy.history_window, layer.capacity, layer.rank),
         *(KINDS[case.kind] if maps else 0, layer.scale, layer.softcap or 0.0),
         *(case.batch, own.outputs, own.state, f"{case.name}.bin"),
     )

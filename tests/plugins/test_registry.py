@@ -37,7 +37,7 @@ assert creator is not None, "no creator"
 assert [field.name for field in creator.field_names] == list(layer)
 plugin = creator.create_plugin("layer", fields(**layer), trt.TensorRTPhase.BUILD)
 assert plugin is not None, "no plugin"
-wrong = fields(**{**layer, "score": 9})
+wrong = fields(**{**layer, "gain": 9})
 assert creator.create_plugin("wrong", wrong, trt.TensorRTPhase.BUILD) is None
 del plugin
 """
@@ -46,7 +46,7 @@ del plugin
 def node() -> dict[str, object]:
     """The attributes that the ONNX parser passes on, as the exporter writes them."""
     nodes = pytest.importorskip("exporters.onnx.nodes")
-    config = lc.CacheConfig(1, 4, 2, 64, 64, lc.H2O(), rank=8)
+    config = lc.CacheConfig(1, 4, 2, 64, capacity=64, policy=lc.H2O(), rank=8)
     attributes = nodes.node_attributes(config.layer(0), "exp")
     return {name: value for name, value in attributes.items() if not name.startswith("plugin_")}
 
@@ -76,7 +76,7 @@ def test_load_library_registers_the_creator_until_it_is_deregistered():
         + "registry.deregister_library(handle)\n"
         + 'assert registry.get_creator("LessAttention", "1", "") is None\n'
     )
-    assert "score: got 9, expected 0 to 4 (in wrong)" in said
+    assert "gain: got 9, expected 0 to 2 (in wrong)" in said
 
 
 def test_opening_the_static_library_registers_the_creator():

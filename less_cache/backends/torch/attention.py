@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...arrays import EMPTY
+from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
-from .maps import JoinedMaps
+from . import prompt
 from .maths import INFINITY, log_mass_of, scaled, with_low_rank
 from .slots import RunSlots
 
@@ -20,15 +21,67 @@ QUERIES_A_BLOCK = 256
 """Of a block whose probabilities are looked at one by one."""
 
 
-def fastest(layer: LayerConfig, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The attention of a chunk that a device runs best; all give what `in_blocks` does."""
-    return in_blocks
+def fastest(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The attention of a chunk that a device runs best; both take and give the same."""
+    return on_a_cpu if device.type == "cpu" else in_blocks
+
+
+def on_a_cpu(
+    layer: LayerConfig,
+    slots: RunSlots,
+    maps: LayerMaps | None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`in_blocks` where there is nothing to wait for: padding is left out, not masked.
+
+    Parameters and results are those of `in_blocks`.
+    """
+    held = positions != EMPTY
+    # The new tokens of a row are the same for all its heads.
+    real = held[:, 0, layer.capacity :]
+    whole = bool(real.all())
+    parts: list[tuple[slice, slice | Tensor]] = [(slice(None), slice(None))]
+    if not whole:
+        parts = [(slice(i, i + 1), row.nonzero().flatten()) for i, row in enumerate(real)]
+    out = torch.zeros_like(q) if not whole else torch.empty_like(q)
+    gained = torch.zeros(positions.shape, dtype=slots.wide)
+    for rows, tokens in parts:
+        if isinstance(tokens, Tensor) and not len(tokens):
+            continue
+        old, new = keys[rows].split([layer.capacity, q.shape[2]], 2)
+        old_values, new_values = values[rows].split([layer.capacity, q.shape[2]], 2)
+        queries = q[rows][:, :, tokens]
+        kept = held[rows, :, : layer.capacity]
+        found = prompt.causal_attention(
+            queries,
+            new[:, :, tokens],
+            new_values[:, :, tokens],
+            scale=layer.scale,
+            softcap=layer.softcap,
+            past=prompt.Past(old, old_values, kept) if bool(kept.any()) else None,
+            weight=None if weight is None else weight[rows][:, tokens],
+        )
+        mean = found.mean
+        if maps is not None and bool(slots.z[rows].any()):
+            mean = prompt.add_low_rank(
+                mean, found.log_mass, maps.phi(queries), slots.H[rows], slots.z[rows]
+            )
+        out[rows, :, tokens] = mean.to(out.dtype)
+        if weight is not None:
+            gained[rows, :, layer.capacity :][:, :, tokens] = found.gained_new
+            if found.gained_past is not None:
+                gained[rows, :, : layer.capacity] = found.gained_past
+    return out, gained
 
 
 def in_blocks(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     q: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...arrays import EMPTY
+from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
 from ...policies import Gain
 from . import attention
-from .maps import JoinedMaps
 from .maths import (
     INFINITY,
     choose_slot,
@@ -33,7 +33,7 @@ Attention = Callable[..., tuple[Tensor, Tensor]]
 def attend(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -85,7 +85,7 @@ def attend(
     keys = torch.cat([old_keys, k.to(old_keys.dtype)], 2)
     values = torch.cat([old_values, v.to(old_values.dtype)], 2)
     weight = _query_weights(layer, mask, ranks, incoming, slots.wide)
-    attend_new = attention_function or attention.fastest(layer, q.device)
+    attend_new = attention_function or attention.fastest(q.device)
     out, gained = attend_new(layer, slots, maps, q, keys, values, positions, weight)
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 
@@ -129,7 +129,7 @@ def attend(
 def _evict_one(
     layer: LayerConfig,
     slots: RunSlots,
-    maps: JoinedMaps | None,
+    maps: LayerMaps | None,
     lengths: Tensor,
     incoming: Tensor,
 ) -> None:

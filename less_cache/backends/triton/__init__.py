@@ -1,7 +1,8 @@
-"""The GPU backend: a decode step is two kernels a layer, the state updated in place.
+"""The GPU backend: a decode step is two kernels a layer, the arrays updated in place.
 
 Needs Triton (``pip install less_cache[triton]``) and a CUDA device; the same kernels run on the
-CPU under Triton's interpreter, which is how they are tested without one.
+CPU under Triton's interpreter, which is how they are tested without one. What Triton compiles is in
+`kernels`, the tools that compile it ahead of time in `aot`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import CacheConfig, LayerConfig
+from ...arrays import LayerArrays
+from ...config import CacheConfig
 from ...feature_maps import LayerMaps
-from ...state import LayerState
-from .. import torch_backend
+from ...layer_config import LayerConfig
 
 try:
     import triton  # noqa: F401
@@ -29,7 +30,7 @@ from .decode import step
 from .launch import check_device
 from .scan import eviction_times
 
-__all__ = ["append", "check_config", "eviction_times", "prepare_maps"]
+__all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
 
 LARGEST_HEAD = 256
 LARGEST_RANK = 64
@@ -43,7 +44,12 @@ def check_config(config: CacheConfig) -> None:
     ValueError
         If a layer's policy is a user's own, a head or the rank too large, or the dtype float64.
     """
-    torch_backend.check_config(config)
+    for i, policy in enumerate(config.policies):
+        if policy.custom:
+            raise ValueError(
+                f"policy: layer {i} has {policy}, whose scores are Python code, but backend "
+                "'triton' has kernels for tables alone; use 'torch' or 'reference'"
+            )
     for name, size, largest in (
         ("head_dim", config.head_dim, LARGEST_HEAD),
         ("rank", config.rank, LARGEST_RANK),
@@ -56,23 +62,55 @@ def check_config(config: CacheConfig) -> None:
 
 
 def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
-    """The maps on the state's device, each tensor contiguous."""
-    placed = torch_backend.prepare_maps(maps, layer, device)
+    """The maps on the arrays' device in the model's dtype, each tensor in one piece."""
+    placed = maps.to(device, getattr(torch, layer.dtype))
     return LayerMaps(placed.kind, {name: t.contiguous() for name, t in placed.tensors.items()})
 
 
-def append(
+def attend(
     layer: LayerConfig,
-    state: LayerState,
+    arrays: LayerArrays,
     maps: LayerMaps | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    *,
+    lengths: Tensor,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    clean: bool = False,
 ) -> Tensor:
-    """`CacheManager.append` for one layer; see `Backend.append`."""
-    check_device(state.keys)
+    """The step; see `Backend.attend`. Rows may lie anywhere, but each in one piece.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are on no GPU, or what one row holds of an array is not in one piece.
+    """
+    check_device(arrays.keys)
+    check_rows(arrays)
     with torch.no_grad():
         if k.shape[2] == 1:
-            return step(layer, state, maps, q, k, v, mask)
-        return chunk.append(layer, state, maps, q, k, v, mask)
+            # An empty row costs a step nothing, clean or not.
+            return step(layer, arrays, maps, q, k, v, lengths=lengths, rows=rows, mask=mask)
+        return chunk.attend(
+            layer, arrays, maps, q, k, v, lengths=lengths, rows=rows, mask=mask, clean=clean
+        )
+
+
+def check_rows(arrays: LayerArrays) -> None:
+    """Refuse arrays whose rows the kernels cannot read: they know one stride, between rows.
+
+    Raises
+    ------
+    ValueError
+        If what one row holds of an array is not in one piece.
+    """
+    for name, array in arrays.named().items():
+        if array.is_contiguous():
+            continue
+        if array.shape[0] and not array[0].is_contiguous():
+            raise ValueError(
+                f"{name}: has strides {array.stride()} for shape {tuple(array.shape)}, but backend "
+                "'triton' reads arrays whose rows are in one piece each"
+            )

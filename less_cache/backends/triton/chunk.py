@@ -1,41 +1,67 @@
 """Several new tokens at once: a prompt, a chunk of one, a later turn.
 
-The order of things is `torch_chunk`'s, and so are selection and history; attention and the sums of
-its probabilities, which grow with the square of the tokens, are kernels.
+The order of things is the PyTorch backend's, and so are selection and history; attention and the
+sums of its probabilities, which grow with the square of the tokens, are kernels. Heads go in runs
+of equal capacity: prompts are long enough to fill a device with each.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ...config import LayerConfig
+from ...arrays import LayerArrays
 from ...feature_maps import LayerMaps
-from ...state import LayerState
-from .. import torch_chunk
-from .chunk_kernels import attend_chunk, sum_columns
+from ...layer_config import LayerConfig
+from ..torch import chunk as torch_chunk
+from ..torch.slots import RunSlots, open_run
+from .kernels.chunk import attend_chunk, sum_columns
 from .launch import block, contiguous_heads, dot_type, launch
-
-
-def append(
-    layer: LayerConfig,
-    state: LayerState,
-    maps: LayerMaps | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """`Backend.append` for S > 1 tokens."""
-    return torch_chunk.append(layer, state, maps, q, k, v, mask, attention=attend)
 
 
 def attend(
     layer: LayerConfig,
-    state: LayerState,
+    arrays: LayerArrays,
+    maps: LayerMaps | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    clean: bool = False,
+) -> Tensor:
+    """`Backend.attend` for S > 1 tokens."""
+    own_rows = None if rows is None else rows.long()
+    outs = []
+    for run in layer.runs:
+        held = open_run(run, arrays, own_rows, None if clean else lengths)
+        outs.append(
+            torch_chunk.attend(
+                run.layer,
+                held,
+                None if maps is None else maps.heads(run.query_heads, run.kv_heads),
+                q[:, run.query_heads],
+                k[:, run.kv_heads],
+                v[:, run.kv_heads],
+                lengths,
+                mask,
+                functools.partial(attention, lengths),
+            )
+        )
+        held.close()
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def attention(
+    lengths: Tensor,
+    layer: LayerConfig,
+    slots: RunSlots,
     maps: LayerMaps | None,
     q: Tensor,
     keys: Tensor,
@@ -47,23 +73,17 @@ def attend(
 
     Parameters
     ----------
-    layer, state, maps
-        As `Backend.append` has them.
-    q
-        [B, Hq, S, D].
-    keys, values
-        [B, Hkv, C + S, D], the slots' and the new ones.
-    positions
-        [B, Hkv, C + S], -1 where there is no pair.
-    weight
-        [B, S], what each query's probabilities count for; ``None``: they are not wanted.
+    lengths
+        [B], tokens seen before these.
+    layer, slots, maps, q, keys, values, positions, weight
+        As the PyTorch backend's `attention.in_blocks` has them.
 
     Returns
     -------
     out
         [B, Hq, S, D].
     gained
-        [B, Hkv, C + S] float32.
+        [B, heads, C + S] float32.
     """
     batch, query_heads, tokens, head_dim = q.shape
     q, keys, values = contiguous_heads(q), keys.contiguous(), values.contiguous()
@@ -76,6 +96,7 @@ def attend(
         "positions": positions,
         "log_mass": log_mass,
         "tokens": tokens,
+        "capacity": layer.capacity,
         "q_row_stride": q.stride(0),
         "q_head_stride": q.stride(1),
         "q_token_stride": q.stride(2),
@@ -84,36 +105,37 @@ def attend(
         "SCALE": layer.scale,
         "SOFTCAP": layer.softcap or 0.0,
         "GROUP": layer.group,
-        "CAPACITY": layer.capacity,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block(head_dim),
         "DOT": dot_type(q.dtype),
     }
-    rows, columns, warps = _attention_tiles(layer)
+    tile_rows, columns, warps = _attention_tiles(layer)
     launch(
         attend_chunk,
-        (batch * query_heads, triton.cdiv(tokens, rows)),
+        (batch * query_heads, triton.cdiv(tokens, tile_rows)),
         {
             **arguments,
             "values": values,
-            "length": state.length,
+            "lengths": lengths.contiguous(),
             "phi": None if maps is None else maps.phi(q).contiguous(),
-            "H": state.H,
-            "z": state.z,
+            # Of a run of heads in a pool's page, they need not be in one piece.
+            "H": slots.H.contiguous(),
+            "z": slots.z.contiguous(),
             "out": out,
         },
         {
             **constants,
             "QUERY_HEADS": query_heads,
             "RANK": layer.rank,
-            "BLOCK_M": rows,
+            "BLOCK_M": tile_rows,
             "BLOCK_N": columns,
         },
+        device=q.device,
         warps=warps,
     )
     gained = torch.zeros(positions.shape, dtype=torch.float32, device=q.device)
     if weight is not None:
-        rows, columns, warps = _sum_tiles(layer)
+        tile_rows, columns, warps = _sum_tiles(layer)
         launch(
             sum_columns,
             (batch * layer.kv_heads, triton.cdiv(positions.shape[2], columns)),
@@ -121,9 +143,10 @@ def attend(
             {
                 **constants,
                 "KV_HEADS": layer.kv_heads,
-                "BLOCK_M": rows,
+                "BLOCK_M": tile_rows,
                 "BLOCK_N": columns,
             },
+            device=q.device,
             warps=warps,
         )
     return out, gained

@@ -1,7 +1,8 @@
 """A decode step: kernel A, kernel B, and a third where one head's slots are shared out.
 
 Nothing here waits for the device or depends on what it holds, so that a whole model's step can be
-captured in one CUDA graph; replaying it allocates nothing.
+captured in one CUDA graph; replaying it allocates nothing. Kernels are compiled for a model, not
+for a batch, a capacity or a token: whatever differs by these is a number that they are given.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ import torch
 import triton
 from torch import Tensor
 
-from ...config import LayerConfig
+from ...arrays import PAGE_ALIGNMENT, LayerArrays
 from ...feature_maps import LayerMaps
-from ...policies import Score
-from ...state import LayerState
+from ...layer_config import LayerConfig
+from ...policies import Gain
 from . import launch as launching
-from .attend import attend, conclude_split
+from .heads import head_table
+from .kernels.attend import attend, conclude_split
+from .kernels.maths import EXP, NO_MAPS, PAPER
+from .kernels.select_maps import select_and_map
 from .launch import block, contiguous_heads, dot_type, launch
-from .maths import EXP, NO_MAPS, PAPER
-from .select_maps import select_and_map
 
 KINDS = {"paper": PAPER.value, "exp": EXP.value}
-
-SCORED = (Score.ATTENTION, Score.HISTORY)
-"""Scores that are made of probabilities, and need every logit once more."""
 
 TILE_BYTES = 8192
 """Of keys, and of values, that one program reads at a time."""
 
 BLOCKS_A_SPLIT = 8
 """Blocks of slots below which sharing them out costs more than it gains."""
+
+SLOTS_A_TILE = {1: 256, 16: 128, 32: 32}
+"""Slots that kernel A looks at at a time, by the sequences of a program: none too many to spill."""
+
+SCORES_AT_A_TIME = 256
+"""Slots whose scores kernel B updates at a time."""
+
+ALIGNED_ARRAYS = ("keys", "values", "H")
+"""Arrays that are read a vector at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,6 @@ class Tiles:
     rank: int
     slots: int
     splits: int
-    span: int
     warps: int
 
 
@@ -65,40 +72,41 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     group, head_dim = block(layer.group), block(layer.head_dim)
     # Small tiles and many programs a multiprocessor: more reads are under way at any time.
     slots = max(16, TILE_BYTES // (head_dim * getattr(torch, layer.dtype).itemsize))
-    blocks = triton.cdiv(layer.capacity, slots)
+    blocks = triton.cdiv(max(layer.capacities), slots)
     large = group * head_dim > 4096 or layer.rank > 16 or layer.dtype == "float32"
     if splits is None:
-        wanted = triton.cdiv(2 * multiprocessors, batch * layer.kv_heads)
+        wanted = triton.cdiv(2 * multiprocessors, max(1, batch * layer.kv_heads))
         splits = max(1, min(wanted, blocks // BLOCKS_A_SPLIT))
-    span = triton.cdiv(blocks, min(splits, blocks)) * slots
     return Tiles(
         group=group,
         head_dim=head_dim,
         rank=block(layer.rank),
         slots=slots,
-        splits=triton.cdiv(layer.capacity, span),
-        span=span,
+        # As many as have a block to read in the largest head.
+        splits=triton.cdiv(blocks, triton.cdiv(blocks, min(splits, blocks))),
         warps=8 if large else 4,
     )
 
 
 def step(
     layer: LayerConfig,
-    state: LayerState,
+    arrays: LayerArrays,
     maps: LayerMaps | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
     *,
+    lengths: Tensor,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """`Backend.append` for one new token (S = 1).
+    """`Backend.attend` for one new token (S = 1).
 
     Parameters
     ----------
-    layer, state, maps, q, k, v, mask
-        As `Backend.append` has them.
+    layer, arrays, maps, q, k, v, lengths, rows, mask
+        As `Backend.attend` has them.
     splits
         Programs that share one head's slots; default: as many as fill the device.
 
@@ -107,38 +115,52 @@ def step(
     Tensor
         [B, Hq, 1, D].
     """
-    batch = k.shape[0]
-    tile = tiles(layer, batch, launching.processors(k.device), splits)
+    batch, device = k.shape[0], k.device
+    tile = tiles(layer, batch, launching.processors(device), splits)
     q, k, v = (contiguous_heads(array) for array in (q, k, v))
     heads = (batch, layer.kv_heads)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=k.device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    slots, seen = scratch(*heads, dtype=torch.int32), scratch(*heads, dtype=torch.int32)
+    slots = scratch(*heads, dtype=torch.int32)
     phi = scratch(batch, layer.query_heads, layer.rank)
     psi = scratch(*heads, layer.rank)
-    _select_and_map(layer, state, maps, q, slots, seen, phi, psi)
+    strides, aligned = row_strides(arrays)
+    call: dict[str, Any] = {
+        "rows": None if rows is None else rows.contiguous(),
+        "lengths": lengths.contiguous(),
+        "heads": head_table(layer, device),
+        "capacity": layer.capacities[0],
+    }
+    _select_and_map(layer, arrays, maps, q, call, strides, aligned, slots, phi, psi)
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scored = layer.policy.score in SCORED
-    parts = (*heads, tile.splits, tile.group)
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
     split = tile.splits > 1
+    parts = (*heads, tile.splits, tile.group)
+    scored = layer.policy.gains is not Gain.NONE
     arguments: dict[str, Any] = {
+        **call,
         "q": q,
         "k": k,
         "v": v,
         "mask": None if mask is None else mask.view(torch.uint8),
-        **pointers(state),
+        "keys": arrays.keys,
+        "values": arrays.values,
+        "scores": arrays.scores,
+        "positions": arrays.positions,
+        "history": arrays.history,
+        "H": arrays.H,
+        "z": arrays.z,
         "slots": slots,
-        "seen": seen,
         "phi": phi if layer.rank else None,
         "psi": psi if layer.rank else None,
-        "logits": scratch(*heads, layer.group, layer.capacity) if scored else None,
+        "logits": scratch(batch, layer.slots * layer.group) if scored else None,
         "out": out,
         "part_peak": scratch(*parts) if split else None,
         "part_mass": scratch(*parts) if split else None,
         "part_numerator": scratch(*parts, tile.head_dim) if split else None,
+        "splits": tile.splits,
         "q_row_stride": q.stride(0),
         "q_head_stride": q.stride(1),
         "k_row_stride": k.stride(0),
@@ -146,6 +168,8 @@ def step(
         "v_row_stride": v.stride(0),
         "v_head_stride": v.stride(1),
         "mask_stride": 0 if mask is None else mask.stride(0),
+        **strides,
+        "logits_row_stride": layer.slots * layer.group,
     }
     shared: dict[str, Any] = {
         "HAS_MASK": mask is not None,
@@ -153,33 +177,44 @@ def step(
         "GROUP": layer.group,
         "SINGLE": layer.group == 1,
         "KV_HEADS": layer.kv_heads,
-        "CAPACITY": layer.capacity,
         "HEAD_DIM": layer.head_dim,
         "RANK": layer.rank,
+        "ALIGNED": aligned,
         "BLOCK_G": tile.group,
         "BLOCK_D": tile.head_dim,
         "BLOCK_R": tile.rank,
-        "BLOCK_S": min(256, block(layer.capacity)),
+        "BLOCK_S": SCORES_AT_A_TIME,
     }
-    own = {"SPLIT": split, "SPAN": tile.span, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
+    own = {"SPLIT": split, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
     programs = batch * layer.kv_heads
-    launch(attend, (programs, tile.splits), arguments, {**shared, **own}, warps=tile.warps)
+    constants = {**shared, **own}
+    grid = (programs, tile.splits)
+    launch(attend, grid, arguments, constants, device=device, warps=tile.warps)
     if split:
-        constants = {**shared, "SPLITS": tile.splits}
-        launch(conclude_split, (programs,), arguments, constants, warps=tile.warps)
+        launch(conclude_split, (programs,), arguments, shared, device=device, warps=tile.warps)
     return out
 
 
-def pointers(state: LayerState) -> dict[str, Tensor | None]:
-    """The state's arrays by the kernels' parameter names."""
-    names = ("keys", "values", "scores", "positions", "history", "H", "z", "length")
-    return {name: getattr(state, name) for name in names}
+def row_strides(arrays: LayerArrays) -> tuple[dict[str, int], bool]:
+    """The kernels' strides between rows, and whether `ALIGNED_ARRAYS` begin each at 16 bytes.
+
+    Where they do, their strides are counted in 16 bytes.
+    """
+    named = arrays.named()
+    strides = {name: array.stride(0) for name, array in named.items()}
+    widths = {name: PAGE_ALIGNMENT // named[name].itemsize for name in ALIGNED_ARRAYS}
+    aligned = all(strides[name] % width == 0 for name, width in widths.items())
+    if aligned:
+        strides |= {name: strides[name] // width for name, width in widths.items()}
+    strides.setdefault("history", 0)
+    return {f"{name}_row_stride": stride for name, stride in strides.items()}, aligned
 
 
 def policy_constants(layer: LayerConfig) -> dict[str, Any]:
     """The policy and the logits' scale as compile-time constants."""
     return {
-        "SCORE": int(layer.policy.score),
+        "START": int(layer.policy.starts),
+        "GAIN": int(layer.policy.gains),
         "DECAY": float(layer.policy.decay),
         "WINDOW": layer.policy.history_window,
         "SCALE": layer.scale,
@@ -189,54 +224,56 @@ def policy_constants(layer: LayerConfig) -> dict[str, Any]:
 
 def _select_and_map(
     layer: LayerConfig,
-    state: LayerState,
+    arrays: LayerArrays,
     maps: LayerMaps | None,
     q: Tensor,
+    call: dict[str, Any],
+    strides: dict[str, int],
+    aligned: bool,
     slots: Tensor,
-    seen: Tensor,
     phi: Tensor,
     psi: Tensor,
 ) -> None:
     batch = q.shape[0]
     weights: dict[str, Tensor] = {} if maps is None else dict(maps.tensors)
     names = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "psi_w3", "psi_s1", "psi_s2", "psi_b")
+    read = ("keys", "scores", "positions")
     arguments = {
+        **call,
         "q": q,
-        "keys": state.keys,
-        "scores": state.scores,
-        "positions": state.positions,
-        "length": state.length,
+        **{name: getattr(arrays, name) for name in read},
         **{name: weights.get(name) for name in names},
         "slot_out": slots,
-        "seen_out": seen,
         "phi_out": phi,
         "psi_out": psi,
         "batch": batch,
+        "sinks": layer.policy.sinks,
+        "recent": layer.policy.protected_recent,
         "q_row_stride": q.stride(0),
         "q_head_stride": q.stride(1),
+        **{f"{name}_row_stride": strides[f"{name}_row_stride"] for name in read},
     }
-    rows = 1 if maps is None else 16 if batch <= 16 else 32
+    sequences = 1 if maps is None else 16 if batch <= 16 else 32
     dtype = q.dtype if maps is None else weights["phi_w1"].dtype
     constants = {
-        "SCORE": int(layer.policy.score),
-        "SINKS": layer.policy.sinks,
-        "RECENT": layer.policy.protected_recent,
+        "START": int(layer.policy.starts),
+        "GAIN": int(layer.policy.gains),
         "KIND": NO_MAPS.value if maps is None else KINDS[maps.kind],
         "QUERY_HEADS": layer.query_heads,
         "KV_HEADS": layer.kv_heads,
-        "CAPACITY": layer.capacity,
         "HEAD_DIM": layer.head_dim,
         "HIDDEN": 0 if maps is None else maps.hidden,
         "RANK": layer.rank,
-        "BLOCK_B": rows,
-        "BLOCK_C": min(block(layer.capacity), 1024 // rows),
+        "ALIGNED": aligned,
+        "BLOCK_B": sequences,
+        "BLOCK_C": SLOTS_A_TILE[sequences],
         "BLOCK_D": block(layer.head_dim),
         "BLOCK_H": 64 if dtype.itemsize == 2 else 32,
         "BLOCK_R": block(layer.rank),
         "DOT": dot_type(dtype),
     }
     units = layer.kv_heads + (layer.query_heads if maps is not None else 0)
-    grid = (units, triton.cdiv(batch, rows))
+    grid = (units, triton.cdiv(batch, sequences))
     # By what the compiler reports: the fewest registers without spilling any.
     few = maps is None or (dtype.itemsize == 4 and layer.rank <= 32)
-    launch(select_and_map, grid, arguments, constants, warps=4 if few else 8)
+    launch(select_and_map, grid, arguments, constants, device=q.device, warps=4 if few else 8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,10 +52,11 @@ def launch(
     arguments: dict[str, Any],
     constants: dict[str, Any],
     *,
+    device: torch.device,
     warps: int = 4,
     stages: int = 2,
 ) -> None:
-    """Launch a kernel on the current stream, without waiting for it.
+    """Launch a kernel on a device's current stream, without waiting for it.
 
     Parameters
     ----------
@@ -67,6 +68,8 @@ def launch(
         Tensors, integers and ``None``, by parameter name.
     constants
         Compile-time constants by parameter name.
+    device
+        Of the tensors; it need not be the current one.
     warps, stages
         Of each program; of its pipelined loops.
     """
@@ -75,7 +78,13 @@ def launch(
     if launches is not None:
         launches.append(wanted)
         return
-    kernel[wanted.grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+    with _current(device):
+        kernel[wanted.grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: Triton launches on no other."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_device(array: Tensor) -> None:

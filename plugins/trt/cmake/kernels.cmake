@@ -18,7 +18,8 @@ else()
                DOC "a Python that has less_cache[triton]")
   find_program(LESS_CACHE_PYTHON NAMES python3)
   separate_arguments(arguments UNIX_COMMAND "${LESS_CACHE_AOT_ARGUMENTS}")
-  file(GLOB triton_sources CONFIGURE_DEPENDS ${repository}/less_cache/backends/triton/*.py)
+  file(GLOB_RECURSE triton_sources CONFIGURE_DEPENDS
+       ${repository}/less_cache/backends/triton/*.py)
   add_custom_command(
     OUTPUT ${LESS_CACHE_KERNEL_FOLDER}/kernels.bin ${LESS_CACHE_KERNEL_FOLDER}/kernels.inc
     COMMAND ${LESS_CACHE_PYTHON} -m less_cache.backends.triton.aot

@@ -10,17 +10,11 @@ namespace less_cache {
 namespace {
 
 /// Every pointer that a kernel may name; one that a layer has not is null.
-constexpr const char* kPointers[] = {"q",         "k",         "v",
-                                     "mask",      "length",    "keys",
-                                     "values",    "scores",    "positions",
-                                     "history",   "H",         "z",
-                                     "phi_w1",    "phi_w2",    "psi_w1",
-                                     "psi_w2",    "psi_w3",    "psi_s1",
-                                     "psi_s2",    "psi_b",     "slot_out",
-                                     "slots",     "seen_out",  "seen",
-                                     "phi_out",   "phi",       "psi_out",
-                                     "psi",       "logits",    "out",
-                                     "part_peak", "part_mass", "part_numerator"};
+constexpr const char* kPointers[] = {
+    "q",      "k",      "v",      "mask",      "keys",      "values",        "scores", "history",
+    "H",      "z",      "phi_w1", "phi_w2",    "psi_w1",    "positions",     "psi_w2", "psi_w3",
+    "psi_s1", "psi_s2", "psi_b",  "slot_out",  "slots",     "phi_out",       "phi",    "psi_out",
+    "psi",    "logits", "out",    "part_peak", "part_mass", "part_numerator"};
 
 [[noreturn]] void unknown(const KernelRecord& record, const std::string& what) {
     throw Refusal(ErrorKind::kInternal, record.symbol, ": ", what,
@@ -41,6 +35,9 @@ Names::Names(const Attributes& attributes) {
         }
     };
     put_tensors(input_names(attributes), Source::kInput, 0);
+    // The node's input goes by its ONNX name, the kernels' parameter by its own.
+    meanings_["lengths"] = meanings_.at("length");
+    meanings_["lengths"].argument.name = "lengths";
     put_tensors({"out"}, Source::kOutput, 0);
     put_tensors(state_names(attributes), Source::kOutput, 1);
 }

@@ -15,11 +15,11 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 /// Of what an engine holds; another layout of the fields is another number.
-constexpr std::int32_t kFormat = 1;
+constexpr std::int32_t kFormat = 2;
 
 /// The fields as plain numbers, before anything is checked.
 struct Plain {
-    std::int32_t score = 0, sinks = 0, recent = 0, window = 0, capacity = 0, rank = 0;
+    std::int32_t start = 0, gain = 0, sinks = 0, recent = 0, window = 0, capacity = 0, rank = 0;
     float decay = 0, scale = 0, softcap = 0;
     std::string maps;
     std::int32_t format = kFormat;
@@ -30,7 +30,8 @@ struct Plain {
 
 template <typename Visitor>
 void visit_attributes(Plain& plain, Visitor& visit) {
-    visit("score", plain.score);
+    visit("start", plain.start);
+    visit("gain", plain.gain);
     visit("sinks", plain.sinks);
     visit("recent", plain.recent);
     visit("decay", plain.decay);
@@ -59,11 +60,9 @@ void visit_engine(Plain& plain, Visitor& visit) {
 
 Attributes attributes_of(const Plain& plain) {
     Attributes attributes;
-    if (plain.score < 0 || plain.score > static_cast<std::int32_t>(Score::kHistory)) {
-        throw Refusal(ErrorKind::kInvalidArgument, "score: got ", plain.score, ", expected 0 to ",
-                      static_cast<int>(Score::kHistory));
-    }
-    attributes.score = static_cast<Score>(plain.score);
+    // `check` looks at their values.
+    attributes.start = static_cast<Start>(plain.start);
+    attributes.gain = static_cast<Gain>(plain.gain);
     attributes.sinks = plain.sinks;
     attributes.recent = plain.recent;
     attributes.decay = plain.decay;
@@ -114,7 +113,8 @@ Configured configured_of(const Plain& plain) {
 Plain plain_of(const PluginData& data) {
     Plain plain;
     const Attributes& attributes = data.attributes;
-    plain.score = static_cast<std::int32_t>(attributes.score);
+    plain.start = static_cast<std::int32_t>(attributes.start);
+    plain.gain = static_cast<std::int32_t>(attributes.gain);
     plain.sinks = attributes.sinks;
     plain.recent = attributes.recent;
     plain.decay = attributes.decay;

@@ -22,6 +22,12 @@ bool serves_dtypes(const KernelRecord& record, const Layer& layer) {
            (layer.attributes.rank > 0 && state == name_of(layer.sizes.state_dtype));
 }
 
+bool serves_score(const KernelRecord& record, Start start, Gain gain) {
+    const auto bit = static_cast<std::uint32_t>(kStarts * static_cast<std::int32_t>(gain) +
+                                                static_cast<std::int32_t>(start));
+    return ((record.scores >> bit) & 1U) != 0U;
+}
+
 bool serves_heads(const KernelRecord& record, const Layer& layer, const Want& want) {
     if (record.head_dim != 0 && record.head_dim != layer.sizes.head_dim) {
         return false;
@@ -92,8 +98,12 @@ std::string shapes(KernelTable table, std::string_view kernel) {
         line += *record.state_dtype == '\0' ? "" : text(", H and z ", record.state_dtype);
         line += record.softcap > 0.0F ? text(", softcap ", record.softcap) : "";
         line += ", scores";
-        for (unsigned score = 0; score <= static_cast<unsigned>(Score::kHistory); ++score) {
-            line += ((record.scores >> score) & 1U) != 0U ? text(" ", score) : "";
+        for (std::int32_t gain = 0; gain < kGains; ++gain) {
+            for (std::int32_t start = 0; start < kStarts; ++start) {
+                const bool served =
+                    serves_score(record, static_cast<Start>(start), static_cast<Gain>(gain));
+                line += served ? text(" ", start, "+", gain) : "";
+            }
         }
         lines.insert(std::move(line));
     }
@@ -125,7 +135,7 @@ bool serves(const KernelRecord& record, const Layer& layer, const Want& want) {
     return std::strcmp(record.kernel, want.kernel) == 0 && serves_dtypes(record, layer) &&
            serves_heads(record, layer, want) &&
            serves_rank(record, attributes, layer.sizes.hidden) &&
-           ((record.scores >> static_cast<unsigned>(attributes.score)) & 1U) != 0U &&
+           serves_score(record, attributes.start, attributes.gain) &&
            (record.kind == -1 || record.kind == kind) && record.block_b <= want.block_b &&
            (record.softcap < 0.0F || record.softcap == attributes.softcap) &&
            (want.split == -1 || record.split == want.split);

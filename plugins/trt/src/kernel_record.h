@@ -23,7 +23,7 @@ struct KernelRecord {
     std::int32_t head_dim;
     /// D padded to a power of two.
     std::int32_t block_d;
-    /// Bit i: serves `Score` i.
+    /// Bit 3 g + s: serves what starts as `Start` s and gains as `Gain` g.
     std::uint32_t scores;
     /// The `MapKind`; -1 serves any.
     std::int32_t kind;

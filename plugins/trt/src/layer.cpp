@@ -42,8 +42,10 @@ const char* name_of(MapKind kind) {
 }
 
 void check(const Attributes& attributes) {
-    const auto score = static_cast<std::int32_t>(attributes.score);
-    require(score >= 0 && score <= 4, "score", score, "0 to 4");
+    const auto start = static_cast<std::int32_t>(attributes.start);
+    require(start >= 0 && start < kStarts, "start", start, text("0 to ", kStarts - 1));
+    const auto gain = static_cast<std::int32_t>(attributes.gain);
+    require(gain >= 0 && gain < kGains, "gain", gain, text("0 to ", kGains - 1));
     require(attributes.capacity >= 1, "capacity", attributes.capacity, "1 or more");
     require(attributes.sinks >= 0, "sinks", attributes.sinks, "0 or more");
     require(attributes.recent >= 0, "recent", attributes.recent, "0 or more");
@@ -54,9 +56,8 @@ void check(const Attributes& attributes) {
             "0 to 1");
     require(attributes.window >= 0 && attributes.window <= 62, "window", attributes.window,
             "0 to 62");
-    require((attributes.window > 0) == (attributes.score == Score::kHistory), "window",
-            attributes.window,
-            text("a window with score 4 and none with others; score is ", score));
+    require((attributes.window > 0) == (attributes.gain == Gain::kHistory), "window",
+            attributes.window, text("a window with gain 2 and none with others; gain is ", gain));
     require(attributes.rank >= 0, "rank", attributes.rank, "0 or more");
     require((attributes.rank > 0) == (attributes.maps != MapKind::kNone), "maps",
             name_of(attributes.maps),
@@ -196,8 +197,9 @@ std::string describe(const Layer& layer) {
     const Sizes& sizes = layer.sizes;
     std::string line =
         text(name_of(sizes.dtype), ", head size ", sizes.head_dim, ", ", sizes.query_heads, "/",
-             sizes.kv_heads, " heads, score ", static_cast<int>(attributes.score), ", capacity ",
-             attributes.capacity, ", rank ", attributes.rank);
+             sizes.kv_heads, " heads, start ", static_cast<int>(attributes.start), ", gain ",
+             static_cast<int>(attributes.gain), ", capacity ", attributes.capacity, ", rank ",
+             attributes.rank);
     if (attributes.rank > 0) {
         line += text(", maps \"", name_of(attributes.maps), "\" of ", sizes.hidden, ", H and z ",
                      name_of(sizes.state_dtype));

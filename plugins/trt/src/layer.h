@@ -20,14 +20,15 @@ const char* name_of(Dtype dtype);
 /// Bytes a number.
 std::int64_t size_of(Dtype dtype);
 
-/// What a pair's score is made of: the numbers of `less_cache.policies.Score`.
-enum class Score : std::int32_t {
-    kNone = 0,
-    kPosition = 1,
-    kKeyNorm = 2,
-    kAttention = 3,
-    kHistory = 4
-};
+/// The score that a pair starts with: the numbers of `less_cache.policies.Start`.
+enum class Start : std::int32_t { kZero = 0, kPosition = 1, kKeyNorm = 2 };
+
+/// What it gains from the queries that see the pair: the numbers of `less_cache.policies.Gain`.
+enum class Gain : std::int32_t { kNone = 0, kSum = 1, kHistory = 2 };
+
+/// How many starts, and how many gains, there are.
+constexpr std::int32_t kStarts = 3;
+constexpr std::int32_t kGains = 3;
 
 /// The kinds of feature maps, as the kernels number them.
 enum class MapKind : std::int32_t { kNone = 0, kPaper = 1, kExp = 2 };
@@ -37,7 +38,8 @@ const char* name_of(MapKind kind);
 
 /// The node's attributes: a layer's policy, state and scale.
 struct Attributes {
-    Score score = Score::kNone;
+    Start start = Start::kZero;
+    Gain gain = Gain::kNone;
     std::int32_t sinks = 0;
     std::int32_t recent = 0;
     float decay = 1.0F;
@@ -70,9 +72,7 @@ struct Layer {
     /// G, query heads a KV head.
     [[nodiscard]] std::int32_t group() const { return sizes.query_heads / sizes.kv_heads; }
     /// Whether scores are made of probabilities, which need every logit once more.
-    [[nodiscard]] bool scored() const {
-        return attributes.score == Score::kAttention || attributes.score == Score::kHistory;
-    }
+    [[nodiscard]] bool scored() const { return attributes.gain != Gain::kNone; }
 };
 
 /// A tensor that the node takes or gives.

@@ -23,41 +23,33 @@ constexpr std::int64_t divided_up(std::int64_t number, std::int64_t by) {
     return (number + by - 1) / by;
 }
 
-/// How a head's slots are shared out.
-struct Shares {
-    std::int64_t splits = 1;
-    std::int64_t span = 0;
-};
-
-Shares shares(const Layer& layer, const Device& device, std::int64_t batch, std::int64_t block_c) {
-    const std::int64_t capacity = layer.attributes.capacity;
-    const std::int64_t blocks = divided_up(capacity, block_c);
+/// How many programs share a head's slots: as many as have a block to read.
+std::int64_t splits_of(const Layer& layer, const Device& device, std::int64_t batch,
+                       std::int64_t block_c) {
+    const std::int64_t blocks = divided_up(layer.attributes.capacity, block_c);
     const std::int64_t wanted =
         divided_up(std::int64_t{2} * device.multiprocessors, batch * layer.sizes.kv_heads);
     const std::int64_t splits = std::max<std::int64_t>(1, std::min(wanted, blocks / kBlocksASplit));
-    const std::int64_t span = divided_up(blocks, std::min(splits, blocks)) * block_c;
-    return {divided_up(capacity, span), span};
+    return divided_up(blocks, divided_up(blocks, std::min(splits, blocks)));
 }
 
 /// Kernel B and what follows it.
 struct Attention {
     const KernelRecord* attend = nullptr;
     const KernelRecord* conclude = nullptr;
-    Shares shares;
+    std::int64_t splits = 1;
 };
 
 Attention choose_attention(KernelTable table, const Layer& layer, const Device& device,
                            std::int64_t batch) {
     if (const auto* split = find_kernel(table, layer, device, {"attend", 1})) {
-        const Shares found = shares(layer, device, batch, split->block_c);
-        if (found.splits > 1) {
+        const std::int64_t splits = splits_of(layer, device, batch, split->block_c);
+        if (splits > 1) {
             const Want last{"conclude_split", -1, 0, split->block_g, split->block_d};
-            return {split, &choose_kernel(table, layer, device, last), found};
+            return {split, &choose_kernel(table, layer, device, last), splits};
         }
     }
-    const auto& whole = choose_kernel(table, layer, device, {"attend", 0});
-    const std::int64_t blocks = divided_up(layer.attributes.capacity, whole.block_c);
-    return {&whole, nullptr, {1, blocks * whole.block_c}};
+    return {&choose_kernel(table, layer, device, {"attend", 0}), nullptr, 1};
 }
 
 /// Lays arrays out one after another.
@@ -87,7 +79,6 @@ std::size_t place_scratch(Names& names, const Layer& layer, const Attention& att
     const std::int64_t rank = layer.attributes.rank;
     Workspace workspace(names);
     workspace.place({"slot_out", "slots"}, heads);
-    workspace.place({"seen_out", "seen"}, heads);
     if (rank > 0) {
         workspace.place({"phi_out", "phi"}, batch * layer.sizes.query_heads * rank);
         workspace.place({"psi_out", "psi"}, heads * rank);
@@ -96,7 +87,7 @@ std::size_t place_scratch(Names& names, const Layer& layer, const Attention& att
         workspace.place({"logits"}, heads * layer.group() * layer.attributes.capacity);
     }
     if (attention.conclude != nullptr) {
-        const std::int64_t parts = heads * attention.shares.splits * attention.attend->block_g;
+        const std::int64_t parts = heads * attention.splits * attention.attend->block_g;
         workspace.place({"part_peak"}, parts);
         workspace.place({"part_mass"}, parts);
         workspace.place({"part_numerator"}, parts * attention.attend->block_d);
@@ -104,30 +95,45 @@ std::size_t place_scratch(Names& names, const Layer& layer, const Attention& att
     return workspace.bytes();
 }
 
-void put_numbers(Names& names, const Layer& layer, const Shares& shares, std::int64_t batch) {
+/// Rows of dense arrays.
+void put_row_strides(Names& names, const Layer& layer) {
+    const Sizes& sizes = layer.sizes;
+    const std::int64_t heads = sizes.kv_heads;
+    const std::int64_t slots = heads * layer.attributes.capacity;
+    const std::int64_t ranks = heads * layer.attributes.rank;
+    names.put("q_row_stride", std::int64_t{sizes.query_heads} * sizes.head_dim);
+    for (const char* name : {"k_row_stride", "v_row_stride"}) {
+        names.put(name, heads * sizes.head_dim);
+    }
+    for (const char* name : {"keys_row_stride", "values_row_stride"}) {
+        names.put(name, slots * sizes.head_dim);
+    }
+    for (const char* name : {"scores_row_stride", "positions_row_stride", "history_row_stride"}) {
+        names.put(name, slots);
+    }
+    names.put("H_row_stride", ranks * sizes.head_dim);
+    names.put("z_row_stride", ranks);
+    names.put("logits_row_stride", slots * layer.group());
+}
+
+void put_numbers(Names& names, const Layer& layer, std::int64_t splits, std::int64_t batch) {
     const Attributes& attributes = layer.attributes;
     const Sizes& sizes = layer.sizes;
-    const std::int64_t width = sizes.head_dim;
+    put_row_strides(names, layer);
+    for (const char* name : {"q_head_stride", "k_head_stride", "v_head_stride"}) {
+        names.put(name, std::int64_t{sizes.head_dim});
+    }
     names.put("batch", batch);
-    names.put("q_row_stride", sizes.query_heads * width);
-    names.put("q_head_stride", width);
-    for (const char* name : {"k_row_stride", "v_row_stride"}) {
-        names.put(name, sizes.kv_heads * width);
-    }
-    for (const char* name : {"k_head_stride", "v_head_stride"}) {
-        names.put(name, width);
-    }
-    names.put("SINKS", std::int64_t{attributes.sinks});
-    names.put("RECENT", std::int64_t{attributes.recent});
+    names.put("capacity", std::int64_t{attributes.capacity});
+    names.put("sinks", std::int64_t{attributes.sinks});
+    names.put("recent", std::int64_t{attributes.recent});
+    names.put("splits", splits);
     names.put("QUERY_HEADS", std::int64_t{sizes.query_heads});
     names.put("KV_HEADS", std::int64_t{sizes.kv_heads});
     names.put("GROUP", std::int64_t{layer.group()});
-    names.put("CAPACITY", std::int64_t{attributes.capacity});
     names.put("HIDDEN", std::int64_t{sizes.hidden});
     names.put("RANK", std::int64_t{attributes.rank});
     names.put("WINDOW", std::int64_t{attributes.window});
-    names.put("SPAN", shares.span);
-    names.put("SPLITS", shares.splits);
     names.put("SCALE", attributes.scale);
     names.put("DECAY", attributes.decay);
 }
@@ -156,18 +162,17 @@ Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std:
     const std::int32_t tile = !mapped ? 1 : batch <= 16 ? 16 : 32;
     const auto& select = choose_kernel(table, layer, device, {"select_and_map", -1, tile});
     const Attention attention = choose_attention(table, layer, device, batch);
-    plan.splits = static_cast<std::int32_t>(attention.shares.splits);
-    plan.span = static_cast<std::int32_t>(attention.shares.span);
+    plan.splits = static_cast<std::int32_t>(attention.splits);
 
     Names names(layer.attributes);
-    put_numbers(names, layer, attention.shares, batch);
+    put_numbers(names, layer, attention.splits, batch);
     plan.workspace_bytes = place_scratch(names, layer, attention, batch);
 
     const Sizes& sizes = layer.sizes;
     const std::int64_t heads = std::int64_t{batch} * sizes.kv_heads;
     const std::int64_t units = std::int64_t{sizes.kv_heads} + (mapped ? sizes.query_heads : 0);
     plan.launches.push_back(launch(names, select, units, divided_up(batch, select.block_b)));
-    plan.launches.push_back(launch(names, *attention.attend, heads, attention.shares.splits));
+    plan.launches.push_back(launch(names, *attention.attend, heads, attention.splits));
     if (attention.conclude != nullptr) {
         plan.launches.push_back(launch(names, *attention.conclude, heads, 1));
     }
@@ -181,14 +186,14 @@ std::size_t workspace_for(KernelTable table, const Layer& layer, const Device& d
     // shared.
     Plan plan = plan_step(table, layer, device, most);
     const auto* split = find_kernel(table, layer, device, {"attend", 1});
-    if (most == 0 || split == nullptr || shares(layer, device, 1, split->block_c).splits == 1) {
+    if (most == 0 || split == nullptr || splits_of(layer, device, 1, split->block_c) == 1) {
         return plan.workspace_bytes;
     }
     const std::int64_t heads = std::int64_t{most} * layer.sizes.kv_heads;
     const std::int64_t programs = std::int64_t{2} * device.multiprocessors + heads;
     const std::int64_t numbers = programs * split->block_g * (std::int64_t{split->block_d} + 2);
     Names names(layer.attributes);
-    const std::size_t rest = place_scratch(names, layer, {split, nullptr, {}}, most);
+    const std::size_t rest = place_scratch(names, layer, {split, nullptr, 1}, most);
     const std::size_t parts = static_cast<std::size_t>(numbers) * 4 + 3 * kAlignment;
     return std::max(plan.workspace_bytes, rest + parts);
 }

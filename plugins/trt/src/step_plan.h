@@ -46,7 +46,6 @@ struct Plan {
     std::size_t workspace_bytes = 0;
     /// Programs that share one head's slots, and the slots of each but the last.
     std::int32_t splits = 1;
-    std::int32_t span = 0;
 };
 
 /// Plans a step.

@@ -33,14 +33,14 @@ TEST(the_creator_is_the_nodes) {
     for (std::int32_t i = 0; i < fields->nbFields; ++i) {
         names += std::string(fields->fields[i].name) + " ";
     }
-    CHECK_EQUAL(names, "score sinks recent decay window capacity rank maps scale softcap ");
+    CHECK_EQUAL(names, "start gain sinks recent decay window capacity rank maps scale softcap ");
 }
 
 TEST(attributes_make_a_plugin_and_wrong_ones_do_not) {
     const Attributes attributes = exp_layer().attributes;
     CHECK_EQUAL(creation_error(Node(attributes)), "");
-    for (const char* name : {"score", "sinks", "recent", "decay", "window", "capacity", "rank",
-                             "maps", "scale", "softcap"}) {
+    for (const char* name : {"start", "gain", "sinks", "recent", "decay", "window", "capacity",
+                             "rank", "maps", "scale", "softcap"}) {
         Node node(attributes);
         node.remove(name);
         CHECK_CONTAINS(creation_error(node), std::string(name) + ": the field is missing");
@@ -59,9 +59,10 @@ TEST(attributes_make_a_plugin_and_wrong_ones_do_not) {
         node.set(name, value);
         return creation_error(node);
     };
-    CHECK_CONTAINS(refused("extra", 1), "extra: unknown field; known are score, sinks");
-    CHECK_CONTAINS(refused("score", 5), "score: got 5, expected 0 to 4");
-    CHECK_CONTAINS(refused("score", 1.0F), "score: got FLOAT32 (1), expected INT32");
+    CHECK_CONTAINS(refused("extra", 1), "extra: unknown field; known are start, gain, sinks");
+    CHECK_CONTAINS(refused("start", 3), "start: got 3, expected 0 to 2");
+    CHECK_CONTAINS(refused("gain", -1), "gain: got -1, expected 0 to 2");
+    CHECK_CONTAINS(refused("gain", 1.0F), "gain: got FLOAT32 (1), expected INT32");
     CHECK_CONTAINS(refused("scale", 1), "scale: got INT32 (5), expected FLOAT32");
     CHECK_CONTAINS(refused("capacity", 0), "capacity: got 0");
     CHECK_CONTAINS(refused("maps", std::string("linear")), "maps: got \"linear\"");
@@ -188,7 +189,8 @@ TEST(configuring_refuses_what_no_kernel_serves) {
     wide.sizes.head_dim = 96;
     CHECK_CONTAINS(configured(wide, 1, 8), "head size 96");
     CHECK_CONTAINS(configured(wide, 1, 8),
-                   "there is: any dtype, any head size, without maps, scores 0 1 2 3 4; float16, "
+                   "there is: any dtype, any head size, without maps, scores 0+0 1+0 2+0 0+1 1+1 "
+                   "2+1 0+2 1+2 2+2; float16, "
                    "head size 64, "
                    "rank up to 16 by 4s");
     Layer bfloat = exp_layer();

@@ -191,9 +191,9 @@ TEST(a_step_in_place_copies_nothing) {
     CHECK_EQUAL(calls[0].grid_y, 1U);
     CHECK_EQUAL(calls[0].threads, 256U);
     CHECK_EQUAL(calls[0].arguments.at("batch"), 3U);
-    CHECK_EQUAL(calls[0].arguments.at("RECENT"), 5U);
+    CHECK_EQUAL(calls[0].arguments.at("recent"), 5U);
     CHECK_EQUAL(calls[0].arguments.at("HIDDEN"), 32U);
-    CHECK_EQUAL(calls[0].arguments.at("length"), memory.input(4));
+    CHECK_EQUAL(calls[0].arguments.at("lengths"), memory.input(4));
     CHECK_EQUAL(calls[0].arguments.at("psi_b"), memory.input(15));
     CHECK_EQUAL(calls[1].symbol, "attend");
     CHECK_EQUAL(calls[1].grid_x, 6U);
@@ -203,11 +203,11 @@ TEST(a_step_in_place_copies_nothing) {
     CHECK_EQUAL(calls[1].arguments.at("keys"), memory.input(5));
     CHECK_EQUAL(calls[1].arguments.at("out"), memory.output(0));
     CHECK_EQUAL(calls[1].arguments.at("history"), 0U);
-    CHECK_EQUAL(calls[1].arguments.at("CAPACITY"), 64U);
+    CHECK_EQUAL(calls[1].arguments.at("capacity"), 64U);
     CHECK_EQUAL(calls[1].arguments.at("SCALE"), 0x3E000000U);
     CHECK_EQUAL(calls[1].arguments.at("slots"), calls[0].arguments.at("slot_out"));
     const auto workspace = reinterpret_cast<std::uint64_t>(memory.workspace());
-    for (const char* name : {"slots", "seen", "phi", "psi", "logits"}) {
+    for (const char* name : {"slots", "phi", "psi", "logits"}) {
         CHECK(calls[1].arguments.at(name) >= workspace);
         CHECK(calls[1].arguments.at(name) < workspace + running.workspace);
     }

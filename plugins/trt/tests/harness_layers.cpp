@@ -29,7 +29,7 @@ FakeCuda& fake() {
 
 Layer exp_layer() {
     Layer layer;
-    layer.attributes.score = Score::kAttention;
+    layer.attributes.gain = Gain::kSum;
     layer.attributes.recent = 5;
     layer.attributes.capacity = 64;
     layer.attributes.rank = 8;
@@ -41,7 +41,7 @@ Layer exp_layer() {
 
 Layer history_layer() {
     Layer layer = exp_layer();
-    layer.attributes.score = Score::kHistory;
+    layer.attributes.gain = Gain::kHistory;
     layer.attributes.window = 9;
     layer.attributes.maps = MapKind::kPaper;
     return layer;
@@ -49,7 +49,7 @@ Layer history_layer() {
 
 Layer plain_layer() {
     Layer layer;
-    layer.attributes.score = Score::kPosition;
+    layer.attributes.start = Start::kPosition;
     layer.attributes.sinks = 4;
     layer.attributes.capacity = 16;
     layer.attributes.scale = 0.25F;

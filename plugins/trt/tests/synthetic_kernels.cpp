@@ -8,37 +8,43 @@ namespace {
 constexpr std::int32_t kRankBlock = 16;
 
 std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split) {
-    const std::string strides = " q_row_stride:i32 q_head_stride:i32";
+    const std::string strides = " q_row_stride:i64 q_head_stride:i32";
     if (kernel == "select_and_map") {
         std::string line = kind == 0 ? "" : "q:ptr keys:ptr ";
-        line += "scores:ptr positions:ptr length:ptr ";
+        line += "lengths:ptr scores:ptr positions:ptr ";
         line += kind == 0 ? "" : "phi_w1:ptr phi_w2:ptr psi_w1:ptr psi_w2:ptr ";
         line += kind == 1 ? "psi_w3:ptr psi_s1:ptr psi_s2:ptr " : kind == 2 ? "psi_b:ptr " : "";
-        line += "slot_out:ptr seen_out:ptr ";
+        line += "slot_out:ptr ";
         line += kind == 0 ? "" : "phi_out:ptr psi_out:ptr ";
-        line += "batch:i32";
-        line += kind == 0 ? "" : strides;
-        line += " SINKS:i32 RECENT:i32 QUERY_HEADS:i32 KV_HEADS:i32 CAPACITY:i32";
+        line += "batch:i32 capacity:i32 sinks:i32 recent:i32";
+        line += kind == 0 ? "" : strides + " keys_row_stride:i64";
+        line += " scores_row_stride:i64 positions_row_stride:i64 QUERY_HEADS:i32 KV_HEADS:i32";
         return line + (kind == 0 ? "" : " HIDDEN:i32 RANK:i32");
     }
     if (split) {
-        return "q:ptr mask:ptr keys:ptr values:ptr positions:ptr slots:ptr logits:ptr out:ptr "
-               "part_peak:ptr part_mass:ptr part_numerator:ptr" +
-               strides + " SCALE:f32 GROUP:i32 KV_HEADS:i32 CAPACITY:i32 SPAN:i32";
+        return "q:ptr mask:ptr lengths:ptr keys:ptr values:ptr positions:ptr slots:ptr logits:ptr "
+               "out:ptr part_peak:ptr part_mass:ptr part_numerator:ptr capacity:i32 splits:i32" +
+               strides +
+               " keys_row_stride:i64 values_row_stride:i64 positions_row_stride:i64 "
+               "logits_row_stride:i64 SCALE:f32 GROUP:i32 KV_HEADS:i32";
     }
     std::string line =
-        "q:ptr k:ptr v:ptr mask:ptr keys:ptr values:ptr scores:ptr positions:ptr history:ptr ";
+        "q:ptr k:ptr v:ptr mask:ptr lengths:ptr keys:ptr values:ptr scores:ptr positions:ptr "
+        "history:ptr ";
     line += kind == 0 ? "" : "H:ptr z:ptr ";
-    line += "slots:ptr seen:ptr ";
+    line += "slots:ptr ";
     line += kind == 0 ? "" : "phi:ptr psi:ptr ";
     line += "logits:ptr out:ptr ";
     line += kernel == "attend" ? "" : "part_peak:ptr part_mass:ptr part_numerator:ptr ";
-    line += strides.substr(1);
+    line += kernel == "attend" ? "capacity:i64" : "capacity:i64 splits:i32";
+    line += strides;
     line +=
-        " k_row_stride:i32 k_head_stride:i32 v_row_stride:i32 v_head_stride:i32 DECAY:f32 "
-        "WINDOW:i32 SCALE:f32 GROUP:i32 KV_HEADS:i32 CAPACITY:i64";
-    line += kind == 0 ? "" : " RANK:i32";
-    return line + (kernel == "attend" ? " SPAN:i32" : " SPLITS:i32");
+        " k_row_stride:i64 k_head_stride:i32 v_row_stride:i64 v_head_stride:i32 "
+        "keys_row_stride:i64 values_row_stride:i64 scores_row_stride:i64 "
+        "positions_row_stride:i64 history_row_stride:i64 logits_row_stride:i64 ";
+    line += kind == 0 ? "" : "H_row_stride:i64 z_row_stride:i64 ";
+    line += "DECAY:f32 WINDOW:i32 SCALE:f32 GROUP:i32 KV_HEADS:i32";
+    return line + (kind == 0 ? "" : " RANK:i32");
 }
 
 KernelRecord blank(const char* kernel) {
@@ -46,7 +52,7 @@ KernelRecord blank(const char* kernel) {
     record.kernel = kernel;
     record.dtype = "";
     record.state_dtype = "";
-    record.scores = 31;
+    record.scores = 511;
     record.kind = -1;
     record.block_r = -1;
     record.softcap = -1.0F;

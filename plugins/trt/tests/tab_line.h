@@ -48,7 +48,8 @@ inline Layer read_layer(TabLine& line) {
     sizes.dtype = line.dtype();
     sizes.state_dtype = line.dtype();
     Attributes& attributes = layer.attributes;
-    attributes.score = static_cast<Score>(line.integer());
+    attributes.start = static_cast<Start>(line.integer());
+    attributes.gain = static_cast<Gain>(line.integer());
     attributes.sinks = line.integer();
     attributes.recent = line.integer();
     attributes.decay = line.real();

@@ -103,7 +103,8 @@ Library::Library(const std::string& path) {
 }
 
 Node::Node(const Attributes& attributes) {
-    set("score", static_cast<std::int32_t>(attributes.score));
+    set("start", static_cast<std::int32_t>(attributes.start));
+    set("gain", static_cast<std::int32_t>(attributes.gain));
     set("sinks", attributes.sinks);
     set("recent", attributes.recent);
     set("decay", attributes.decay);

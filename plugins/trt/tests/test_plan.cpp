@@ -16,20 +16,21 @@ namespace {
 using less_cache::Attributes;
 using less_cache::Device;
 using less_cache::Dtype;
+using less_cache::Gain;
 using less_cache::KernelRecord;
 using less_cache::Layer;
 using less_cache::MapKind;
 using less_cache::Plan;
 using less_cache::Refusal;
-using less_cache::Score;
 using less_cache::Source;
+using less_cache::Start;
 using less_cache::testing::SyntheticKernels;
 
 constexpr Device kGpu{90, 132, 227 * 1024};
 
 Layer layer_of(std::int32_t query_heads, std::int32_t kv_heads, std::int32_t capacity) {
     Layer layer;
-    layer.attributes.score = Score::kAttention;
+    layer.attributes.gain = Gain::kSum;
     layer.attributes.recent = 3;
     layer.attributes.capacity = capacity;
     layer.attributes.rank = 8;
@@ -85,8 +86,10 @@ TEST(attributes_out_of_range_are_refused) {
     CHECK_CONTAINS(refused([](auto& a) { a.decay = 1.5F; }), "decay: got 1.5");
     CHECK_CONTAINS(refused([](auto& a) { a.decay = NAN; }), "decay: got nan");
     CHECK_CONTAINS(refused([](auto& a) { a.window = 63; }), "window: got 63, expected 0 to 62");
-    CHECK_CONTAINS(refused([](auto& a) { a.window = 5; }), "score is 3");
-    CHECK_CONTAINS(refused([](auto& a) { a.score = Score::kHistory; }), "window: got 0");
+    CHECK_CONTAINS(refused([](auto& a) { a.window = 5; }), "gain is 1");
+    CHECK_CONTAINS(refused([](auto& a) { a.start = Start{3}; }), "start: got 3, expected 0 to 2");
+    CHECK_CONTAINS(refused([](auto& a) { a.gain = Gain{-1}; }), "gain: got -1, expected 0 to 2");
+    CHECK_CONTAINS(refused([](auto& a) { a.gain = Gain::kHistory; }), "window: got 0");
     CHECK_CONTAINS(refused([](auto& a) { a.rank = -1; }), "rank: got -1");
     CHECK_CONTAINS(refused([](auto& a) { a.rank = 0; }), "maps: got exp");
     CHECK_CONTAINS(refused([](auto& a) { a.maps = MapKind::kNone; }), "maps: got none");
@@ -121,7 +124,7 @@ TEST(tensors_are_the_nodes) {
                 "q k v mask length keys values scores positions H z phi_w1 phi_w2 psi_w1 "
                 "psi_w2 psi_b ");
     layer.attributes.maps = MapKind::kPaper;
-    layer.attributes.score = Score::kHistory;
+    layer.attributes.gain = Gain::kHistory;
     layer.attributes.window = 9;
     names.clear();
     for (const auto& tensor : outputs_of(layer)) {
@@ -151,13 +154,18 @@ TEST(a_step_is_two_launches) {
     CHECK_EQUAL(select.grid_y, 2U);
     CHECK_EQUAL(number(select, "batch"), 64);
     CHECK_EQUAL(number(select, "HIDDEN"), 512);
-    CHECK_EQUAL(number(select, "RECENT"), 3);
+    CHECK_EQUAL(number(select, "recent"), 3);
+    CHECK_EQUAL(number(select, "scores_row_stride"), 32 * 205);
     const auto& attend = plan.launches[1];
     CHECK_EQUAL(attend.record->split, 0);
     CHECK_EQUAL(attend.record->group, 1);
     CHECK_EQUAL(attend.grid_x, 64U * 32U);
     CHECK_EQUAL(attend.grid_y, 1U);
-    CHECK_EQUAL(number(attend, "SPAN"), 256);
+    CHECK_EQUAL(number(attend, "capacity"), 205);
+    CHECK_EQUAL(number(attend, "keys_row_stride"), 32 * 205 * 64);
+    CHECK_EQUAL(number(attend, "H_row_stride"), 32 * 8 * 64);
+    CHECK_EQUAL(number(attend, "z_row_stride"), 32 * 8);
+    CHECK_EQUAL(number(attend, "logits_row_stride"), 32 * 205);
     CHECK_EQUAL(number(attend, "q_row_stride"), 32 * 64);
     CHECK_EQUAL(number(attend, "k_head_stride"), 64);
     std::uint32_t bits = 0;
@@ -184,11 +192,12 @@ TEST(kernels_get_the_outputs_for_the_state) {
     CHECK(argument(attend, "history").source == Source::kNull);
     const auto& select = plan.launches[0];
     CHECK(argument(select, "keys").source == Source::kOutput);
-    CHECK(argument(select, "length").source == Source::kInput);
+    CHECK(argument(select, "lengths").source == Source::kInput);
+    CHECK_EQUAL(argument(attend, "lengths").index, 4);
     CHECK_EQUAL(argument(select, "psi_b").index, 15);
     // What one kernel writes the other reads.
-    for (const auto& [write, read] : {std::pair{"slot_out", "slots"}, std::pair{"seen_out", "seen"},
-                                      std::pair{"phi_out", "phi"}, std::pair{"psi_out", "psi"}}) {
+    for (const auto& [write, read] : {std::pair{"slot_out", "slots"}, std::pair{"phi_out", "phi"},
+                                      std::pair{"psi_out", "psi"}}) {
         CHECK(argument(select, write).source == Source::kWorkspace);
         CHECK_EQUAL(argument(select, write).bits, argument(attend, read).bits);
     }
@@ -204,7 +213,6 @@ TEST(the_workspace_has_room_for_every_array) {
     const std::int64_t heads = 16;
     const std::int64_t parts = heads * plan.splits * 16;
     const std::pair<const char*, std::int64_t> sizes[] = {{"slots", heads * 4},
-                                                          {"seen", heads * 4},
                                                           {"phi", 2048},
                                                           {"psi", heads * 8 * 4},
                                                           {"logits", heads * 4 * 4096 * 4},
@@ -220,11 +228,9 @@ TEST(the_workspace_has_room_for_every_array) {
         end = offset + bytes;
     }
     CHECK(static_cast<std::int64_t>(plan.workspace_bytes) >= end);
-    CHECK_EQUAL(number(conclude, "SPLITS"), plan.splits);
+    CHECK_EQUAL(number(conclude, "splits"), plan.splits);
     CHECK_EQUAL(plan.launches[1].grid_y, static_cast<std::uint32_t>(plan.splits));
-    CHECK_EQUAL(number(plan.launches[1], "SPAN"), plan.span);
-    CHECK(std::int64_t{plan.span} * plan.splits >= 4096);
-    CHECK(std::int64_t{plan.span} * (plan.splits - 1) < 4096);
+    CHECK_EQUAL(number(plan.launches[1], "splits"), plan.splits);
 }
 
 TEST(one_workspace_suffices_for_every_smaller_batch) {
@@ -381,12 +387,20 @@ TEST(shapes_that_are_not_there_are_refused_with_those_that_are) {
 TEST(a_score_is_served_by_its_bit) {
     auto kernels = usual_kernels();
     for (auto& record : kernels.records()) {
-        record.scores = 1U << 3U;
+        record.scores = 1U << 3U;  // Gain 1, start 0.
     }
     Layer layer = layer_of(8, 8, 64);
     CHECK_EQUAL(plan_step(kernels.table(), layer, kGpu, 1).launches.size(), 2U);
-    layer.attributes.score = Score::kKeyNorm;
-    CHECK_CONTAINS(refusal([&] { plan_step(kernels.table(), layer, kGpu, 1); }), "scores 3");
+    layer.attributes.gain = Gain::kHistory;
+    layer.attributes.window = 5;
+    CHECK_CONTAINS(refusal([&] { plan_step(kernels.table(), layer, kGpu, 1); }), "scores 0+1");
+    for (auto& record : kernels.records()) {
+        record.scores = 1U << 2U;
+    }
+    layer.attributes.start = Start::kKeyNorm;
+    layer.attributes.gain = Gain::kNone;
+    layer.attributes.window = 0;
+    CHECK_EQUAL(plan_step(kernels.table(), layer, kGpu, 1).launches.size(), 2U);
 }
 
 TEST(parts_are_concluded_in_the_blocks_they_were_written_in) {

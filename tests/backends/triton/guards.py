@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from less_cache.state import LayerState
+from less_cache.arrays import LayerArrays
 
 GUARD = 64
 POISON = {torch.int32: -(2**30), torch.int64: -(2**60), torch.uint8: 255}
@@ -32,10 +32,10 @@ class Guards:
         guarded = self.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return guarded.copy_(tensor)
 
-    def state(self, state: LayerState) -> LayerState:
-        """A copy of the state, every array guarded."""
-        arrays = {name: self.copy(array) for name, array in state.arrays().items()}
-        return dataclasses.replace(state, **arrays)
+    def arrays(self, arrays: LayerArrays) -> LayerArrays:
+        """A copy of a layer's arrays, each of them guarded."""
+        copies = {name: self.copy(array) for name, array in arrays.named().items()}
+        return dataclasses.replace(arrays, **copies)
 
     def check(self) -> None:
         assert self.buffers

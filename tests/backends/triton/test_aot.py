@@ -6,7 +6,7 @@ import re
 import pytest
 
 import less_cache as lc
-from less_cache.backends.triton.compile_gate import read_usage
+from less_cache.backends.triton.aot.compile_gate import read_usage
 from tests.backends.triton.compiling import run
 
 PTX_TYPES = {"u64": "ptr", "b64": "ptr", "u32": "i32", "b32": "i32", "f32": "f32"}
@@ -30,9 +30,8 @@ def write_manifest(folder, config, kinds):
 def compiled(tmp_path_factory):
     """One H2O layer with maps and one sliding layer without, for one architecture."""
     folder = tmp_path_factory.mktemp("aot")
-    config = lc.CacheConfig(
-        2, 8, 2, 128, 100, (lc.Scissorhands(), lc.SinkWindow()), rank=12, dtype="float16"
-    )
+    policies = (lc.Scissorhands(), lc.SinkWindow())
+    config = lc.CacheConfig(2, 8, 2, 128, capacity=100, policy=policies, rank=12, dtype="float16")
     export = write_manifest(folder / "export", config, ["exp", None])
     module = ["-m", "less_cache.backends.triton.aot", "--out", str(folder / "kernels")]
     result = run([*module, "--arch", "90", "--export", str(export)], folder)
@@ -102,10 +101,10 @@ def test_what_a_kernel_does_not_read_it_does_not_take(records):
         without = record["block_r"] in (0, -1)
         assert bool(low_rank) != without, record
         assert not {"psi_w3", "psi_s1"} & names, "a parameter of the other kind of maps"
-        if record["kernel"] == "select_and_map":
-            assert "length" in names
-        else:
-            assert "length" not in names, "it would be advanced once a layer"
+        assert not {"rows", "heads"} & names, "the caller's sequences have a row each, alike"
+        shared_slots = record["kernel"] == "attend" and record["split"]
+        if record["kernel"] != "select_and_map":
+            assert ("splits" in names) == (shared_slots or record["kernel"] == "conclude_split")
 
 
 def test_source_paths_stay_at_home(compiled):
@@ -131,7 +130,9 @@ def test_the_initialisers_say_what_the_index_says(compiled, records):
 
 
 def test_caches_that_differ_in_numbers_share_their_kernels(tmp_path):
-    first = lc.CacheConfig(1, 8, 2, 64, 100, lc.H2O(recent=9), rank=8, dtype="float16")
+    first = lc.CacheConfig(
+        1, 8, 2, 64, capacity=100, policy=lc.H2O(recent=9), rank=8, dtype="float16"
+    )
     others = [
         first.replace(capacity=4096),
         first.replace(query_heads=32, kv_heads=8),
@@ -142,7 +143,7 @@ def test_caches_that_differ_in_numbers_share_their_kernels(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from less_cache.backends.triton.aot_layouts import layouts_of_export
+from less_cache.backends.triton.aot.layouts import layouts_of_export
 print(len({layout for folder in sys.argv[1:] for layout in layouts_of_export(Path(folder))}))
 """
     folders = [
@@ -155,15 +156,16 @@ print(len({layout for folder in sys.argv[1:] for layout in layouts_of_export(Pat
 
 def test_no_size_is_compiled_in(tmp_path):
     script = """
-from less_cache.backends.triton import aot_layouts, aot_records
-known = {"HAS_MASK", "SCORE", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE", "DOT"}
-for layout in aot_layouts.every_layout():
-    for wanted in aot_records.launches(layout):
-        found = aot_records.generalised(wanted, layout)
+from less_cache.backends.triton.aot import layouts, records
+known = {"HAS_MASK", "START", "GAIN", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE"}
+known |= {"ALIGNED", "DOT"}
+for layout in layouts.every_layout():
+    for wanted in records.launches(layout):
+        found = records.generalised(wanted, layout)
         for name, value in found.constants.items():
             allowed = name in known or name.startswith("BLOCK_") or value in (None, 0, 1, 1.0)
             assert allowed, (wanted.kernel.__name__, layout, name, value)
-print(len(aot_layouts.every_layout()))
+print(len(layouts.every_layout()))
 """
     result = run(["-c", script], tmp_path)
     assert result.stdout.strip() == "1050", result.stdout + result.stderr[-2000:]
@@ -189,7 +191,7 @@ def test_a_manifest_that_is_none(tmp_path):
     (tmp_path / "less_cache.json").write_text("{}")
     script = """
 from pathlib import Path
-from less_cache.backends.triton.aot_layouts import layouts_of_export
+from less_cache.backends.triton.aot.layouts import layouts_of_export
 import sys
 layouts_of_export(Path(sys.argv[1]))
 """

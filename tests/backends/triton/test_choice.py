@@ -1,19 +1,11 @@
 """Which configs the backend takes, and when "auto" takes the backend."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import less_cache as lc
-from less_cache.backends import triton
+from less_cache.backends import best_backend, triton
 from tests.backends.triton.oracle import config
-
-
-def on_cuda(cache):
-    """As much of a state on a GPU as the choice looks at."""
-    keys = SimpleNamespace(is_cuda=True)
-    return SimpleNamespace(is_numpy=False, layers=[SimpleNamespace(keys=keys)], config=cache)
 
 
 class Mine(lc.Policy):
@@ -31,14 +23,11 @@ class Mine(lc.Policy):
     ],
 )
 def test_auto_takes_triton_on_a_gpu_where_it_can(changes, expected):
-    cache = config(**{"rank": 0, **changes})
-    assert lc.CacheManager(cache)._backend_for(on_cuda(cache)) == expected
+    assert best_backend(config(**{"rank": 0, **changes}), "cuda") == expected
 
 
-def test_auto_keeps_torch_on_the_cpu_and_a_named_backend_anywhere():
-    cache = config(rank=0)
-    assert lc.CacheManager(cache).init(1).prepared_for == "torch"
-    assert lc.CacheManager(cache, backend="torch")._backend_for(on_cuda(cache)) == "torch"
+def test_auto_keeps_torch_on_the_cpu():
+    assert best_backend(config(rank=0), "cpu") == "torch"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +36,7 @@ def test_auto_keeps_torch_on_the_cpu_and_a_named_backend_anywhere():
         ({"head_dim": 320}, "head_dim: got 320, but backend 'triton' takes at most 256"),
         ({"rank": 65}, "rank: got 65, but backend 'triton' takes at most 64"),
         ({"dtype": "float64"}, "dtype: got 'float64'"),
+        ({"policy": Mine()}, "policy: layer 0 has Mine.*whose scores are Python code"),
     ],
 )
 def test_what_no_kernel_was_made_for_is_refused(changes, message):

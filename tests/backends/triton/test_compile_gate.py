@@ -20,7 +20,7 @@ KERNELS = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_and_spill_no_registers(capability, tmp_path):
     path = tmp_path / "report.json"
-    gate = ["-m", "less_cache.backends.triton.compile_gate", "--processes", "1"]
+    gate = ["-m", "less_cache.backends.triton.aot.compile_gate", "--processes", "1"]
     result = run([*gate, "--capability", str(capability), "--json", str(path)], tmp_path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     report = json.loads(path.read_text())
@@ -36,12 +36,12 @@ def test_the_gate_sees_a_kernel_that_spills(tmp_path):
     # A tile four times too large for its warps: the gate must not call it well.
     script = """
 import dataclasses
-from less_cache.backends.triton import compile_gate, variants
+from less_cache.backends.triton.aot import compile_gate, variants
 from less_cache.backends.triton.launch import recording
 with recording() as launches:
     variants.launches_of(variants.Variant(dtype="float32"))
 wanted = next(w for w in launches if w.kernel.__name__ == "attend")
-constants = wanted.constants | {"BLOCK_C": 64, "SPAN": 256}
+constants = wanted.constants | {"BLOCK_C": 64}
 found = compile_gate.compile_launch(dataclasses.replace(wanted, constants=constants, warps=4), 90)
 print(compile_gate.problems(found, 128))
 """
@@ -55,12 +55,12 @@ import sys
 sys.modules["triton"] = None
 import torch
 import less_cache as lc
-config = lc.CacheConfig(1, 2, 2, 4, 3, lc.H2O(), rank=0)
+from less_cache.backends import best_backend
+config = lc.CacheConfig(1, 2, 2, 4, capacity=3, policy=lc.H2O(), rank=0)
 manager = lc.CacheManager(config)
 q = torch.ones(1, 2, 1, 4)
-assert manager.append(manager.init(1), 0, q, q, q).shape == q.shape
-from less_cache.backends import runs_on_triton
-assert not runs_on_triton(config)
+assert manager.attend(manager.init(1), 0, q, q, q).shape == q.shape
+assert best_backend(config, "cuda") == "torch"
 try:
     lc.CacheManager(config, backend="triton")
 except ImportError as error:

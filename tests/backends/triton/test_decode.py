@@ -1,13 +1,16 @@
 """A decode step's kernels against the float64 reference, in guarded and poisoned buffers."""
 
+import functools
+import math
+
 import pytest
 import torch
 
 import less_cache as lc
+from less_cache.arrays import empty_arrays
 from less_cache.backends import triton as backend
 from less_cache.backends.triton import decode, launch
 from less_cache.backends.triton.launch import recording
-from less_cache.state import allocate
 from tests.backends.triton.guards import Guards
 from tests.backends.triton.oracle import DEVICE, Pair, config
 
@@ -29,6 +32,19 @@ CASES = {
     "tova, soft cap": (config(policy=lc.TOVA(), softcap=3.0), "paper", None, False),
     "window of 62": (config(policy=lc.Scissorhands(window=62), group=2), "exp", None, True),
     "key norm": (config(policy=lc.KeyNorm(sinks=1, recent=2), rank=1), "paper", None, False),
+    "capacity by head": (
+        config(kv_heads=4, capacity=[[3, 9, 9, 40]], policy=lc.H2O(), group=2),
+        "paper",
+        None,
+        True,
+    ),
+    "capacity by head, split": (
+        config(kv_heads=3, capacity=[[150, 5, 70]], policy=lc.Scissorhands(window=9)),
+        "paper",
+        3,
+        False,
+    ),
+    "observation window": (config(policy=lc.ObservationWindow(window=3)), "exp", None, False),
     "sinks": (config(policy=lc.SinkWindow(sinks=2), head_dim=80, rank=17), "exp", None, True),
     "full": (config(policy=lc.FullCache(), capacity=20, rank=0), "exp", None, True),
     "multi-query": (config(kv_heads=1, group=17, policy=lc.DecayedH2O(factor=0.8)), "exp", None, 0),
@@ -39,21 +55,17 @@ CASES = {
 def test_steps_are_the_references_and_stay_in_their_buffers(name, monkeypatch):
     cache, kind, splits, masked = CASES[name]
     pair = Pair(cache, batch=2, kind=kind)
+    most = max(pair.layer.capacities)
     guards = Guards()
-    if pair.layer.capacity > 20:
+    if most > 20:
         # Full but for a few slots at once; steps go on from there.
-        prompt = pair.inputs(pair.layer.capacity - 3)
-        pair.check(backend.append, prompt, None, 5e-5)
-    pair.state = guards.state(pair.state)
-
-    def step(layer, state, maps, q, k, v, mask):
-        return decode.step(layer, state, maps, q, k, v, mask, splits=splits)
-
+        pair.check(pair.inputs(most - 3))
+    pair.arrays = guards.arrays(pair.arrays)
+    call = functools.partial(decode.step, splits=splits)
     monkeypatch.setattr(torch, "empty", guards.empty)
-    for _ in range(6 if pair.layer.capacity > 20 else 11):
+    for _ in range(6 if most > 20 else 11):
         arrays = [guards.copy(array) for array in pair.inputs(1)]
-        mask = pair.mask(1) if masked else None
-        pair.check(step, arrays, mask, 5e-5)
+        pair.check(arrays, pair.mask(1) if masked else None, call=call)
     guards.check()
 
 
@@ -71,16 +83,15 @@ def test_sixteen_bits(dtype, state_dtype, kind, bound):
     cache = config(policy=lc.SinkWindow(sinks=1), dtype=dtype, state_dtype=state_dtype, group=2)
     pair = Pair(cache, batch=1, kind=kind)
     for _ in range(10):
-        pair.check(decode.step, pair.inputs(1), None, bound)
+        pair.check(pair.inputs(1), bound=bound)
 
 
 def test_what_empty_slots_hold_is_never_seen():
     pair = Pair(config(policy=lc.H2O()), batch=1)
-    for array in (pair.state.keys, pair.state.values):
+    for array in (pair.arrays.keys, pair.arrays.values):
         array.fill_(float("nan"))
-    pair.state.scores.fill_(float("nan"))
     for _ in range(9):
-        pair.check(decode.step, pair.inputs(1), None, 5e-5)
+        pair.check(pair.inputs(1))
 
 
 def test_offsets_are_64_bits_wide():
@@ -89,7 +100,7 @@ def test_offsets_are_64_bits_wide():
     q, k, v = pair.inputs(1)
     far = torch.empty(2**31 + 16, dtype=torch.float16, device=DEVICE)
     apart = far.as_strided(q.shape, (2**31, 16, 16, 1))
-    pair.check(decode.step, [apart.copy_(q), k, v], None, 1e-2)
+    pair.check([apart.copy_(q), k, v], bound=1e-2)
 
 
 @pytest.mark.parametrize(("batch", "launches"), [(64, 2), (1, 3)])
@@ -97,10 +108,12 @@ def test_a_step_is_two_launches_or_three_and_looks_at_no_data(batch, launches, m
     # Tensors without data would raise at anything that waits for the device.
     monkeypatch.setattr(launch, "INTERPRETED", False)
     layer = config(kv_heads=8, head_dim=128, capacity=2048, rank=0, dtype="float16").layer(0)
-    state = allocate(layer, batch, device="meta")
+    arrays = empty_arrays(layer, 100, device="meta")
     q = torch.empty(batch, 8, 1, 128, dtype=torch.float16, device="meta")
+    numbers = torch.empty(batch, dtype=torch.int32, device="meta")
+    mask = torch.empty(batch, 1, dtype=torch.bool, device="meta")
     with recording() as recorded:
-        decode.step(layer, state, None, q, q, q, None)
+        backend.attend(layer, arrays, None, q, q, q, lengths=numbers, rows=numbers, mask=mask)
     expected = [decode.select_and_map, decode.attend, decode.conclude_split]
     assert [wanted.kernel for wanted in recorded] == expected[:launches]
 
@@ -108,11 +121,12 @@ def test_a_step_is_two_launches_or_three_and_looks_at_no_data(batch, launches, m
 @pytest.mark.parametrize("processors", [1, 108, 132])
 @pytest.mark.parametrize("capacity", [16, 100, 205, 819, 8192])
 @pytest.mark.parametrize("batch", [1, 16, 64])
-def test_splits_cover_every_slot_once(processors, capacity, batch):
+def test_splits_cover_every_slot_and_none_is_idle(processors, capacity, batch):
     layer = config(kv_heads=8, head_dim=128, capacity=capacity, dtype="float16").layer(0)
     tile = decode.tiles(layer, batch, processors)
-    assert (tile.splits - 1) * tile.span < capacity <= tile.splits * tile.span
-    assert tile.span % tile.slots == 0
+    # As the kernel counts.
+    span = math.ceil(math.ceil(capacity / tile.slots) / tile.splits) * tile.slots
+    assert (tile.splits - 1) * span < capacity <= tile.splits * span
     if batch * 8 >= 2 * processors:
         assert tile.splits == 1
 
@@ -121,21 +135,22 @@ def test_splits_cover_every_slot_once(processors, capacity, batch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 def test_a_captured_step_replays():
     pair = Pair(config(), batch=2)
-    arrays = pair.inputs(1)
+    inputs = pair.inputs(1)
+    lengths = torch.zeros_like(pair.lengths)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        decode.step(pair.layer, pair.state, pair.maps, *arrays, None)
+        decode.step(pair.layer, pair.arrays, pair.maps, *inputs, lengths=lengths)
     torch.cuda.synchronize()
     pair = Pair(config(), batch=2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode.step(pair.layer, pair.state, pair.maps, *arrays, None)
+        out = decode.step(pair.layer, pair.arrays, pair.maps, *inputs, lengths=lengths)
 
-    def replay(layer, state, maps, q, k, v, mask):
-        for static, new in zip(arrays, (q, k, v), strict=True):
+    def replay(layer, arrays, maps, q, k, v, **given):
+        for static, new in zip((*inputs, lengths), (q, k, v, given["lengths"]), strict=True):
             static.copy_(new)
         graph.replay()
         return out
 
     for _ in range(12):
-        pair.check(replay, pair.inputs(1), None, 5e-5)
+        pair.check(pair.inputs(1), call=replay)

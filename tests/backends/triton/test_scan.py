@@ -1,4 +1,4 @@
-"""`eviction_times` of a whole sequence against step-by-step appends to the float64 reference."""
+"""`eviction_times` of a whole sequence against step-by-step calls of the float64 reference."""
 
 import itertools
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import less_cache as lc
+from less_cache.arrays import empty_arrays
 from less_cache.backends import reference
 from less_cache.backends.triton.scan import eviction_times
-from less_cache.state import allocate
 from tests.backends.triton.oracle import DEVICE, config
 
 TOKENS = 22
@@ -19,24 +19,28 @@ POLICIES = (
     lc.Scissorhands(window=5),
     lc.KeyNorm(recent=2),
     lc.SinkWindow(sinks=1),
+    lc.ObservationWindow(window=3, neighbours=3),
     lc.FullCache(),
 )
 
 
 def times_step_by_step(layer, q, k, mask, prompt):
-    """One more than the last append that left the pair in a slot; padding: its own index."""
+    """One more than the last call that left the pair in a slot; padding: its own index."""
     batch, heads, tokens, _ = k.shape
-    state = allocate(layer, batch)
+    arrays = empty_arrays(layer, batch)
     times = torch.arange(tokens, dtype=torch.int32).repeat(batch, heads, 1)
     columns = [torch.nonzero(row)[:, 0] for row in mask]
     cuts = [0, *range(prompt, tokens + 1)]
     for start, stop in itertools.pairwise(cuts):
         part = slice(start, stop)
         keys = k[:, :, part]
-        reference.append(layer, state, None, q[:, :, part], keys, keys, mask[:, part])
+        lengths = mask[:, :start].sum(1)
+        reference.attend(
+            layer, arrays, None, q[:, :, part], keys, keys, lengths=lengths, mask=mask[:, part]
+        )
         for row in range(batch):
             for head in range(heads):
-                positions = state.positions[row, head]
+                positions = arrays.positions[row, layer.head_slots(head)]
                 held = columns[row][positions[positions >= 0].long()]
                 times[row, head, held] = stop
     # Until the prompt ends, nothing leaves.
@@ -45,12 +49,15 @@ def times_step_by_step(layer, q, k, mask, prompt):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "masked", "group"), [(1, False, 1), (9, True, 2), (22, False, 1)]
+    ("prompt", "masked", "group", "capacity"),
+    [(1, False, 1, 7), (9, True, 2, 7), (22, False, 1, 7), (4, True, 1, [[5, 12]])],
 )
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
-def test_times_are_those_of_steps(policy, prompt, masked, group):
+def test_times_are_those_of_steps(policy, prompt, masked, group, capacity):
     full = isinstance(policy, lc.FullCache)
-    cache = config(policy=policy, rank=0, group=group, capacity=TOKENS if full else 7, softcap=4.0)
+    cache = config(
+        policy=policy, rank=0, group=group, capacity=TOKENS if full else capacity, softcap=4.0
+    )
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(1, TOKENS, 2 * group, 16, generator=generator).transpose(1, 2)
     k = torch.randn(1, TOKENS, 2, 16, generator=generator).transpose(1, 2)
@@ -76,3 +83,10 @@ def test_more_slots_than_registers_hold_are_refused():
     q = torch.zeros(1, 2, 4, 16)
     with pytest.raises(ValueError, match="capacity: got 5000, expected at most 4096"):
         eviction_times(config(capacity=5000).layer(0), q, q)
+
+
+def test_more_tokens_than_a_full_cache_holds_are_refused():
+    q = torch.zeros(1, 2, 9, 16)
+    layer = config(policy=lc.FullCache(), capacity=8).layer(0)
+    with pytest.raises(ValueError, match=r"k: 9 tokens, but .* holds at most capacity = 8"):
+        eviction_times(layer, q, q)

@@ -124,14 +124,18 @@ def test_models(live):
     [
         ({"model": "gpt-9"}, "model: got 'gpt-9', this server has only"),
         ({"logit_bias": {"1": 2}}, "logit_bias: this server does not support it"),
-        ({"logprobs": 3}, "logprobs: this server does not support it"),
-        ({"echo": True}, "echo: this server"),
-        ({"extra_body": {"top_k": 3}}, "top_k: this server"),
+        ({"logprobs": 21}, "logprobs: got 21"),
+        ({"logprobs": True}, "logprobs: got True"),
+        ({"extra_body": {"top_k": -2}}, "top_k: got -2"),
+        ({"extra_body": {"min_p": 1.5}}, "min_p: got 1.5"),
+        ({"extra_body": {"top_logprobs": 2}}, "top_logprobs: this server does not support it"),
         ({"temperature": 3}, "temperature: got 3"),
         ({"top_p": 0}, "top_p: got 0"),
         ({"max_tokens": 0}, "max_tokens: got 0"),
         ({"max_tokens": 5000}, "max_tokens: got 5000, at most 1024"),
         ({"max_tokens": 1020}, "prompt: 16 tokens and 1020 new ones are more than .* 1024"),
+        ({"prompt": "x" * 50_000}, "prompt: got a text of 50,000 characters; the context of 1024"),
+        ({"prompt": " x" * 5_000}, "prompt: 5000 tokens and 16 new ones"),
         ({"n": 9}, "n: got 9, at most 8"),
         ({"n": True}, "n: got True"),
         ({"stop": ["a"] * 5}, "stop: got"),
@@ -169,7 +173,8 @@ def test_parameters_that_ask_for_nothing_pass(live):
     ],
 )
 def test_other_mistakes_have_the_apis_shape_too(live, method, path, body, status, message):
-    answer = httpx.request(method, live.url + path, content=body)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.request(method, live.url + path, content=body, headers=headers)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
 

@@ -101,8 +101,13 @@ def test_a_client_that_leaves_frees_its_rows(model, stream):
 
 def raw_request(body):
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + data
 
 
 def test_a_client_that_leaves_the_queue_is_forgotten(model):
@@ -138,6 +143,39 @@ def test_short_prompts_are_read_together(model):
     with serving(slow, prefill_chunk=64) as live:
         live.complete([[5] * 15] * 4, max_tokens=2)
     assert slow.decoder.calls == [(1, 15)] * 4 + [(4, 1)]
+
+
+def test_long_texts_do_not_keep_short_ones_waiting(model, monkeypatch):
+    """However many come: here the first is never done, unless the short one is answered."""
+    done = threading.Event()
+    slow = slowed(model, 0.0)
+    slow._longest_token = None  # so that length alone is no reason to refuse it
+
+    def encode(text):
+        if len(text) > 100_000:
+            assert done.wait(60)
+        return model.encode(text[:50])
+
+    monkeypatch.setattr(slow, "encode", encode, raising=False)
+    with serving(slow) as live, ThreadPoolExecutor(60) as pool:
+        long = [pool.submit(live.complete, "x" * 250_000, max_tokens=1) for _ in range(60)]
+        quick = live.client.with_options(timeout=20)
+        try:
+            for _ in range(5):
+                quick.completions.create(model=live.name, prompt=PROMPT, max_tokens=1)
+        finally:
+            done.set()
+        assert all(answer.result(60).choices for answer in long)
+
+
+def test_a_text_that_cannot_fit_is_not_even_looked_at(model, monkeypatch):
+    quick = slowed(model, 0.0)
+    monkeypatch.setattr(quick, "encode", lambda text: pytest.fail("it was"), raising=False)
+    with serving(quick) as live:
+        for ask in (live.complete, live.chat):
+            with pytest.raises(openai.BadRequestError, match="the context of 1024") as caught:
+                ask("x" * 60_000)
+            assert caught.value.body["code"] == "context_length_exceeded"
 
 
 def test_a_failing_step_is_told_and_survived(model):

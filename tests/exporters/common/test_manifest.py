@@ -12,6 +12,8 @@ CONFIG = lc.CacheConfig(
     num_layers=1, query_heads=2, kv_heads=2, head_dim=4, capacity=6, policy=lc.TOVA(), rank=0
 )
 
+RUN = {"heads": [0, 1], "capacity": 6, "arrays": []}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -31,7 +33,7 @@ def folder(tmp_path):
         "inputs": ["input_ids", "attention_mask", "past.length"],
         "outputs": ["logits", "present.length"],
         "state": [{"name": "length", "dtype": "int32", "shape": []}],
-        "layers": [{"capacity": 6, "window": 0, "maps": None}],
+        "layers": [{"window": 0, "maps": None, "runs": [RUN]}],
         "files": listed(out),
     }
     (out / MANIFEST).write_text(json.dumps(data))
@@ -87,6 +89,12 @@ def test_a_field_of_another_form_is_named(folder, field):
         (lambda d: d["state"][0].update(dtype="x"), r"state\[0\]: dtype: got 'x', expected one of"),
         (lambda d: d["state"][0].update(shape=["a"]), r"state\[0\]: shape\[0\]: got 'a', expected"),
         (lambda d: d["state"][0].update(name="x"), r"inputs: lacks \['past.x'\], which state"),
+        (lambda d: d["layers"][0].update(runs=[]), r"layers\[0\]: no runs of heads"),
+        (lambda d: d["layers"][0].update(runs=[{}]), r"layers\[0\]: runs\[0\]: lacks \['heads'"),
+        (
+            lambda d: d["layers"][0]["runs"][0].update(arrays=["0.keys"]),
+            r"state: lacks \['0.keys'\], which layers name",
+        ),
         (lambda d: d["layers"].append(d["layers"][0]), "layers: 2 without a window, but config"),
         (lambda d: d["config"].pop("rank"), r"config: .*missing field\(s\) \['rank'\]"),
         (lambda d: d["config"].update(policy=[7]), "config: "),

@@ -13,11 +13,12 @@ import less_cache as lc
 from exporters.onnx import nodes
 from exporters.onnx.parts import Layer
 from less_cache import ops
+from less_cache.layer_config import LayerConfig, Run
 from tests.helpers import Held, held_by
 
 
 def single_node_model(
-    layer: lc.config.LayerConfig,
+    layer: LayerConfig,
     kind: str | None,
     op: str,
     maps: dict[str, np.ndarray],
@@ -26,10 +27,11 @@ def single_node_model(
     overload: str = "",
     window: int = 0,
 ) -> onnx.ModelProto:
-    """A model of one node of ours, with its function."""
+    """A model of one node of ours, with its function; all heads have the same capacity."""
     body = nodes.function(op, Layer(layer, kind, window), opset, overload)
     tokens = 1 if op == nodes.STEP else "tokens"
     state = lc.state.allocate(layer, 1, numpy=True)
+    dense = {**state.of_run(layer.runs[0]).named(), "length": state.length}
     inputs = {}
     for name in nodes.node_inputs(layer, kind):
         if name in ("q", "k", "v"):
@@ -40,7 +42,7 @@ def single_node_model(
         elif name in maps:
             dtype, shape = maps[name].dtype, list(maps[name].shape)
         else:
-            array = getattr(state, name)
+            array = dense[name]
             dtype, shape = array.dtype, ["batch", *array.shape[1:]]
         inputs[name] = ir.val(name, ir.DataType.from_numpy(dtype), ir.Shape(shape))
     names = nodes.node_outputs(layer)
@@ -77,43 +79,63 @@ def session_of(model: onnx.ModelProto, *, optimize: bool = True) -> ort.Inferenc
 
 
 class OnnxLayers:
-    """Layers whose appends ONNX Runtime computes; spoken to like a conformance `Runner`."""
+    """Layers whose calls ONNX Runtime computes; spoken to like a conformance `Runner`.
+
+    Heads of equal capacity side by side are a node of their own, as in an exported file.
+    """
 
     def __init__(
         self, config: lc.CacheConfig, maps: lc.FeatureMaps | None, batch: int, **options: Any
     ) -> None:
         self.config, self.options = config, options
         self.kind = None if maps is None else maps.kind
-        self.maps = [
-            {name: x.numpy() for name, x in layer.tensors.items()} for layer in maps or ()
-        ] or [{}] * config.num_layers
+        self.maps = list(maps) if maps is not None else [None] * config.num_layers
         self.states = [
             lc.state.allocate(config.layer(i), batch, numpy=True) for i in range(config.num_layers)
         ]
-        self.sessions: dict[tuple[int, str], ort.InferenceSession] = {}
+        self.sessions: dict[tuple[int, int, str], ort.InferenceSession] = {}
 
-    def append(
+    def attend(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: Any = None, *, layer: int = 0
     ) -> np.ndarray:
         config, state = self.config.layer(layer), self.states[layer]
-        op = nodes.STEP if q.shape[2] == 1 else nodes.CHUNK
-        if (layer, op) not in self.sessions:
-            model = single_node_model(config, self.kind, op, self.maps[layer], **self.options)
-            onnx.checker.check_model(model, full_check=True)
-            self.sessions[layer, op] = session_of(model)
         mask = np.ones((q.shape[0], q.shape[2])) if mask is None else mask
-        given = {
-            **{name: x.astype(config.dtype) for name, x in (("q", q), ("k", k), ("v", v))},
-            "mask": mask.astype(np.int32),
-            "length": state.length,
-            **{name: getattr(state, name) for name in ops.state_names(config)},
-            **self.maps[layer],
-        }
-        out, *arrays = self.sessions[layer, op].run(None, given)
-        for name, array in zip(ops.state_names(config), arrays, strict=True):
-            setattr(state, name, array)
+        outs = []
+        for run in config.runs:
+            heads = {"q": q[:, run.query_heads], "k": k[:, run.kv_heads], "v": v[:, run.kv_heads]}
+            maps = self._maps(layer, run)
+            held = state.of_run(run).named()
+            given = {
+                **{name: x.astype(config.dtype) for name, x in heads.items()},
+                "mask": mask.astype(np.int32),
+                "length": state.length,
+                **{name: held[name] for name in ops.state_names(config)},
+                **maps,
+            }
+            op = nodes.STEP if q.shape[2] == 1 else nodes.CHUNK
+            out, *arrays = self._session(layer, run, op, maps).run(None, given)
+            for name, array in zip(ops.state_names(config), arrays, strict=True):
+                held[name][...] = array
+            outs.append(out)
         state.length = state.length + mask.sum(1).astype(np.int32)
-        return out.astype(np.float64)
+        return np.concatenate(outs, 1).astype(np.float64)
+
+    def _maps(self, layer: int, run: Run) -> dict[str, np.ndarray]:
+        maps = self.maps[layer]
+        if maps is None:
+            return {}
+        own = maps.heads(run.query_heads, run.kv_heads)
+        return {name: tensor.numpy() for name, tensor in own.tensors.items()}
+
+    def _session(
+        self, layer: int, run: Run, op: str, maps: dict[str, np.ndarray]
+    ) -> ort.InferenceSession:
+        key = (layer, run.first, op)
+        if key not in self.sessions:
+            model = single_node_model(run.layer, self.kind, op, maps, **self.options)
+            onnx.checker.check_model(model, full_check=True)
+            self.sessions[key] = session_of(model)
+        return self.sessions[key]
 
     def held(self, layer: int = 0) -> Held:
-        return held_by(self.states[layer])
+        return held_by(self.states[layer], self.config.layer(layer))

@@ -34,10 +34,10 @@ def follow(scenario, **options):
     close = CloseCall()
     for layer, arrays, mask in scenario.appends(CASE):
         with close.watch():
-            expected = oracle.append(*arrays, mask, layer=layer)
+            expected = oracle.attend(*arrays, mask, layer=layer)
         if close.met:
             return
-        assert_close(runner.append(*arrays, mask, layer=layer), expected, CASE.outputs, "out")
+        assert_close(runner.attend(*arrays, mask, layer=layer), expected, CASE.outputs, "out")
         assert_same_state(runner.held(layer), oracle.held(layer), CASE.state)
 
 
@@ -54,13 +54,18 @@ def test_outputs_and_states_are_the_oracles(policy):
 @pytest.mark.parametrize("kind", ["paper", "exp"])
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=policy_id)
 def test_a_long_run_of_steps_after_a_prompt_follows_the_oracle(policy, kind):
-    config = lc.CacheConfig(1, 4, 2, 4, 7, policy, rank=2)
+    config = lc.CacheConfig(1, 4, 2, 4, [[7, 9]], policy, rank=2)
     chunks = ((9, "left"), *((1, "none"),) * 12, (5, "right"), *((1, "holes"),) * 6)
     follow(Scenario(config, kind, batch=2, chunks=chunks, seed=3), opset=23, overload="other")
 
 
-def test_a_prompt_of_several_blocks_is_the_prompt_of_one(monkeypatch):
-    config = small_config(capacity=9, policy=lc.DecayedH2O(factor=0.9))
+@pytest.mark.parametrize(
+    "policy",
+    [lc.DecayedH2O(factor=0.9), lc.ObservationWindow(window=5, neighbours=3)],
+    ids=policy_id,
+)
+def test_a_prompt_of_several_blocks_is_the_prompt_of_one(policy, monkeypatch):
+    config = small_config(capacity=9, policy=policy)
     scenario = Scenario(config, "exp", batch=2, chunks=((23, "left"), (17, "holes")), seed=5)
     # Three rows at a time, and two, for the second block has more columns.
     monkeypatch.setattr("exporters.onnx.blocks.BLOCK_ELEMENTS", 3 * 2 * 4 * 30)
@@ -73,7 +78,7 @@ def test_a_sliding_layer_sees_its_window_and_no_more():
     q, k, v = random_inputs(config, 2, 23, rng)
     layers = OnnxLayers(config, None, 2, window=5)
     parts = [(0, 7), (7, 8), (8, 9), (9, 20), (20, 23)]
-    found = [layers.append(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in parts]
+    found = [layers.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in parts]
     keys, values = (np.repeat(x, 2, axis=1) for x in (k, v))
     logits = q @ keys.transpose(0, 1, 3, 2) / 2
     distance = np.arange(23)[:, None] - np.arange(23)
@@ -94,8 +99,8 @@ def test_sixteen_bits_are_within_their_bound(kind):
     rng = np.random.default_rng(1)
     for tokens in (9, 1, 1, 4, 1):
         arrays = [case.rounded(x) for x in random_inputs(config, 2, tokens, rng)]
-        expected = oracle.append(*arrays)
-        assert_close(runner.append(*arrays), expected, case.outputs, "out")
+        expected = oracle.attend(*arrays)
+        assert_close(runner.attend(*arrays), expected, case.outputs, "out")
         assert_same_state(runner.held(), oracle.held(), case.state)
 
 
@@ -121,7 +126,12 @@ def test_nodes_carry_what_a_plugin_needs():
     found = {a.name: onnx.helper.get_attribute_value(a) for a in model.graph.node[0].attribute}
     assert found["plugin_version"] == b"1"
     assert found["plugin_namespace"] == b""
-    assert {name: found[name] for name in ("recent", "sinks", "capacity", "rank", "decay")} == {
+    assert {
+        name: found[name]
+        for name in ("start", "gain", "recent", "sinks", "capacity", "rank", "decay")
+    } == {
+        "start": 0,
+        "gain": 1,
         "recent": 2,
         "sinks": 0,
         "capacity": 6,
@@ -133,9 +143,15 @@ def test_nodes_carry_what_a_plugin_needs():
     assert not {node.domain for node in model.functions[0].node} - {""}
 
 
+def dense(state, layer):
+    """A layer's arrays as nodes take them, where all heads have the same capacity."""
+    return {**state.of_run(layer.runs[0]).named(), "length": state.length}
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=policy_id)
 def test_a_step_may_write_over_what_it_read(policy):
     config = small_config(num_layers=1, policy=policy, capacity=12)
+    layer = config.layer(0)
     maps = random_maps(config)
     tensors = {n: t.numpy() for n, t in maps[0].tensors.items()}
     model = single_node_model(config.layer(0), "exp", nodes.STEP, tensors)
@@ -143,13 +159,13 @@ def test_a_step_may_write_over_what_it_read(policy):
     prompt = random_inputs(config, 2, 10, rng)
     steps = [random_inputs(config, 2, 1, rng) for _ in range(6)]
     apart = OnnxLayers(config, maps, 2)
-    apart.append(*prompt)
+    apart.attend(*prompt)
     state = apart.states[0]
     for optimize in (True, False):
         session = session_of(model, optimize=optimize)
         held = OnnxLayers(config, maps, 2)
-        held.append(*prompt)
-        arrays = {name: x.copy() for name, x in held.states[0].arrays().items()}
+        held.attend(*prompt)
+        arrays = {name: x.copy() for name, x in dense(held.states[0], layer).items()}
         outs = []
         for step in steps:
             binding = session.io_binding()
@@ -167,10 +183,10 @@ def test_a_step_may_write_over_what_it_read(policy):
             outs.append(out)
         if optimize:
             expected = [
-                apart.append(*step, np.array([[1], [i % 2]])) for i, step in enumerate(steps)
+                apart.attend(*step, np.array([[1], [i % 2]])) for i, step in enumerate(steps)
             ]
             state = apart.states[0]
         for out, wanted in zip(outs, expected, strict=True):
             assert_close(out, wanted, 1e-6, "out")
-        for name, array in state.arrays().items():
+        for name, array in dense(state, layer).items():
             np.testing.assert_allclose(arrays[name], array, atol=1e-6, err_msg=name)

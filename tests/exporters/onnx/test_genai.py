@@ -57,6 +57,24 @@ def test_prompts_steps_batches_padding_and_a_second_turn(policy, tmp_path):
                 mask = torch.ones_like(ids)
 
 
+def test_heads_that_differ(tmp_path):
+    model = model_of("llama_mha")
+    config, maps = less(model, capacity=[[8, 8, 11, 8], 9], policy=lc.Scissorhands(window=40))
+    export_genai(model, config, maps, tmp_path)
+    loaded = genai.Model(str(tmp_path))
+    with attached(model, config, maps) as handle:
+        ids, mask = prompts([12, 5])
+        generator, side = generator_of(loaded, ids), TorchSide(model, handle)
+        for step in range(12):
+            expected = side.append(ids, mask)
+            found = generator.get_logits().reshape(expected.shape)
+            assert np.abs(found - expected).max() < 1e-4, step
+            assert EOS not in expected.argmax(1)
+            generator.generate_next_token()
+            ids = torch.from_numpy(np.array(generator.get_next_tokens())).long()[:, None]
+            mask = torch.ones_like(ids)
+
+
 def test_the_folder_says_what_the_library_asks(tmp_path):
     model = model_of("gemma2")
     config, maps = less(model)

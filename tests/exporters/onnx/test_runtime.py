@@ -11,7 +11,6 @@ import torch
 import less_cache as lc
 from exporters.common.folders import described
 from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
-from exporters.common.sampling import Sampler
 from exporters.onnx import OnnxDecoder, OnnxState, export_decoder
 from tests.exporters.exported import TorchSide, attached
 from tests.helpers import assert_same_state, held_by
@@ -96,8 +95,9 @@ def test_snapshots_go_both_ways(parts, decoder, tmp_path):
         np.testing.assert_allclose(decoder.append(state, token.numpy()), expected, atol=1e-4)
         state.save(tmp_path / "onnx")
         read = handle.manager.load(tmp_path / "onnx")
-        for found, wanted in zip(read.layers, side.cache.state.layers, strict=True):
-            got, want = held_by(found), held_by(wanted)
+        layers = zip(read.layers, side.cache.state.layers, config.layers, strict=True)
+        for found, wanted, layer in layers:
+            got, want = held_by(found, layer), held_by(wanted, layer)
             want.keys, want.values = got.keys, got.values
             assert_same_state(got, want, 1e-4)
 
@@ -148,37 +148,6 @@ def test_streaming_gives_tokens_one_by_one(decoder):
     rest = list(steps)
     np.testing.assert_array_equal(np.stack([s.tokens for s in rest], 1), whole[:, 1:])
     assert not rest[-1].finished.any()
-
-
-def test_sampling_follows_its_distribution_and_seed():
-    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 0)
-    sampler = Sampler(temperature=1.0, seed=3)
-    shares = np.bincount(sampler.choose(logits), minlength=4) / 4000
-    np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    again = Sampler(temperature=1.0, seed=3)
-    np.testing.assert_array_equal(
-        again.choose(logits), Sampler(temperature=1.0, seed=3).choose(logits)
-    )
-    assert set(Sampler(temperature=1.0, top_k=2, seed=0).choose(logits)) == {0, 1}
-    assert set(Sampler(temperature=1.0, top_p=0.79, seed=0).choose(logits)) == {0, 1}
-    assert set(Sampler(temperature=1.0, top_p=0.01, seed=0).choose(logits)) == {0}
-    assert set(Sampler().choose(logits)) == {0}
-    cold = Sampler(temperature=0.05, seed=0).choose(logits)
-    assert (cold == 0).mean() > 0.99
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
-    ],
-)
-def test_samplers_refuse(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Sampler(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -154,12 +154,12 @@ def test_prompts_are_as_long_as_their_order_can_be_found(exported):
     from exporters.tensorrt.limits import check_limits
 
     manifest = read_manifest(exported)
-    manifest.data["layers"][0]["capacity"] = 1919
+    manifest.data["layers"][0]["runs"][0]["capacity"] = 1919
     check_limits(manifest, 1, 1920)
     with pytest.raises(ValueError, match="max_prompt: got 1921, expected at most 1920"):
         check_limits(manifest, 1, 1921)
     # A larger cache is not sorted: its order is counted.
-    manifest.data["layers"][0]["capacity"] = 1920
+    manifest.data["layers"][0]["runs"][0]["capacity"] = 1920
     check_limits(manifest, 1, 8192)
 
 

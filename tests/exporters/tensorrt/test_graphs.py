@@ -96,6 +96,24 @@ def test_caches_too_large_to_sort_are_ordered_by_counting(policy, tmp_path, monk
     assert "TopK" not in ops
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_graphs_of_heads_that_differ_do_what_the_file_does(large, tmp_path, monkeypatch):
+    if large:
+        monkeypatch.setattr(limits, "MAX_SORTED", 2 * C)
+    model = build("llama", num_hidden_layers=1)
+    config, maps = less(model, capacity=[[C, C + 3]], policy=lc.ObservationWindow(window=6))
+    export_decoder(model, config, maps, tmp_path)
+    for plugin in (True, False):
+        compare(tmp_path, plugin)
+    step, _ = derive_graphs(tmp_path)
+    graph = onnx.load(step, load_external_data=False).graph
+    nodes = [node for node in graph.node if node.domain]
+    assert [node.name for node in nodes] == [f"layers.0.h{h}.LessAttention" for h in (0, 1)]
+    for node, capacity in zip(nodes, (C, C + 3), strict=True):
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["capacity"] == capacity
+
+
 @pytest.mark.parametrize(("family", "opset"), [("gemma2", 20), ("falcon_mqa", 23)])
 def test_graphs_of_other_models_do_what_the_file_does(family, opset, tmp_path):
     # Gemma 2 has soft-capped logits and sliding layers; Falcon has one KV head.

@@ -7,21 +7,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...config import CacheConfig
-from ...policies import (
+from ....config import CacheConfig
+from ....policies import (
     H2O,
     TOVA,
     DecayedH2O,
     FullCache,
+    Gain,
     KeyNorm,
+    ObservationWindow,
     Policy,
     Scissorhands,
-    Score,
     SinkWindow,
 )
-from . import chunk
+from ...torch.slots import open_run
+from ..chunk import attention
+from ..scan import LARGEST_CAPACITY, eviction_times
 from .on_meta import meta_maps, meta_step, meta_tokens
-from .scan import LARGEST_CAPACITY, eviction_times
 
 HIDDEN = 512
 CHUNK = 1024
@@ -32,6 +34,7 @@ POLICIES: tuple[Policy, ...] = (
     KeyNorm(recent=1),
     TOVA(),
     DecayedH2O(factor=0.97),
+    ObservationWindow(),
     FullCache(),
 )
 
@@ -46,11 +49,12 @@ class Variant:
     rank: int = 8
     kind: str = "exp"
     policy: Policy = H2O()  # noqa: RUF009 - frozen
-    capacity: int = 205
+    capacity: int | tuple[int, ...] = 205
     kv_heads: int = 32
     batch: int = 64
     softcap: float | None = None
     masked: bool = False
+    pooled: bool = False
     state_dtype: str | None = None
 
     def __str__(self) -> str:
@@ -61,7 +65,8 @@ class Variant:
         )
         text += f" softcap={self.softcap:g}" if self.softcap else ""
         text += f" state={self.state_dtype}" if self.state_dtype else ""
-        return text + (" masked" if self.masked else "")
+        text += " masked" if self.masked else ""
+        return text + (" pooled" if self.pooled else "")
 
     @property
     def config(self) -> CacheConfig:
@@ -71,7 +76,7 @@ class Variant:
             query_heads=self.group * self.kv_heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            capacity=self.capacity,
+            capacity=self.capacity if isinstance(self.capacity, int) else [self.capacity],
             policy=self.policy,
             rank=self.rank,
             softcap=self.softcap,
@@ -87,17 +92,21 @@ def launches_of(variant: Variant) -> None:
     """
     layer = variant.config.layer(0)
     maps = meta_maps(layer, variant.kind if variant.rank else None, HIDDEN)
-    state = meta_step(layer, variant.batch, maps, masked=variant.masked)
-
-    columns = layer.capacity + CHUNK
-    keys = meta_tokens(layer, variant.batch, layer.kv_heads, columns)
-    positions = torch.empty(keys.shape[:3], dtype=torch.int32, device="meta")
+    arrays = meta_step(layer, variant.batch, maps, masked=variant.masked, pooled=variant.pooled)
+    lengths = torch.empty(variant.batch, dtype=torch.int32, device="meta")
     weight = None
-    if layer.policy.score is Score.ATTENTION:
+    if layer.policy.gains is Gain.SUM:
         weight = torch.empty(variant.batch, CHUNK, device="meta")
-    q = meta_tokens(layer, variant.batch, layer.query_heads, CHUNK)
-    chunk.attend(layer, state, maps, q, keys, keys, positions, weight)
-    if layer.capacity <= LARGEST_CAPACITY:
+    for run in layer.runs:
+        columns = run.layer.capacity + CHUNK
+        keys = meta_tokens(layer, variant.batch, run.heads, columns)
+        positions = torch.empty(keys.shape[:3], dtype=torch.int32, device="meta")
+        q = meta_tokens(layer, variant.batch, run.layer.query_heads, CHUNK)
+        own = None if maps is None else maps.heads(run.query_heads, run.kv_heads)
+        held = open_run(run, arrays, None, None)
+        attention(lengths, run.layer, held, own, q, keys, keys, positions, weight)
+    if max(layer.capacities) <= LARGEST_CAPACITY and layer.policy.evicts:
+        q = meta_tokens(layer, variant.batch, layer.query_heads, CHUNK)
         k = meta_tokens(layer, variant.batch, layer.kv_heads, CHUNK)
         mask = torch.ones(variant.batch, CHUNK, dtype=torch.bool, device="meta")
         eviction_times(layer, q, k, mask if variant.masked else None)
@@ -116,6 +125,10 @@ def selected_variants() -> list[Variant]:
         replace(usual, batch=1, capacity=8192, group=4, kv_heads=8, rank=4),
         replace(usual, head_dim=256, softcap=50.0, group=2, kv_heads=8),
         replace(usual, dtype="float32", capacity=100),
+        replace(
+            usual, kv_heads=4, group=4, capacity=(40, 205, 205, 1000), masked=True, pooled=True
+        ),
+        replace(usual, kv_heads=2, batch=1, capacity=(300, 6000), policy=Scissorhands()),
     ]
 
 
@@ -136,5 +149,8 @@ def every_variant() -> list[Variant]:
         Variant(state_dtype="float16"),
         Variant(state_dtype="bfloat16", dtype="bfloat16", masked=True),
         Variant(softcap=30.0, policy=Scissorhands(window=62)),
+        Variant(pooled=True),
+        Variant(pooled=True, kv_heads=2, capacity=(64, 4000), dtype="bfloat16"),
+        Variant(pooled=True, kv_heads=2, capacity=(64, 4000), dtype="float32", group=4),
     ]
     return list(dict.fromkeys(variants))

@@ -1,64 +1,68 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: SIM109 (Triton compiles these forms, and not their short ones)
+
 """Kernel A of a decode step: each head's victim, and both feature maps."""
 
 import triton
 import triton.language as tl
 
 from .maths import (
+    GAIN_NONE,
     INFINITY,
     LAST_POSITION,
     NO_MAPS,
-    NONE,
-    POSITION,
+    START_KEY_NORM,
+    bound,
     last_of_phi,
     last_of_psi,
     two_layers,
 )
+from .slots import head_slots, load_pair_of_each, recent_of, row_start
 
 
 @triton.jit
 def victims(
     scores,
     positions,
-    heads,
     seen,
     real,
-    SCORE: tl.constexpr,
-    SINKS: tl.constexpr,
-    RECENT: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    capacity,
+    sinks,
+    recent,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Victims: argmin over slots of (score, position).
+    """Victims: argmin over a head's slots of (score, position), one for each of BLOCK_B sequences.
 
-    A protected pair counts as +∞, an empty slot as -∞. Protected are positions < SINKS and
-    positions >= seen - RECENT. A position's score under the POSITION rule is the position itself,
-    so there the scores need not be read.
+    A protected pair counts as +∞, an empty slot as -∞. Protected are positions < sinks and
+    positions >= seen - recent. Of a sequence without tokens all slots are empty, whatever they
+    hold. Where scores are positions, or all the same, they need not be read.
 
-    `heads` [BLOCK_B] int64 counts heads from the arrays' start; returns slots [BLOCK_B] int32.
+    `scores`, `positions` [BLOCK_B] point at the heads' first slots; returns slots [BLOCK_B] int32.
     """
     least = tl.full([BLOCK_B], INFINITY, tl.float32)
     oldest = tl.full([BLOCK_B], LAST_POSITION, tl.int32)
     chosen = tl.full([BLOCK_B], 0, tl.int32)
-    for start in tl.range(0, CAPACITY, BLOCK_C):
+    begun = real & (seen > 0)
+    for start in tl.range(0, bound(capacity), BLOCK_C):
         slots = start + tl.arange(0, BLOCK_C)
-        offsets = heads[:, None] * CAPACITY + slots[None, :]
-        inside = real[:, None] & (slots[None, :] < CAPACITY)
-        position = tl.load(positions + offsets, mask=inside, other=LAST_POSITION)
-        kept = (position < SINKS) | (position >= seen[:, None] - RECENT)
-        if SCORE == NONE or SCORE == POSITION:
+        inside = real[:, None] & (slots[None, :] < capacity)
+        filled = inside & begun[:, None]
+        position = tl.load(positions[:, None] + slots[None, :], mask=filled, other=-1)
+        kept = (position < sinks) | (position >= seen[:, None] - recent)
+        if GAIN == GAIN_NONE and START != START_KEY_NORM:
             score = tl.where(kept, INFINITY, 0.0)
         else:
-            score = tl.load(scores + offsets, mask=inside, other=0.0)
+            score = tl.load(scores[:, None] + slots[None, :], mask=filled, other=0.0)
             score = tl.where(kept, INFINITY, score)
         score = tl.where(position == -1, -INFINITY, score)
         score = tl.where(inside, score, INFINITY)
+        position = tl.where(inside, position, LAST_POSITION)
         low = tl.min(score, 1)
         tied = tl.where(score == low[:, None], position, LAST_POSITION)
         old = tl.min(tied, 1)
-        first = tl.where(tied == old[:, None], slots[None, :], CAPACITY - 1)
+        first = tl.where(tied == old[:, None], slots[None, :], capacity - 1)
         slot = tl.min(first, 1)
         better = (low < least) | ((low == least) & (old < oldest))
         least = tl.where(better, low, least)
@@ -67,13 +71,26 @@ def victims(
     return chosen
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "capacity",
+        "sinks",
+        "recent",
+        "keys_row_stride",
+        "scores_row_stride",
+        "positions_row_stride",
+    ],
+    do_not_specialize_on_alignment=["rows", "lengths"],
+)
 def select_and_map(
     q,
+    rows,
+    lengths,
+    heads,
     keys,
     scores,
     positions,
-    length,
     phi_w1,
     phi_w2,
     psi_w1,
@@ -83,22 +100,26 @@ def select_and_map(
     psi_s2,
     psi_b,
     slot_out,
-    seen_out,
     phi_out,
     psi_out,
     batch,
+    capacity,
+    sinks,
+    recent,
     q_row_stride,
     q_head_stride,
-    SCORE: tl.constexpr,
-    SINKS: tl.constexpr,
-    RECENT: tl.constexpr,
+    keys_row_stride,
+    scores_row_stride,
+    positions_row_stride,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     KIND: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,39 +131,43 @@ def select_and_map(
 
     Program (unit, tile) has BLOCK_B sequences. Units below KV_HEADS choose their head's victims
     and map their keys; unit KV_HEADS + i maps query head i. A head's weights are thus read once
-    for the whole tile. `seen_out` carries the length on to kernel B, which advances it.
+    for the whole tile.
 
-    Shapes: q [B, Hq, D] by its strides; keys [B, Hkv, C, D]; scores, positions [B, Hkv, C];
-    length [B]; slot_out, seen_out [B, Hkv]; phi_out [B, Hq, R]; psi_out [B, Hkv, R].
+    Shapes: q [B, Hq, D] by its strides; rows, lengths [B]; heads [Hkv, 3] as `head_slots` has it;
+    keys [P, N, D], scores, positions [P, N] by the strides of their rows; slot_out [B, Hkv];
+    phi_out [B, Hq, R]; psi_out [B, Hkv, R].
     """
     unit = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    real = rows < batch
+    sequences = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    real = sequences < batch
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    wanted = real[:, None] & (d[None, :] < HEAD_DIM)
     stored = real[:, None] & (r[None, :] < RANK)
     if unit < KV_HEADS:
-        heads = rows * KV_HEADS + unit
-        seen = tl.load(length + rows, mask=real, other=0)
+        outputs = sequences * KV_HEADS + unit
+        seen = tl.load(lengths + sequences, mask=real, other=0).to(tl.int32)
+        row = sequences
+        if rows is not None:
+            row = tl.load(rows + sequences, mask=real, other=0).to(tl.int64)
+        first, count = head_slots(heads, unit, capacity)
         slot = victims(
-            scores,
-            positions,
-            heads,
+            scores + row * scores_row_stride + first,
+            positions + row * positions_row_stride + first,
             seen,
             real,
-            SCORE,
-            SINKS,
-            RECENT,
-            CAPACITY,
+            count,
+            sinks,
+            recent_of(heads, unit, recent),
+            START,
+            GAIN,
             BLOCK_B,
             BLOCK_C,
         )
-        tl.store(slot_out + heads, slot, mask=real)
-        tl.store(seen_out + heads, seen, mask=real)
+        tl.store(slot_out + outputs, slot, mask=real)
         if KIND != NO_MAPS:
-            pairs = heads * CAPACITY + slot
-            x = tl.load(keys + pairs[:, None] * HEAD_DIM + d[None, :], mask=wanted, other=0.0)
+            starts = row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM
+            # A slot that holds no pair may hold anything: what ψ makes of it is not read.
+            x = load_pair_of_each(starts, slot, real & (seen > 0), HEAD_DIM, BLOCK_D, DOT)
             features = two_layers(
                 x,
                 psi_w1 + unit * HEAD_DIM * HIDDEN,
@@ -167,12 +192,12 @@ def select_and_map(
                 RANK,
                 BLOCK_R,
             )
-            tl.store(psi_out + heads[:, None] * RANK + r[None, :], features, mask=stored)
+            tl.store(psi_out + outputs[:, None] * RANK + r[None, :], features, mask=stored)
     else:
         if KIND != NO_MAPS:
             head = unit - KV_HEADS
-            at = q + rows[:, None] * q_row_stride + head * q_head_stride + d[None, :]
-            x = tl.load(at, mask=wanted, other=0.0)
+            at = q + sequences[:, None] * q_row_stride + head * q_head_stride + d[None, :]
+            x = tl.load(at, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
             features = two_layers(
                 x,
                 phi_w1 + head * HEAD_DIM * HIDDEN,
@@ -186,6 +211,6 @@ def select_and_map(
                 BLOCK_R,
                 DOT,
             )
-            heads = rows * QUERY_HEADS + head
+            outputs = sequences * QUERY_HEADS + head
             features = last_of_phi(features, KIND)
-            tl.store(phi_out + heads[:, None] * RANK + r[None, :], features, mask=stored)
+            tl.store(phi_out + outputs[:, None] * RANK + r[None, :], features, mask=stored)

@@ -4,8 +4,8 @@ The library's own launch code runs on tensors without data (torch's meta device)
 have launched is compiled down to machine code for sm_80, sm_90 and sm_100, and the resources are
 read from the compiler's report::
 
-    python -m less_cache.backends.triton.compile_gate          # a selection, as the tests do
-    python -m less_cache.backends.triton.compile_gate --all    # the whole matrix
+    python -m less_cache.backends.triton.aot.compile_gate          # a selection, as the tests do
+    python -m less_cache.backends.triton.aot.compile_gate --all    # the whole matrix
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import triton
 
+from ..launch import Launch, recording
 from .compiling import compile_kernel, signature
-from .launch import Launch, recording
 from .variants import Variant, every_variant, launches_of, selected_variants
 
 CAPABILITIES = (80, 90, 100)

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import INTERPRETED, Launch
+from ..launch import INTERPRETED, Launch
 
 TYPES = {
     torch.float32: "fp32",
@@ -59,19 +59,26 @@ class Signature:
 
 
 def signature(wanted: Launch) -> Signature:
-    """Types, constants and alignments that Triton itself would compile a launch with."""
+    """Types, constants and alignments that Triton itself would compile a launch with.
+
+    Tensors are taken to begin at multiples of 16 bytes, as torch's own do.
+    """
     found = Signature()
-    for name in wanted.kernel.arg_names:
+    for parameter in wanted.kernel.params:
+        name = parameter.name
         if name in wanted.constants:
             found.fix(name, wanted.constants[name])
             continue
         value = wanted.arguments[name]
-        if value is None or (isinstance(value, int) and value == 1):
+        plain = parameter.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not plain):
             found.fix(name, value)
         elif isinstance(value, Tensor):
-            found.pass_on(name, "*" + TYPES[value.dtype], 16)
+            plain = plain or parameter.do_not_specialize_on_alignment
+            found.pass_on(name, "*" + TYPES[value.dtype], 1 if plain else 16)
         else:
-            found.pass_on(name, "i32" if value < 2**31 else "i64", 16 if value % 16 == 0 else 1)
+            kind = "i32" if value < 2**31 else "i64"
+            found.pass_on(name, kind, 16 if value % 16 == 0 and not plain else 1)
     return found
 
 

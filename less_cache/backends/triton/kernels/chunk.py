@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .maths import INFINITY, bound, capped, gathered
 
+UNSPECIALISED = ["tokens", "capacity"]
+
 
 @triton.jit
 def attended(
@@ -19,7 +21,7 @@ def attended(
     values,
     positions,
     head,
-    row,
+    latest,
     first,
     last,
     peak,
@@ -28,7 +30,6 @@ def attended(
     columns_in_all,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,7 +37,7 @@ def attended(
 ):
     """Go on with m, Σ exp(s - m), Σ exp(s - m) v over the columns from `first` to `last`.
 
-    Query `row` sees a column that holds a pair and is no later than column C + row.
+    A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M].
     """
     d = tl.arange(0, BLOCK_D)
     # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.
@@ -52,25 +53,26 @@ def attended(
         key = tl.load(keys + offsets, mask=wanted, other=0.0).to(DOT)
         value = tl.load(values + offsets, mask=wanted, other=0.0).to(DOT)
         s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
-        visible = held[None, :] & (columns[None, :] - CAPACITY <= row[:, None])
+        visible = held[None, :] & (columns[None, :] <= latest[:, None])
         s = tl.where(visible, s, -INFINITY)
         peak, mass, numerator = gathered(s, value, peak, mass, numerator, DOT)
     return peak, mass, numerator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=["lengths"])
 def attend_chunk(
     q,
     keys,
     values,
     positions,
-    length,
+    lengths,
     phi,
     H,
     z,
     out,
     log_mass,
     tokens,
+    capacity,
     q_row_stride,
     q_head_stride,
     q_token_stride,
@@ -78,7 +80,6 @@ def attend_chunk(
     SOFTCAP: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,11 +89,11 @@ def attend_chunk(
 ):
     """Outputs (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), and log_mass = log Σ exp(s).
 
-    Program (b·Hq + h, tile) has BLOCK_M queries of one head. `length` are the tokens seen before:
+    Program (b·Hq + h, tile) has BLOCK_M queries of one head. `lengths` are the tokens seen before:
     where there were none, no slot is looked at. A query that sees nothing gives 0, and log_mass 0.
 
     Shapes: q [B, Hq, S, D] by its strides; keys, values [B, Hkv, C + S, D];
-    positions [B, Hkv, C + S]; length [B]; phi [B, Hq, S, R]; H [B, Hkv, R, D]; z [B, Hkv, R];
+    positions [B, Hkv, C + S]; lengths [B]; phi [B, Hq, S, R]; H [B, Hkv, R, D]; z [B, Hkv, R];
     out [B, Hq, S, D]; log_mass [B, Hq, S].
     """
     query_head = tl.program_id(0).to(tl.int64)
@@ -110,11 +111,11 @@ def attend_chunk(
     peak = tl.full([BLOCK_M], -INFINITY, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     numerator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    columns_in_all = CAPACITY + tokens
+    columns_in_all = capacity + tokens
 
-    seen = tl.load(length + batch_row)
-    slots = tl.where(seen > 0, CAPACITY, 0)
-    stop = CAPACITY + tl.minimum(tokens, (tile + 1) * BLOCK_M)
+    seen = tl.load(lengths + batch_row)
+    slots = tl.where(seen > 0, capacity, 0)
+    stop = capacity + tl.minimum(tokens, (tile + 1) * BLOCK_M)
     # Slots that are empty are no columns to look at; the new pairs begin at column C.
     peak, mass, numerator = attended(
         queries,
@@ -122,8 +123,8 @@ def attend_chunk(
         values,
         positions,
         head,
-        row,
-        CAPACITY - slots,
+        capacity + row,
+        capacity - slots,
         stop,
         peak,
         mass,
@@ -131,7 +132,6 @@ def attend_chunk(
         columns_in_all,
         SCALE,
         SOFTCAP,
-        CAPACITY,
         HEAD_DIM,
         BLOCK_N,
         BLOCK_D,
@@ -166,7 +166,7 @@ def attend_chunk(
     tl.store(out + cells, output.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def sum_columns(
     q,
     keys,
@@ -175,6 +175,7 @@ def sum_columns(
     weight,
     gained,
     tokens,
+    capacity,
     q_row_stride,
     q_head_stride,
     q_token_stride,
@@ -182,7 +183,6 @@ def sum_columns(
     SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -199,7 +199,7 @@ def sum_columns(
     batch_row = head // KV_HEADS
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    columns_in_all = CAPACITY + tokens
+    columns_in_all = capacity + tokens
     inside = columns < columns_in_all
     position = tl.load(positions + head * columns_in_all + columns, mask=inside, other=-1)
     held = position != -1
@@ -208,7 +208,7 @@ def sum_columns(
     key = tl.load(keys + head * columns_in_all * HEAD_DIM + offsets, mask=wanted, other=0.0).to(DOT)
     total = tl.zeros([BLOCK_N], tl.float32)
     # Queries before a new pair do not see it, and nobody sees a tile that holds none.
-    first = tl.maximum(tile * BLOCK_N - CAPACITY, 0) // BLOCK_M * BLOCK_M
+    first = tl.maximum(tile * BLOCK_N - capacity, 0) // BLOCK_M * BLOCK_M
     stop = tl.where(tl.max(position, 0) >= 0, tokens, 0)
     for member in tl.range(0, GROUP):
         query_head = head * GROUP + member
@@ -224,7 +224,7 @@ def sum_columns(
             log_sum = tl.load(log_mass + query_head * tokens + row, mask=real, other=0.0)
             counts = tl.load(weight + batch_row * tokens + row, mask=real, other=0.0)
             s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
-            visible = held[None, :] & (columns[None, :] - CAPACITY <= row[:, None])
+            visible = held[None, :] & (columns[None, :] - capacity <= row[:, None])
             s = tl.where(visible, s, -INFINITY)
             total += tl.sum(tl.exp(s - log_sum[:, None]) * counts[:, None], 0)
     tl.store(gained + head * columns_in_all + columns, total, mask=inside)

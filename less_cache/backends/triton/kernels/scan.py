@@ -1,20 +1,20 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: SIM109 (Triton compiles these forms, and not their short ones)
 """The decode semantics' evictions over a whole known sequence, in one launch."""
 
 import triton
 import triton.language as tl
 
 from .maths import (
-    ATTENTION,
-    HISTORY,
+    FAIR_SHARE,
+    GAIN_HISTORY,
+    GAIN_NONE,
+    GAIN_SUM,
     INFINITY,
-    KEY_NORM,
     LAST_POSITION,
-    NONE,
-    POSITION,
+    START_KEY_NORM,
     bound,
     capped,
+    initial_score,
     popcount,
 )
 
@@ -54,7 +54,7 @@ def probabilities(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "tokens", "capacity", "sinks", "recent"])
 def scan(
     q,
     k,
@@ -63,10 +63,13 @@ def scan(
     positions,
     scores,
     history,
-    length,
+    lengths,
     times,
     begin,
     tokens,
+    capacity,
+    sinks,
+    recent,
     q_row_stride,
     q_head_stride,
     q_token_stride,
@@ -76,16 +79,14 @@ def scan(
     mask_row_stride,
     mask_token_stride,
     HAS_MASK: tl.constexpr,
-    SCORE: tl.constexpr,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     DECAY: tl.constexpr,
     WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    RECENT: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,21 +100,21 @@ def scan(
     they are: position p is column p, or order[p] where there is padding. Values play no part.
 
     Shapes: q [B, Hq, S, D], k [B, Hkv, S, D], mask [B, S] by their strides; order [B, S];
-    positions, scores, history [B, Hkv, C] and length [B], the state before token `begin`;
+    positions, scores, history [B, Hkv, C] and lengths [B], the state before token `begin`;
     times [B, Hkv, S], written at what is evicted only.
     """
     head = tl.program_id(0).to(tl.int64)
     row = head // KV_HEADS
     kv_head = head % KV_HEADS
     slots = tl.arange(0, BLOCK_C)
-    inside = slots < CAPACITY
-    at = head * CAPACITY + slots
+    inside = slots < capacity
+    at = head * capacity + slots
     position = tl.load(positions + at, mask=inside, other=LAST_POSITION)
     score = tl.load(scores + at, mask=inside, other=0.0)
     bits = tl.zeros([BLOCK_C], tl.int64)
-    if SCORE == HISTORY:
+    if GAIN == GAIN_HISTORY:
         bits = tl.load(history + at, mask=inside, other=0)
-    seen = tl.load(length + row)
+    seen = tl.load(lengths + row)
     first_query = q + row * q_row_stride + kv_head * GROUP * q_head_stride
     first_key = k + row * k_row_stride + kv_head * k_head_stride
     d = tl.arange(0, BLOCK_D)
@@ -123,15 +124,15 @@ def scan(
         if HAS_MASK:
             taken = tl.load(mask + row * mask_row_stride + token * mask_token_stride) != 0
         if taken:
-            kept = (position < SINKS) | (position >= seen - RECENT)
-            if SCORE == NONE or SCORE == POSITION:
+            kept = (position < sinks) | (position >= seen - recent)
+            if GAIN == GAIN_NONE and START != START_KEY_NORM:
                 rank = tl.where(kept, INFINITY, 0.0)
             else:
                 rank = tl.where(kept, INFINITY, score)
             rank = tl.where(position == -1, -INFINITY, rank)
             rank = tl.where(inside, rank, INFINITY)
             tied = tl.where(rank == tl.min(rank, 0), position, LAST_POSITION)
-            slot = tl.min(tl.where(tied == tl.min(tied, 0), slots, CAPACITY - 1), 0)
+            slot = tl.min(tl.where(tied == tl.min(tied, 0), slots, capacity - 1), 0)
             fresh = slots == slot
             old_position = tl.sum(tl.where(fresh, position, 0), 0)
             evicted = old_position != -1
@@ -142,11 +143,12 @@ def scan(
 
             position = tl.where(fresh, seen, position)
             held = inside & (position != -1)
-            if SCORE == KEY_NORM:
+            if START == START_KEY_NORM:
                 key = tl.load(first_key + token * k_token_stride + d, mask=d < HEAD_DIM, other=0.0)
-                key = key.to(tl.float32)
-                score = tl.where(fresh, -tl.sqrt(tl.sum(key * key, 0)), score)
-            if SCORE == ATTENTION or SCORE == HISTORY:
+                score = tl.where(fresh, initial_score(seen, key.to(tl.float32), START), score)
+            else:
+                score = tl.where(fresh, initial_score(seen, None, START), score)
+            if GAIN != GAIN_NONE:
                 column = position
                 if HAS_MASK:
                     column = tl.load(order + row * tokens + position, mask=held, other=0)
@@ -164,11 +166,11 @@ def scan(
                     BLOCK_C,
                     CHUNK,
                 )
-                if SCORE == ATTENTION:
-                    score = DECAY * tl.where(fresh, 0.0, score) + total
+                if GAIN == GAIN_SUM:
+                    score = DECAY * score + total
                 else:
-                    count = tl.minimum(seen + 1, CAPACITY)
-                    persistent = (total / GROUP * count >= 1.0 - 1e-6) & held
+                    count = tl.minimum(seen + 1, capacity)
+                    persistent = (total / GROUP * count >= FAIR_SHARE) & held
                     bits = (tl.where(fresh, 0, bits) << 1) | persistent.to(tl.int64)
                     bits = bits & ((1 << WINDOW) - 1)
                     score = popcount(bits).to(tl.float32)

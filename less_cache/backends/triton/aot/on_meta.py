@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...config import LayerConfig
-from ...feature_maps import LayerMaps, tensor_shapes
-from ...state import LayerState, allocate
-from .decode import step
+from ....arrays import LayerArrays, empty_arrays
+from ....feature_maps import LayerMaps, tensor_shapes
+from ....layer_config import LayerConfig
+from ..decode import step
 
 
 def meta_maps(layer: LayerConfig, kind: str | None, hidden: int) -> LayerMaps | None:
@@ -39,8 +39,9 @@ def meta_step(
     maps: LayerMaps | None,
     *,
     masked: bool,
+    pooled: bool = False,
     splits: int | None = None,
-) -> LayerState:
+) -> LayerArrays:
     """Make one decode step of `batch` sequences; use it within `launch.recording`.
 
     Parameters
@@ -51,17 +52,21 @@ def meta_step(
         B.
     masked
         Whether a mask is given.
+    pooled
+        Whether the sequences' rows in the arrays are given.
     splits
         As `step` has it.
 
     Returns
     -------
-    LayerState
+    LayerArrays
         The cache.
     """
-    state = allocate(layer, batch, device="meta")
+    arrays = empty_arrays(layer, batch, device="meta")
     q = meta_tokens(layer, batch, layer.query_heads, 1)
     k = meta_tokens(layer, batch, layer.kv_heads, 1)
     mask = torch.ones(batch, 1, dtype=torch.bool, device="meta") if masked else None
-    step(layer, state, maps, q, k, k, mask, splits=splits)
-    return state
+    numbers = torch.empty(batch, dtype=torch.int32, device="meta")
+    rows = numbers if pooled else None
+    step(layer, arrays, maps, q, k, k, lengths=numbers, rows=rows, mask=mask, splits=splits)
+    return arrays

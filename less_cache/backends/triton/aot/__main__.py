@@ -25,16 +25,16 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from ..._files import replaced, write_text
-from .aot_layouts import LAYOUTS, Layout, layouts_of_export
-from .aot_records import Image, compile_layout, initialiser
-from .launch import INTERPRETED
+from ...._files import replaced, write_text
+from ..launch import INTERPRETED
+from .layouts import LAYOUTS, Layout, layouts_of_export
+from .records import Image, compile_layout, initialiser
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PTX_ARCHITECTURE = 80
 """What Triton compiles for 90 and later runs on nothing else, neither code nor PTX."""
 
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT = 64
 """Each image begins at a multiple of so many bytes."""
 

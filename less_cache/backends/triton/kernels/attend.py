@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: SIM109 (Triton compiles these forms, and not their short ones)
 """Kernel B of a decode step: attention over one head's slots, and what is written back."""
 
 import triton
 import triton.language as tl
 
 from .conclude import conclude
-from .maths import ATTENTION, HISTORY, INFINITY, capped, gathered
+from .maths import GAIN_NONE, INFINITY, bound, capped, gathered
+from .slots import head_slots, load_pairs, row_of, row_start
 
 
 @triton.jit
@@ -16,63 +16,77 @@ def over_slots(
     values,
     positions,
     logits,
-    head,
     slot,
     first,
-    SCORE: tl.constexpr,
+    last,
+    capacity,
+    GAIN: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Sums m = max s, Σ exp(s - m), Σ exp(s - m) v over the pairs in SPAN slots from `first`.
+    """Sums m = max s, Σ exp(s - m), Σ exp(s - m) v over the pairs in slots `first` to `last`.
 
     Here s = q·k·scale. The slot that the new pair takes is left out: that pair comes in at the
     end, from registers.
-    Where scores need them, the s are left in `logits` [B, Hkv, G, C], -∞ at empty slots.
+    Where scores need them, the s are left in `logits` [G, C], -∞ at empty slots. All pointers are
+    at their first of this head.
     Returns m [BLOCK_G], mass [BLOCK_G], numerator [BLOCK_G, BLOCK_D].
     """
-    d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
-    real = d[None, :] < HEAD_DIM
     peak = tl.full([BLOCK_G], -INFINITY, tl.float32)
     mass = tl.zeros([BLOCK_G], tl.float32)
     numerator = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.
-    positions += head * CAPACITY
-    keys += head * CAPACITY * HEAD_DIM
-    values += head * CAPACITY * HEAD_DIM
-    for start in tl.range(0, SPAN, BLOCK_C):
-        slots = first + start + tl.arange(0, BLOCK_C)
-        inside = slots < CAPACITY
+    for start in tl.range(bound(first), bound(last), BLOCK_C):
+        slots = start + tl.arange(0, BLOCK_C)
+        inside = slots < capacity
         position = tl.load(positions + slots, mask=inside, other=-1)
+        # Keys and values of slots that hold no pair are never loaded: they may be anything.
         held = (position != -1) & (slots != slot)
-        offsets = slots[:, None] * HEAD_DIM + d[None, :]
-        wanted = held[:, None] & real
-        key = tl.load(keys + offsets, mask=wanted, other=0.0).to(DOT)
-        value = tl.load(values + offsets, mask=wanted, other=0.0).to(DOT)
+        key = load_pairs(keys, slots, held, HEAD_DIM, BLOCK_D, DOT)
+        value = load_pairs(values, slots, held, HEAD_DIM, BLOCK_D, DOT)
         s = capped(tl.dot(q, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
         s = tl.where(held[None, :], s, -INFINITY)
-        if SCORE == ATTENTION or SCORE == HISTORY:
+        if GAIN != GAIN_NONE:
             kept = (g[:, None] < GROUP) & inside[None, :]
-            at = g[:, None] * CAPACITY + slots[None, :]
-            tl.store(logits + head * GROUP * CAPACITY + at, s, mask=kept)
+            tl.store(logits + g[:, None] * capacity + slots[None, :], s, mask=kept)
         peak, mass, numerator = gathered(s, value, peak, mass, numerator, DOT)
     return peak, mass, numerator
 
 
-@triton.jit
+UNSPECIALISED = [
+    "capacity",
+    "splits",
+    "mask_stride",
+    "keys_row_stride",
+    "values_row_stride",
+    "scores_row_stride",
+    "positions_row_stride",
+    "history_row_stride",
+    "H_row_stride",
+    "z_row_stride",
+    "logits_row_stride",
+]
+"""Numbers that differ by layer, batch or token, and must not lead to another compilation."""
+
+UNALIGNED = ["mask", "rows", "lengths"]
+"""Arrays that callers cut out of larger ones: each token's mask begins one byte further on."""
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def attend(
     q,
     k,
     v,
     mask,
+    rows,
+    lengths,
+    heads,
     keys,
     values,
     scores,
@@ -80,9 +94,7 @@ def attend(
     history,
     H,
     z,
-    length,
     slots,
-    seen,
     phi,
     psi,
     logits,
@@ -90,6 +102,8 @@ def attend(
     part_peak,
     part_mass,
     part_numerator,
+    capacity,
+    splits,
     q_row_stride,
     q_head_stride,
     k_row_stride,
@@ -97,8 +111,17 @@ def attend(
     v_row_stride,
     v_head_stride,
     mask_stride,
+    keys_row_stride,
+    values_row_stride,
+    scores_row_stride,
+    positions_row_stride,
+    history_row_stride,
+    H_row_stride,
+    z_row_stride,
+    logits_row_stride,
     HAS_MASK: tl.constexpr,
-    SCORE: tl.constexpr,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     DECAY: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE: tl.constexpr,
@@ -106,11 +129,10 @@ def attend(
     GROUP: tl.constexpr,
     SINGLE: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,18 +144,19 @@ def attend(
 
     The victim goes into H and z, the new pair into its slot, probabilities into the scores.
 
-    Program (b·Hkv + h, split) reads SPAN slots of one head once, for all its G query heads. Unless
-    they are SPLIT among several it also concludes; else it leaves (m, mass, numerator), and
+    Program (b·Hkv + h, split) reads its part of one head's slots once, for all its G query heads.
+    Unless they are SPLIT among several it also concludes; else it leaves (m, mass, numerator), and
     `conclude_split` does.
 
-    Shapes: q [B, Hq, D], k, v [B, Hkv, D], mask [B] by their strides; slots, seen [B, Hkv];
-    phi [B, Hq, R], psi [B, Hkv, R]; logits [B, Hkv, G, C]; out [B, Hq, D];
-    part_peak, part_mass [B, Hkv, SPLITS, BLOCK_G], part_numerator [..., BLOCK_D]; the rest as
-    `LayerState` has it.
+    Shapes: q [B, Hq, D], k, v [B, Hkv, D], mask [B] by their strides; rows, lengths [B]; heads
+    [Hkv, 3] as `head_slots` has it; slots [B, Hkv]; phi [B, Hq, R], psi [B, Hkv, R]; logits
+    [B, N G], a head's [G, C] from G times its first slot; out [B, Hq, D]; part_peak, part_mass
+    [B, Hkv, splits, BLOCK_G], part_numerator [..., BLOCK_D]; the rest as `LayerArrays` has it, by
+    the strides of its rows.
     """
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    row = head // KV_HEADS
+    sequence = head // KV_HEADS
     kv_head = head % KV_HEADS
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
@@ -141,42 +164,51 @@ def attend(
     real = (g[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
     taken = True
     if HAS_MASK:
-        taken = tl.load(mask + row * mask_stride) != 0
+        taken = tl.load(mask + sequence * mask_stride) != 0
     if taken:
-        at = q + row * q_row_stride + query_heads[:, None] * q_head_stride + d[None, :]
+        row = row_of(rows, sequence)
+        first, count = head_slots(heads, kv_head, capacity)
+        seen = tl.load(lengths + sequence).to(tl.int32)
+        at = q + sequence * q_row_stride + query_heads[:, None] * q_head_stride + d[None, :]
         queries = tl.load(at, mask=real, other=0.0)
         slot = tl.load(slots + head)
+        span = tl.cdiv(tl.cdiv(count, BLOCK_C), splits) * BLOCK_C
+        # A sequence without tokens has no pairs, whatever its row holds.
+        last = tl.where(seen > 0, tl.minimum(count, (split + 1) * span), 0)
+        kept = logits
+        if GAIN != GAIN_NONE:
+            kept += sequence * logits_row_stride + first * GROUP
         peak, mass, numerator = over_slots(
             queries.to(DOT),
-            keys,
-            values,
-            positions,
-            logits,
-            head,
+            row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM,
+            row_start(values, row, values_row_stride, ALIGNED) + first * HEAD_DIM,
+            positions + row * positions_row_stride + first,
+            kept,
             slot,
-            split * SPAN,
-            SCORE,
+            split * span,
+            last,
+            count,
+            GAIN,
             SCALE,
             SOFTCAP,
             GROUP,
-            CAPACITY,
             HEAD_DIM,
-            SPAN,
             BLOCK_G,
             BLOCK_C,
             BLOCK_D,
             DOT,
         )
         if SPLIT:
-            part = (head * tl.num_programs(1) + split) * BLOCK_G + g
+            part = (head * splits + split) * BLOCK_G + g
             tl.store(part_peak + part, peak)
             tl.store(part_mass + part, mass)
             tl.store(part_numerator + part[:, None] * BLOCK_D + d[None, :], numerator)
         else:
+            queries = queries.to(tl.float32)
             conclude(
-                queries.to(tl.float32),
-                k + row * k_row_stride + kv_head * k_head_stride,
-                v + row * v_row_stride + kv_head * v_head_stride,
+                queries,
+                k + sequence * k_row_stride + kv_head * k_head_stride,
+                v + sequence * v_row_stride + kv_head * v_head_stride,
                 keys,
                 values,
                 scores,
@@ -184,29 +216,40 @@ def attend(
                 history,
                 H,
                 z,
-                length,
                 phi,
                 psi,
                 logits,
                 out,
-                head,
+                sequence,
                 row,
                 kv_head,
+                first,
+                count,
                 slot,
-                tl.load(seen + head),
+                seen,
                 peak,
                 mass,
                 numerator,
-                SCORE,
+                keys_row_stride,
+                values_row_stride,
+                scores_row_stride,
+                positions_row_stride,
+                history_row_stride,
+                H_row_stride,
+                z_row_stride,
+                logits_row_stride,
+                START,
+                GAIN,
                 DECAY,
                 WINDOW,
                 SCALE,
                 SOFTCAP,
                 GROUP,
                 SINGLE,
-                CAPACITY,
+                KV_HEADS,
                 HEAD_DIM,
                 RANK,
+                ALIGNED,
                 BLOCK_G,
                 BLOCK_D,
                 BLOCK_R,
@@ -219,12 +262,15 @@ def attend(
             tl.store(at, nothing.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def conclude_split(
     q,
     k,
     v,
     mask,
+    rows,
+    lengths,
+    heads,
     keys,
     values,
     scores,
@@ -232,9 +278,7 @@ def conclude_split(
     history,
     H,
     z,
-    length,
     slots,
-    seen,
     phi,
     psi,
     logits,
@@ -242,6 +286,8 @@ def conclude_split(
     part_peak,
     part_mass,
     part_numerator,
+    capacity,
+    splits,
     q_row_stride,
     q_head_stride,
     k_row_stride,
@@ -249,8 +295,17 @@ def conclude_split(
     v_row_stride,
     v_head_stride,
     mask_stride,
+    keys_row_stride,
+    values_row_stride,
+    scores_row_stride,
+    positions_row_stride,
+    history_row_stride,
+    H_row_stride,
+    z_row_stride,
+    logits_row_stride,
     HAS_MASK: tl.constexpr,
-    SCORE: tl.constexpr,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     DECAY: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE: tl.constexpr,
@@ -258,10 +313,9 @@ def conclude_split(
     GROUP: tl.constexpr,
     SINGLE: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -272,7 +326,7 @@ def conclude_split(
     Program b·Hkv + h; parameters as in `attend`.
     """
     head = tl.program_id(0).to(tl.int64)
-    row = head // KV_HEADS
+    sequence = head // KV_HEADS
     kv_head = head % KV_HEADS
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
@@ -280,13 +334,17 @@ def conclude_split(
     real = (g[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
     taken = True
     if HAS_MASK:
-        taken = tl.load(mask + row * mask_stride) != 0
+        taken = tl.load(mask + sequence * mask_stride) != 0
     if taken:
+        row = row_of(rows, sequence)
+        first, count = head_slots(heads, kv_head, capacity)
+        seen = tl.load(lengths + sequence).to(tl.int32)
+        slot = tl.load(slots + head)
         peak = tl.full([BLOCK_G], -INFINITY, tl.float32)
         mass = tl.zeros([BLOCK_G], tl.float32)
         numerator = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for split in tl.range(0, SPLITS):
-            part = (head * SPLITS + split) * BLOCK_G + g
+        for split in tl.range(0, bound(splits)):
+            part = (head * splits + split) * BLOCK_G + g
             part_top = tl.load(part_peak + part)
             top = tl.maximum(peak, part_top)
             finite = tl.where(top == -INFINITY, 0.0, top)
@@ -296,11 +354,12 @@ def conclude_split(
             gained = tl.load(part_numerator + part[:, None] * BLOCK_D + d[None, :])
             numerator = numerator * fade[:, None] + gained * gain[:, None]
             peak = top
-        at = q + row * q_row_stride + query_heads[:, None] * q_head_stride + d[None, :]
+        at = q + sequence * q_row_stride + query_heads[:, None] * q_head_stride + d[None, :]
+        queries = tl.load(at, mask=real, other=0.0).to(tl.float32)
         conclude(
-            tl.load(at, mask=real, other=0.0).to(tl.float32),
-            k + row * k_row_stride + kv_head * k_head_stride,
-            v + row * v_row_stride + kv_head * v_head_stride,
+            queries,
+            k + sequence * k_row_stride + kv_head * k_head_stride,
+            v + sequence * v_row_stride + kv_head * v_head_stride,
             keys,
             values,
             scores,
@@ -308,29 +367,40 @@ def conclude_split(
             history,
             H,
             z,
-            length,
             phi,
             psi,
             logits,
             out,
-            head,
+            sequence,
             row,
             kv_head,
-            tl.load(slots + head),
-            tl.load(seen + head),
+            first,
+            count,
+            slot,
+            seen,
             peak,
             mass,
             numerator,
-            SCORE,
+            keys_row_stride,
+            values_row_stride,
+            scores_row_stride,
+            positions_row_stride,
+            history_row_stride,
+            H_row_stride,
+            z_row_stride,
+            logits_row_stride,
+            START,
+            GAIN,
             DECAY,
             WINDOW,
             SCALE,
             SOFTCAP,
             GROUP,
             SINGLE,
-            CAPACITY,
+            KV_HEADS,
             HEAD_DIM,
             RANK,
+            ALIGNED,
             BLOCK_G,
             BLOCK_D,
             BLOCK_R,

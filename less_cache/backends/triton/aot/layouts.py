@@ -9,25 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import CacheConfig, LayerConfig
-from ...policies import (
+from ....config import CacheConfig
+from ....layer_config import LayerConfig
+from ....policies import (
     H2O,
     FullCache,
+    Gain,
     KeyNorm,
     Policy,
     Scissorhands,
-    Score,
     SinkWindow,
+    Start,
     policy_from_dict,
 )
-from .launch import block
+from ..launch import block
+
+Score = tuple[Start, Gain]
+"""What a score is made of."""
 
 POLICIES: dict[Score, Policy] = {
-    Score.NONE: FullCache(),
-    Score.POSITION: SinkWindow(),
-    Score.KEY_NORM: KeyNorm(recent=1),
-    Score.ATTENTION: H2O(),
-    Score.HISTORY: Scissorhands(),
+    (policy.starts, policy.gains): policy
+    for policy in (FullCache(), SinkWindow(), KeyNorm(recent=1), H2O(), Scissorhands())
 }
 """One policy for each kind of score; the others differ from these in numbers alone."""
 
@@ -45,7 +47,7 @@ class Layout:
     head_dim
         D.
     score
-        Of the policy.
+        What starts and gains the policy's scores have.
     kind
         Of the feature maps; ``None`` at rank 0.
     group
@@ -61,7 +63,7 @@ class Layout:
     dtype: str = "float16"
     state_dtype: str = "float32"
     head_dim: int = 128
-    score: Score = Score.ATTENTION
+    score: Score = (Start.ZERO, Gain.SUM)
     kind: str | None = "exp"
     group: int = 1
     rank: int = 16
@@ -144,13 +146,14 @@ def _product(
 
 
 def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
+    policy = policy_from_dict(layer["policy"])
     rank = int(layer["rank"])
     group = config.query_heads // config.kv_heads
     return Layout(
         dtype=config.dtype,
         state_dtype=config.state_dtype if rank else "float32",
         head_dim=config.head_dim,
-        score=policy_from_dict(layer["policy"]).score,
+        score=(policy.starts, policy.gains),
         kind=layer["maps"],
         group=group if group == 1 else block(group),
         rank=block(rank) if rank else 0,

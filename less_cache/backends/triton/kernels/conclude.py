@@ -1,11 +1,22 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: RET505, SIM102, SIM109 (Triton compiles these forms, and not their short ones)
+# ruff: noqa: RET505 (Triton compiles these forms, and not their short ones)
 """The end of a decode step for one head: merge the victim, insert the new pair, output, scores."""
 
 import triton
 import triton.language as tl
 
-from .maths import ATTENTION, HISTORY, INFINITY, KEY_NORM, POSITION, capped, popcount
+from .maths import (
+    FAIR_SHARE,
+    GAIN_HISTORY,
+    GAIN_NONE,
+    GAIN_SUM,
+    INFINITY,
+    bound,
+    capped,
+    initial_score,
+    popcount,
+)
+from .slots import load_pair, row_start, store_pair
 
 
 @triton.jit
@@ -22,37 +33,39 @@ def low_rank(phi, H, SINGLE: tl.constexpr):
 @triton.jit
 def merge(
     values,
-    positions,
+    position,
     H,
     z,
     psi,
-    head,
     slot,
-    CAPACITY: tl.constexpr,
+    seen,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """H += ψ(victim)ᵀ v and z += ψ(victim), if the slot holds one; returns both as stored."""
+    """H += ψ(victim)ᵀ v and z += ψ(victim), if the slot holds one; returns both as stored.
+
+    `position` is the slot's; the pointers are at this head's first numbers.
+    """
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    pair = head * CAPACITY + slot
-    evicted = tl.load(positions + pair) != -1
-    feature = tl.load(psi + head * RANK + r, mask=(r < RANK) & evicted, other=0.0)
-    value = tl.load(values + pair * HEAD_DIM + d, mask=(d < HEAD_DIM) & evicted, other=0.0)
-    ranks = head * RANK + r
+    begun = seen > 0
+    evicted = (position != -1) & begun
+    feature = tl.load(psi + r, mask=(r < RANK) & evicted, other=0.0)
+    value = load_pair(values, slot, evicted, HEAD_DIM, BLOCK_D, tl.float32)
     real = r < RANK
-    cells = ranks[:, None] * HEAD_DIM + d[None, :]
+    cells = r[:, None] * HEAD_DIM + d[None, :]
     inside = real[:, None] & (d[None, :] < HEAD_DIM)
-    summed_H = tl.load(H + cells, mask=inside, other=0.0).to(tl.float32)
-    summed_z = tl.load(z + ranks, mask=real, other=0.0).to(tl.float32)
-    new_H = (summed_H + feature[:, None] * value.to(tl.float32)[None, :]).to(H.dtype.element_ty)
+    # Before the first token both are empty, whatever they hold.
+    summed_H = tl.load(H + cells, mask=inside & begun, other=0.0).to(tl.float32)
+    summed_z = tl.load(z + r, mask=real & begun, other=0.0).to(tl.float32)
+    new_H = (summed_H + feature[:, None] * value[None, :]).to(H.dtype.element_ty)
     new_z = (summed_z + feature).to(z.dtype.element_ty)
     # Several threads may have read what one of them is about to write.
     tl.debug_barrier()
     tl.store(H + cells, new_H, mask=inside)
-    tl.store(z + ranks, new_z, mask=real)
+    tl.store(z + r, new_z, mask=real)
     return new_H.to(tl.float32), new_z.to(tl.float32)
 
 
@@ -62,52 +75,66 @@ def update_scores(
     scores,
     positions,
     history,
-    head,
     slot,
-    held,
+    seen,
+    capacity,
     peak,
     mass,
     new,
-    SCORE: tl.constexpr,
+    start_score,
+    GAIN: tl.constexpr,
     DECAY: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """With p = exp(s - m) / mass: score = λ score + Σ_g p, or a bit where mean_g p >= 1 / n.
 
-    `new` [BLOCK_G] are the new pair's logits, `held` is n, the pairs now held.
+    `new` [BLOCK_G] are the new pair's logits, `start_score` is its score before this query; n are
+    the pairs now held. The pointers are at this head's first numbers.
     """
     g = tl.arange(0, BLOCK_G)
     newest = (tl.full([], 1, tl.int64) << WINDOW) - 1
-    for start in tl.range(0, CAPACITY, BLOCK_S):
+    held = tl.minimum(seen + 1, capacity)
+    for start in tl.range(0, bound(capacity), BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        inside = slots < CAPACITY
+        inside = slots < capacity
         fresh = slots == slot
+        # What a sequence without tokens finds in its row means nothing.
+        old_pairs = inside & (slots != slot) & (seen > 0)
         total = tl.zeros([BLOCK_S], tl.float32)
         for i in tl.range(0, GROUP):
-            at = (head * GROUP + i) * CAPACITY + slots
-            s = tl.load(logits + at, mask=inside, other=-INFINITY)
+            s = tl.load(logits + i * capacity + slots, mask=old_pairs, other=-INFINITY)
             here = g == i
             own = tl.sum(tl.where(here, new, 0.0), 0)
             top = tl.sum(tl.where(here, peak, 0.0), 0)
             sum_i = tl.sum(tl.where(here, mass, 0.0), 0)
             total += tl.exp(tl.where(fresh, own, s) - top) / sum_i
-        pairs = head * CAPACITY + slots
-        if SCORE == ATTENTION:
-            old = tl.load(scores + pairs, mask=inside & (slots != slot), other=0.0)
-            earned = DECAY * old + total
+        if GAIN == GAIN_SUM:
+            old = tl.load(scores + slots, mask=old_pairs, other=0.0)
+            earned = DECAY * tl.where(fresh, start_score, old) + total
+            # Several threads may read what one of them is about to write.
+            tl.debug_barrier()
         else:
-            old = tl.load(history + pairs, mask=inside & (slots != slot), other=0)
-            position = tl.load(positions + pairs, mask=inside, other=-1)
-            persistent = (total / GROUP * held >= 1.0 - 1e-6) & ((position != -1) | fresh)
+            old = tl.load(history + slots, mask=old_pairs, other=0)
+            position = tl.load(positions + slots, mask=old_pairs, other=-1)
+            persistent = (total / GROUP * held >= FAIR_SHARE) & ((position != -1) | fresh)
             bits = ((old << 1) | persistent.to(tl.int64)) & newest
-            tl.store(history + pairs, bits, mask=inside)
             earned = popcount(bits).to(tl.float32)
-        tl.debug_barrier()
-        tl.store(scores + pairs, earned, mask=inside)
+            tl.debug_barrier()
+            tl.store(history + slots, bits, mask=inside)
+        tl.store(scores + slots, earned, mask=inside)
+
+
+@triton.jit
+def forget(scores, positions, slot, capacity, BLOCK_S: tl.constexpr):
+    """All slots of a head but `slot` become empty; the pointers are at its first numbers."""
+    for start in tl.range(0, bound(capacity), BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        others = (slots < capacity) & (slots != slot)
+        tl.store(positions + slots, tl.full([BLOCK_S], -1, tl.int32), mask=others)
+        tl.store(scores + slots, tl.zeros([BLOCK_S], tl.float32), mask=others)
 
 
 @triton.jit
@@ -122,29 +149,40 @@ def conclude(
     history,
     H,
     z,
-    length,
     phi,
     psi,
     logits,
     out,
-    head,
+    sequence,
     row,
     kv_head,
+    first,
+    capacity,
     slot,
     seen,
     peak,
     mass,
     numerator,
-    SCORE: tl.constexpr,
+    keys_row_stride,
+    values_row_stride,
+    scores_row_stride,
+    positions_row_stride,
+    history_row_stride,
+    H_row_stride,
+    z_row_stride,
+    logits_row_stride,
+    START: tl.constexpr,
+    GAIN: tl.constexpr,
     DECAY: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
     SINGLE: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -157,7 +195,8 @@ def conclude(
         out = (numerator + exp(s_new) v_new + φH) / (mass + exp(s_new) + φz),  all times exp(-m)
 
     `k`, `v` point at the new pair; queries [BLOCK_G, BLOCK_D] float32; (peak, mass, numerator) as
-    from `over_slots`. Nothing else of this head runs at the same time, so what is read here is old.
+    from `over_slots`; `first` is the head's first slot in its row. Nothing else of this head runs
+    at the same time, so what is read here is old.
     """
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
@@ -174,17 +213,21 @@ def conclude(
     mass = mass * fade + gain
     numerator = numerator * fade[:, None] + gain[:, None] * new_value.to(tl.float32)[None, :]
 
+    keys = row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM
+    values = row_start(values, row, values_row_stride, ALIGNED) + first * HEAD_DIM
+    scores += row * scores_row_stride + first
+    positions += row * positions_row_stride + first
+    head = sequence * KV_HEADS + kv_head
     query_heads = head * GROUP + g
     if phi is not None:
         new_H, new_z = merge(
             values,
-            positions,
-            H,
-            z,
-            psi,
-            head,
+            tl.load(positions + slot),
+            row_start(H, row, H_row_stride, ALIGNED) + kv_head * RANK * HEAD_DIM,
+            z + row * z_row_stride + kv_head * RANK,
+            psi + head * RANK,
             slot,
-            CAPACITY,
+            seen,
             HEAD_DIM,
             RANK,
             BLOCK_D,
@@ -215,37 +258,33 @@ def conclude(
 
     # Every thread has read the victim, and written its logits, before anything is replaced.
     tl.debug_barrier()
-    pair = head * CAPACITY + slot
-    tl.store(keys + pair * HEAD_DIM + d, new_key, mask=real)
-    tl.store(values + pair * HEAD_DIM + d, new_value, mask=real)
-    if SCORE == ATTENTION or SCORE == HISTORY:
+    store_pair(keys, slot, new_key, HEAD_DIM, BLOCK_D)
+    store_pair(values, slot, new_value, HEAD_DIM, BLOCK_D)
+    start_score = initial_score(seen, wide_key, START)
+    if GAIN == GAIN_NONE:
+        tl.store(scores + slot, start_score)
+    else:
+        if GAIN == GAIN_HISTORY:
+            history += row * history_row_stride + first
         update_scores(
-            logits,
+            logits + sequence * logits_row_stride + first * GROUP,
             scores,
             positions,
             history,
-            head,
             slot,
-            tl.minimum(seen + 1, CAPACITY),
+            seen,
+            capacity,
             top,
             mass,
             new,
-            SCORE,
+            start_score,
+            GAIN,
             DECAY,
             WINDOW,
             GROUP,
-            CAPACITY,
             BLOCK_G,
             BLOCK_S,
         )
-    elif SCORE == POSITION:
-        tl.store(scores + pair, seen.to(tl.float32))
-    elif SCORE == KEY_NORM:
-        tl.store(scores + pair, -tl.sqrt(tl.sum(wide_key * wide_key, 0)))
-    else:
-        tl.store(scores + pair, 0.0)
-    tl.store(positions + pair, seen)
-    if length is not None:
-        if kv_head == 0:
-            # Nobody reads the length here: kernel A carried it on in `seen`.
-            tl.store(length + row, seen + 1)
+    tl.store(positions + slot, seen)
+    if seen == 0:
+        forget(scores, positions, slot, capacity, BLOCK_S)

@@ -7,19 +7,30 @@ from typing import Any
 
 import triton
 
-from ...feature_maps import LAST_LAYERS
-from ...policies import Score
-from .aot_layouts import POLICIES, Layout
+from ....feature_maps import LAST_LAYERS
+from ....policies import Gain, Start
+from ..decode import KINDS
+from ..launch import Launch, recording
 from .compiling import Signature, compile_kernel, signature
-from .decode import KINDS, SCORED
-from .launch import Launch, recording
+from .layouts import Layout, Score
 from .on_meta import meta_maps, meta_step
 
 HIDDEN_MULTIPLE = 16
 """The maps' hidden size is a multiple of it: rows of their matrices then begin aligned."""
 
-NUMBERS = ("QUERY_HEADS", "KV_HEADS", "CAPACITY", "SPAN", "SPLITS")
+NUMBERS = ("batch", "capacity", "sinks", "recent", "splits", "QUERY_HEADS", "KV_HEADS")
 """Sizes that no code depends on."""
+
+VECTORS = ("keys", "values", "H", "q", "k", "v")
+"""Arrays whose rows begin as aligned as their heads do."""
+
+SCORES: tuple[Score, ...] = tuple(
+    (start, gain)
+    for gain in Gain
+    for start in Start
+    if start is not Start.GIVEN and gain is not Gain.GIVEN
+)
+"""Every score that kernels know; its place here is its bit in `Record.scores`."""
 
 BATCHES = (16, 32)
 """One for each tile of sequences that kernel A has."""
@@ -42,7 +53,7 @@ class Record:
     head_dim, block_d
         D, 0: any; the power of two that holds it.
     scores
-        Bit i set: for `Score` i.
+        Bit 3 g + s set: for what starts as `Start` s and gains as `Gain` g.
     kind
         Of the maps: 0 none, 1 "paper", 2 "exp", -1: any.
     group, block_g
@@ -147,81 +158,101 @@ def launches(layout: Layout) -> list[Launch]:
 def generalised(wanted: Launch, layout: Layout) -> Signature:
     """The launch's signature with every size as a parameter that the code need not know.
 
-    Two scores that lead to the same code get the same constant, so that it is compiled once.
+    Two scores that lead to the same code get the same constants, so that it is compiled once.
     """
     found = signature(wanted)
     name = wanted.kernel.__name__
     for size in NUMBERS:
         if size in found.types:
             found.pass_on(size, "i32")
+    # The caller's arrays are dense: rows lie a multiple of D apart, in 64 bits.
+    found.fix("ALIGNED", False)
+    _strided(found, wanted.constants["HEAD_DIM"])
     if layout.kind is not None:
         found.pass_on("RANK", "i32", layout.rank_multiple)
     if name == "select_and_map":
-        found.pass_on("batch", "i32")
-        found.pass_on("SINKS", "i32")
-        found.pass_on("RECENT", "i32")
-        found.fix("SCORE", int(_like_in_selection(layout.score)))
+        _fix_score(found, _like_in_selection(layout.score))
         _drop_unread_maps(found, layout)
         if layout.kind is not None:
             found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
             # Sizes take registers, too: with wider tiles heads of 128 spilled some.
             found.fix("BLOCK_H", 32)
-        return _strided(found)
-    # Who owns the length advances it, once for all layers.
-    found.fix("length", None)
+        return found
     found.pass_on("mask", "*i32", 16)
     found.fix("mask_stride", 1)
     found.pass_on("SCALE", "fp32")
     if layout.group > 1:
         found.pass_on("GROUP", "i32")
     if not layout.rank:
-        found.fix("H", None)
-        found.fix("z", None)
+        _drop(found, "H", "z")
+    if layout.score[1] is not Gain.HISTORY:
+        _drop(found, "history")
+    if layout.score[1] is Gain.NONE:
+        _drop(found, "logits")
+    if name == "attend":
+        found.fix("splits", 1)
     if name == "attend" and wanted.constants["SPLIT"]:
-        found.fix("SCORE", int(_like_over_slots(layout.score)))
-        for unread in ("k", "v", "scores", "history", "H", "z", "seen", "phi", "psi"):
+        found.pass_on("splits", "i32")
+        _fix_score(found, _like_over_slots(layout.score))
+        _drop(found, "k", "v", "scores", "history", "H", "z")
+        for unread in ("phi", "psi"):
             found.fix(unread, None)
-        for stride in ("k_row_stride", "k_head_stride", "v_row_stride", "v_head_stride"):
-            found.fix(stride, 0)
         for unread in ("DECAY", "WINDOW", "RANK", "BLOCK_R"):
             found.fix(unread, 0)
-        return _strided(found)
-    if layout.score == Score.ATTENTION:
+        return found
+    if layout.score[1] is Gain.SUM:
         found.pass_on("DECAY", "fp32")
-    if layout.score == Score.HISTORY:
+    if layout.score[1] is Gain.HISTORY:
         found.pass_on("WINDOW", "i32")
-    return _strided(found)
-
-
-def _strided(found: Signature) -> Signature:
-    """Strides between rows and heads as parameters, whatever they were in the example."""
-    for name in found.types:
-        if name.endswith("_stride") and name != "mask_stride" and found.constants.get(name) != 0:
-            found.pass_on(name, "i32", 16)
     return found
+
+
+def _strided(found: Signature, head_dim: int) -> None:
+    """Strides between rows and heads as parameters, whatever they were in the example."""
+    multiple = min(16, head_dim & -head_dim)
+    for name in found.types:
+        array = name.removesuffix("_stride").removesuffix("_row").removesuffix("_head")
+        if name.endswith("_row_stride"):
+            found.pass_on(name, "i64", multiple if array in VECTORS else 1)
+        elif name.endswith("_head_stride"):
+            found.pass_on(name, "i32", multiple)
+
+
+def _drop(found: Signature, *arrays: str) -> None:
+    """Arrays that are not read are no parameters, nor are their strides."""
+    for array in arrays:
+        found.fix(array, None)
+        for stride in (f"{array}_row_stride", f"{array}_head_stride"):
+            if stride in found.types:
+                found.fix(stride, 0)
 
 
 def _drop_unread_maps(found: Signature, layout: Layout) -> None:
     first = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "phi_out", "psi_out")
     last = {name for names in LAST_LAYERS.values() for name in names}
     if layout.kind is None:
-        unread = {*first, *last, "q", "keys"}
-        for stride in ("q_row_stride", "q_head_stride"):
-            found.fix(stride, 0)
+        unread = {*first, *last}
+        _drop(found, "q", "keys")
     else:
         unread = last - {*LAST_LAYERS[layout.kind]}
     for name in unread:
         found.fix(name, None)
 
 
+def _fix_score(found: Signature, score: Score) -> None:
+    for name, value in zip(("START", "GAIN"), score, strict=True):
+        found.fix(name, int(value))
+
+
 def _like_in_selection(score: Score) -> Score:
     """The victim is the oldest, or the one of least score."""
-    return Score.POSITION if score in (Score.NONE, Score.POSITION) else Score.ATTENTION
+    by_age = score[1] is Gain.NONE and score[0] is not Start.KEY_NORM
+    return (Start.POSITION, Gain.NONE) if by_age else (Start.ZERO, Gain.SUM)
 
 
 def _like_over_slots(score: Score) -> Score:
     """Logits are left for later, or not."""
-    return Score.ATTENTION if score in SCORED else Score.POSITION
+    return (Start.ZERO, Gain.NONE if score[1] is Gain.NONE else Gain.SUM)
 
 
 def _record(
@@ -232,9 +263,9 @@ def _record(
     split = name == "attend" and bool(constants["SPLIT"])
     alike = [layout.score]
     if selects:
-        alike = [s for s in POLICIES if _like_in_selection(s) == _like_in_selection(layout.score)]
+        alike = [s for s in SCORES if _like_in_selection(s) == _like_in_selection(layout.score)]
     elif split:
-        alike = [s for s in POLICIES if _like_over_slots(s) == _like_over_slots(layout.score)]
+        alike = [s for s in SCORES if _like_over_slots(s) == _like_over_slots(layout.score)]
     simple = selects and layout.kind is None
     low_rank = not split and not simple
     return Record(
@@ -245,7 +276,7 @@ def _record(
         ptx=ptx,
         head_dim=0 if simple else layout.head_dim,
         block_d=0 if simple else constants["BLOCK_D"],
-        scores=sum(1 << int(score) for score in alike),
+        scores=sum(1 << SCORES.index(score) for score in alike),
         kind=KINDS.get(layout.kind or "", 0) if selects else ANY,
         group=0 if selects or layout.group > 1 else 1,
         block_g=0 if selects else constants["BLOCK_G"],

@@ -5,18 +5,21 @@
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED
+from ..launch import INTERPRETED
 
 EXPONENT_LIMIT: tl.constexpr = tl.constexpr(30.0)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 LAST_POSITION: tl.constexpr = tl.constexpr(2**31 - 1)
 
-# The values of `policies.Score`, and the kinds of feature maps, as kernels know them.
-NONE: tl.constexpr = tl.constexpr(0)
-POSITION: tl.constexpr = tl.constexpr(1)
-KEY_NORM: tl.constexpr = tl.constexpr(2)
-ATTENTION: tl.constexpr = tl.constexpr(3)
-HISTORY: tl.constexpr = tl.constexpr(4)
+# The values of `policies.Start` and `policies.Gain`, `policies.FAIR_SHARE`, and the kinds of
+# feature maps, as kernels know them.
+START_ZERO: tl.constexpr = tl.constexpr(0)
+START_POSITION: tl.constexpr = tl.constexpr(1)
+START_KEY_NORM: tl.constexpr = tl.constexpr(2)
+GAIN_NONE: tl.constexpr = tl.constexpr(0)
+GAIN_SUM: tl.constexpr = tl.constexpr(1)
+GAIN_HISTORY: tl.constexpr = tl.constexpr(2)
+FAIR_SHARE: tl.constexpr = tl.constexpr(1.0 - 1e-6)
 NO_MAPS: tl.constexpr = tl.constexpr(0)
 PAPER: tl.constexpr = tl.constexpr(1)
 EXP: tl.constexpr = tl.constexpr(2)
@@ -67,6 +70,17 @@ def gathered(s, value, peak, mass, numerator, DOT: tl.constexpr):
     numerator = numerator * fade[:, None]
     numerator += tl.dot(weights.to(DOT), value, input_precision="ieee")
     return top, mass, numerator
+
+
+@triton.jit
+def initial_score(seen, key, START: tl.constexpr):
+    """The score that the pair at position `seen` starts with; `key` [BLOCK_D] float32."""
+    if START == START_POSITION:
+        return seen.to(tl.float32)
+    elif START == START_KEY_NORM:
+        return -tl.sqrt(tl.sum(key * key, 0))
+    else:
+        return 0.0
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""What Triton compiles: the kernels, and the functions that they share."""

@@ -19,13 +19,21 @@ COLOURS = {"muted": "#8a8f98", "bad": "#c4572e", "plus": "#d9a441", "good": "#2f
 
 def as_table(comparison: Comparison, title: str) -> Table:
     """The comparison for the terminal, of at most 80 columns where names are short."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    # Names and ranges of slots may wrap; what is a number may not.
     table.add_column("cache")
-    for column in ("slots", "bytes a\nsequence", "perplexity", "second\nhalf", "gap\nrecovered"):
-        table.add_column(column, justify="right")
+    table.add_column("slots", justify="right")
+    for column in ("bytes a\nsequence", "perplexity", "second\nhalf", "gap\nrecovered"):
+        table.add_column(column, justify="right", no_wrap=True)
     accepted = any(row.accepted is not None for row in comparison.rows)
     if accepted:
-        table.add_column("accepted\nprefix", justify="right")
+        table.add_column("accepted\nprefix", justify="right", no_wrap=True)
     for row in comparison.rows:
         cells = [
             row.name,

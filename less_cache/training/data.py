@@ -177,7 +177,7 @@ def _read_ids(path: Path) -> list[Document]:
         raise TypeError(f"data: {path} holds {ids.dtype}, expected integers: token ids")
     if ids.ndim not in (1, 2):
         raise ValueError(f"data: {path} has shape {ids.shape}, expected [n], or [n, N]")
-    rows = torch.from_numpy(ids.astype(np.int64)).reshape(-1, ids.shape[-1])
+    rows = torch.from_numpy(np.atleast_2d(ids).astype(np.int64))
     names = [str(path)] if ids.ndim == 1 else [f"{path}[{row}]" for row in range(len(rows))]
     return [*zip(names, rows, strict=True)]
 
@@ -190,15 +190,15 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(source: str) -> Iterator[tuple[str, str]]:
+    name, config, split = [*source.split(":")[1:], "", "", ""][:3]
+    if not name:
+        raise ValueError(f"data: got {source!r}, expected datasets:NAME[:CONFIG[:SPLIT]]")
     try:
         import datasets
     except ImportError:
         raise ImportError(
             f"data: {source!r} needs the package datasets: install less_cache[train]"
         ) from None
-    name, config, split = [*source.split(":")[1:], "", "", ""][:3]
-    if not name:
-        raise ValueError(f"data: got {source!r}, expected datasets:NAME[:CONFIG[:SPLIT]]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # Network, hub, scripts: whatever it is, the name led to it.

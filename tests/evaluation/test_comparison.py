@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import less_cache as lc
-from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY, compare
+from less_cache.evaluation.comparison import (
+    BASELINE_PLUS,
+    FULL,
+    POLICY,
+    Comparison,
+    Row,
+    compare,
+)
 from less_cache.evaluation.generation import accepted_prefix, agreement
-from less_cache.evaluation.perplexity import Contestant, Window
+from less_cache.evaluation.perplexity import Contestant, Recovery, Window
 from less_cache.evaluation.report import as_table, save_report
 from tests.integrations.models import build
+from tests.policies import MostSeen, MostSeenOneByOne
 
 
 @pytest.fixture
@@ -40,6 +50,7 @@ def test_has_every_line_with_its_bytes(comparison, config):
     plus = comparison.row(BASELINE_PLUS)
     assert plus.bytes_per_sequence >= comparison.row("LESS").bytes_per_sequence
     assert plus.capacity > 8
+    assert plus.slots == str(plus.capacity)
     assert comparison.row(FULL).bytes_per_sequence == 2 * 2 * 2 * 12 * 4 * 32
     assert comparison.row(FULL).accepted == 5
     assert 0 <= comparison.row("LESS").accepted <= 5
@@ -75,3 +86,64 @@ def test_refuses_a_capacity_that_evicts_nothing(model, config):
     window = Window("d", torch.arange(3, 11))
     with pytest.raises(ValueError, match="capacity"):
         compare(model, [window], config, {}, progress=False)
+
+
+def windows_of(count, length):
+    draws = torch.Generator().manual_seed(0)
+    return [Window(f"d{i}", torch.randint(3, 97, (length,), generator=draws)) for i in range(count)]
+
+
+def test_capacities_may_differ_by_layer_and_head(model, config, tmp_path):
+    config = config.replace(capacity=[[4, 12], 64])
+    maps = {"LESS": lc.FeatureMaps.initialise(config, hidden=8)}
+    found = compare(model, windows_of(2, 32), config, maps, progress=False)
+    less, plus = found.row("LESS"), found.row(BASELINE_PLUS)
+    assert less.slots == "4 to 64, mean 36.0"
+    assert less.bytes_per_sequence == config.bytes_per_sequence()
+    assert [len(layer) if isinstance(layer, tuple) else 1 for layer in plus.capacity] == [2, 1]
+    assert all(more > own for more, own in zip(plus.capacity[0], (4, 12), strict=True))
+    save_report(found, tmp_path, "a title")
+    data = json.loads((tmp_path / "comparison.json").read_text())
+    assert data["capacity"] == [[4, 12], 64]
+
+
+@pytest.mark.parametrize("policy", [MostSeen(), MostSeenOneByOne()], ids=["vectorised", "plain"])
+def test_a_policy_of_ones_own_is_judged(model, config, policy):
+    config = config.replace(policy=policy)
+    maps = {"LESS": lc.FeatureMaps.initialise(config, hidden=8)}
+    found = compare(model, windows_of(2, 24), config, maps, progress=False)
+    assert found.row(POLICY).perplexity > 1
+
+
+def test_maps_of_another_model_are_refused(model, config):
+    other = config.replace(kv_heads=4)
+    maps = {"LESS": lc.FeatureMaps.initialise(other, hidden=8)}
+    with pytest.raises(ValueError, match=r"maps: 'LESS' does not fit the model.*kv_heads = 4"):
+        compare(model, windows_of(1, 24), config, maps, progress=False)
+    with pytest.raises(ValueError, match="evicts nothing"):
+        compare(model, windows_of(1, 24), config.replace(policy=lc.FullCache()), {}, progress=False)
+
+
+def test_a_name_of_the_table_is_taken(model, config):
+    maps = {FULL: lc.FeatureMaps.initialise(config, hidden=8)}
+    with pytest.raises(ValueError, match="the name 'full cache'"):
+        compare(model, windows_of(1, 24), config, maps, progress=False)
+
+
+@pytest.mark.parametrize("capacity", [52, ((16, 128), 1024)])
+def test_the_table_fits_eighty_columns(capacity):
+    def row(name, recovered):
+        share = Recovery(0.23, 0.216, 0.24) if recovered else None
+        return Row(name, capacity, 37_584_896, 1234.56, 2345.67, share, 64.0, [], [])
+
+    rows = [row(FULL, False), row(POLICY, False), row(BASELINE_PLUS, True)]
+    rows += [row("LESS distilled", True), row("LESS [/b]", False)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(as_table(Comparison(rows, {}), "[a title]"))
+    told = console.file.getvalue()
+    assert "\u2026" not in told
+    for word in ("perplexity", "recovered", "sequence", "accepted", "37,584,896", "LESS [/b]"):
+        assert word in told
+    assert "[a title]" in told
+    assert "(22% to 24%)" in told
+    assert "no gap" in told

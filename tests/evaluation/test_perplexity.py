@@ -85,6 +85,25 @@ def test_recovery_is_the_share_of_the_gap_and_its_interval_holds_it():
     assert (same.share, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("more", [0.0, -0.1])
+def test_where_the_policy_does_as_well_there_is_no_gap(more):
+    base = np.random.default_rng(0).uniform(1, 2, size=(10, 8))
+    documents = [f"d{i}" for i in range(10)]
+    full = scores_of(base.tolist(), documents)
+    policy = scores_of((base + more).tolist(), documents)
+    less = scores_of((base + 0.2).tolist(), documents)
+    assert recovery(full, policy, less) is None
+
+
+def test_a_gap_that_the_documents_do_not_agree_on_is_none():
+    documents = [f"d{i}" for i in range(10)]
+    base = np.ones((10, 8))
+    change = np.where(np.arange(10) % 2, 1.0, -0.98)[:, None]
+    full, policy = (scores_of(x.tolist(), documents) for x in (base, base + change))
+    assert policy.perplexity() > full.perplexity()
+    assert recovery(full, policy, full) is None
+
+
 def test_windows_do_not_overlap_and_short_text_is_refused():
     windows = cut_windows([("a", torch.arange(10)), ("b", torch.arange(3))], 4)
     assert [w.ids.tolist() for w in windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from less_cache.training.data import cut, load_tokens, read_documents
+from less_cache.training.data import cut, load_tokens, read_documents, tokenize
 
 
 class Letters:
@@ -68,6 +68,11 @@ def test_a_dataset_is_imported_when_asked_for(monkeypatch):
         (lambda folder: save(folder, np.full(9, -1)), ValueError, "-1"),
         (lambda folder: write(folder, b"not numpy", "x.npy"), ValueError, "npy"),
         (lambda folder: folder / "missing.npy", FileNotFoundError, "missing.npy"),
+        (lambda folder: save(folder, np.zeros((2, 2, 2), int)), ValueError, r"\(2, 2, 2\)"),
+        (lambda folder: save(folder, np.zeros(0, int)), ValueError, "no text"),
+        (lambda folder: "", ValueError, "empty name"),
+        (lambda folder: "datasets:", ValueError, "datasets:NAME"),
+        (lambda folder: made(folder / "ids.npy"), FileNotFoundError, "ids.npy is no file"),
     ],
 )
 def test_bad_data_is_refused(tmp_path, make, error, message):
@@ -86,6 +91,42 @@ def test_text_without_a_tokenizer_and_a_missing_package_are_refused(tmp_path, mo
 def test_more_sequences_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="expected at least 9"):
         cut(torch.arange(20), length=4, vocabulary=20, sequences=9)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"sequences": 0}, "sequences: got 0"),
+        ({"sequences": -3}, "sequences: got -3"),
+        ({"length": 0}, "length: got 0"),
+    ],
+)
+def test_numbers_that_count_nothing_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        cut(torch.arange(20), **{"length": 4, "vocabulary": 20, **numbers})
+
+
+def test_a_dataset_that_cannot_be_had_is_told(monkeypatch):
+    def load_dataset(*given, **named):
+        raise ConnectionError("no network\nand much more")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ValueError, match=r"'datasets:wiki' cannot be loaded: no network$"):
+        read_documents("datasets:wiki")
+
+
+def test_rows_of_ids_are_documents(tmp_path):
+    path = save(tmp_path, np.arange(12).reshape(3, 4))
+    documents = tokenize(read_documents(str(path)), None, vocabulary=12)
+    assert [name for name, _ in documents] == [f"{path}[{row}]" for row in range(3)]
+    assert torch.equal(documents[1][1], torch.arange(4, 8))
+    with pytest.raises(ValueError, match="vocabulary has 11"):
+        tokenize(documents, None, vocabulary=11)
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
 
 
 def write(folder, content, name="x.txt"):

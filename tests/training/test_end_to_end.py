@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import less_cache as lc
 from less_cache.training import DistillRecipe, distill
 from less_cache.training.end_to_end import _Distillation
+from tests.integrations.models import build
 
 RECIPE = DistillRecipe(steps=6, batch=2, validation=2, validate_every=3, learning_rate=3e-3)
 
@@ -58,6 +60,35 @@ def test_refuses_what_cannot_be_distilled(model, tokens, config, start, tmp_path
         distill(model, tokens[:3], config, start, RECIPE, tmp_path, progress=False)
     with pytest.raises(ValueError, match="lose nothing"):
         distill(model, tokens[:, :8], config, start, RECIPE, tmp_path, progress=False)
+    full = config.replace(policy=lc.FullCache())
+    with pytest.raises(ValueError, match=r"policy: FullCache.* evicts nothing"):
+        distill(model, tokens, full, start, RECIPE, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
     other = config.replace(rank=5)
     with pytest.raises(ValueError, match="rank"):
         distill(model, tokens, other, start, RECIPE, tmp_path, progress=False)
+
+
+def test_another_model_is_not_the_same_run(model, tokens, config, start, tmp_path):
+    distill(model, tokens, config, start, RECIPE, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="settings: model_sha256 differs"):
+        distill(build("llama", seed=1), tokens, config, start, RECIPE, tmp_path, progress=False)
+
+
+def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, tmp_path):
+    # A layer that loses nothing hinders nobody.
+    config = config.replace(capacity=[[4, 12], 64])
+    recipe = dataclasses.replace(RECIPE, steps=20, validate_every=20, learning_rate=1e-2)
+    distill(model, tokens, config, start, recipe, tmp_path, progress=False)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["validation"] < log[0]["validation"]
+    assert _Distillation(model, tokens, config, start, recipe).past == 4
+
+
+def test_a_distillation_that_diverges_is_an_error(model, tokens, config, tmp_path):
+    start = lc.FeatureMaps.initialise(config, hidden=8, kind="paper")
+    wild = dataclasses.replace(RECIPE, learning_rate=1e30)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="learning_rate: got 1e"):
+            distill(model, tokens, config, start, wild, tmp_path, progress=False)
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()

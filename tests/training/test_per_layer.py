@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import less_cache as lc
+from less_cache._files import owner_tag
+from less_cache.policies import POLICIES
+from less_cache.teacher_forced import eviction_times
 from less_cache.training import layer as fitting
-from less_cache.training import merge, train
+from less_cache.training import merge, per_layer, train
+from less_cache.training.collect import collect_layer
 from less_cache.training.per_layer import learning_curves
+from tests.integrations.models import build
+from tests.policies import MostSeen, MostSeenOneByOne
 
 
 def same(first: lc.FeatureMaps, second: lc.FeatureMaps) -> bool:
@@ -121,12 +130,15 @@ def test_refuses_another_runs_folder(model, tokens, config, recipe, tmp_path):
         ({"columns": 8}, "lose nothing"),
         ({"rank": 0}, "rank"),
         ({"layers": [7]}, "layer"),
+        ({"policy": lc.FullCache()}, "policy: FullCache.* evicts nothing"),
+        ({"rank": 10**8}, "rank, hidden: got 100000000"),
     ],
     ids=lambda value: str(value),
 )
 def test_refuses_what_cannot_be_fitted(model, tokens, config, recipe, tmp_path, change, message):
     tokens = tokens[change.get("tokens", slice(None)), : change.get("columns", 48)]
-    config = config.replace(rank=change.get("rank", 4))
+    changes = {"rank": 4, "policy": lc.H2O(), **change}
+    config = config.replace(rank=changes["rank"], policy=changes["policy"])
     with pytest.raises(ValueError, match=message):
         train(
             model,
@@ -137,6 +149,114 @@ def test_refuses_what_cannot_be_fitted(model, tokens, config, recipe, tmp_path, 
             layers=change.get("layers"),
             progress=False,
         )
+    # Nothing was written that would be in the way of the corrected run.
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_the_config_is_not_for_is_refused(tokens, config, recipe, tmp_path):
+    with pytest.raises(ValueError, match="kv_heads = 2, but llama has 4"):
+        train(build("llama_mha"), tokens, config, recipe, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_is_not_the_same_run(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path, layers=[0], model_id="one", progress=False)
+    other = build("llama", seed=1)
+    with pytest.raises(ValueError, match="settings: model_sha256 differs"):
+        train(other, tokens, config, recipe, tmp_path, layers=[0], model_id="one", progress=False)
+
+
+def test_only_what_differs_is_told(model, tokens, config, recipe, tmp_path):
+    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+    other = config.replace(capacity=9, policy=lc.TOVA())
+    with pytest.raises(ValueError, match="settings") as error:
+        train(model, tokens, other, recipe, tmp_path, layers=[0], progress=False)
+    assert str(error.value).partition("settings: ")[2] == (
+        "config.capacity: 8 there, 9 now, config.policy.name: 'H2O' there, 'TOVA' now, "
+        "config.policy.recent: None there, 1 now"
+    )
+
+
+CAPACITIES = [[4, 12], 8]
+"""Of two layers of two KV heads."""
+
+
+def test_capacities_may_differ_by_layer_and_head(model, tokens, config, recipe, tmp_path):
+    config = config.replace(capacity=CAPACITIES)
+    longer = dataclasses.replace(recipe, epochs=20, dropout=0.0)
+    maps = train(model, tokens, config, longer, tmp_path, progress=False)
+    assert all(share < 0.95 for share in maps.record["validation_error_share"])
+    assert lc.CacheConfig.from_dict(maps.record["config"]) == config
+    fitted = fitting._Fit(
+        config.layer(0),
+        collect_layer(model, tokens, 0, config.layer(0), progress=False),
+        recipe,
+        0,
+    )
+    # The head of four slots loses from the fifth token on.
+    assert fitted.past.tolist() == list(range(4, 48))
+
+
+def test_a_layer_that_loses_nothing_is_named(model, tokens, config, recipe, tmp_path):
+    config = config.replace(capacity=[8, [48, 64]])
+    with pytest.raises(ValueError, match="capacity of 48, layer 1's"):
+        train(model, tokens, config, recipe, tmp_path, progress=False)
+    # The other layer can be fitted all the same.
+    assert train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False) is None
+
+
+@pytest.mark.parametrize("policy", [MostSeen(), MostSeenOneByOne()], ids=["vectorised", "plain"])
+def test_a_policy_of_ones_own_trains(model, tokens, config, recipe, tmp_path, monkeypatch, policy):
+    monkeypatch.setattr("less_cache.policies.registry.POLICIES", {**POLICIES})
+    lc.register_policy(type(policy))
+    config = config.replace(policy=policy, capacity=CAPACITIES)
+    short = dataclasses.replace(recipe, epochs=1)
+    maps = train(model, tokens, config, short, tmp_path, progress=False)
+    assert lc.CacheConfig.from_dict(maps.record["config"]).policies[0] == config.policies[0]
+    layer = config.layer(0)
+    data = collect_layer(model, tokens, 0, layer, progress=False)
+    wanted = eviction_times(layer, data.q, data.k, backend="reference")
+    assert torch.equal(data.times, wanted)
+
+
+def test_a_fit_that_diverges_is_an_error(model, tokens, config, recipe, tmp_path):
+    wild = dataclasses.replace(recipe, kind="paper", learning_rate=1e30)
+    for _ in range(2):
+        # Also when it is started again.
+        with pytest.raises(ValueError, match="learning_rate: got 1e"):
+            train(model, tokens, config, wild, tmp_path, layers=[0], progress=False)
+    assert "Infinity" not in (tmp_path / "layers" / "000" / "log.jsonl").read_text()
+
+
+def test_two_processes_may_share_a_folder(model, tokens, config, recipe, tmp_path, monkeypatch):
+    """One is through while the other still collects; both keep their data in files."""
+    original, inside = per_layer.collect_layer, []
+
+    def collect(*given, **named):
+        data = original(*given, **named)
+        if not inside:
+            inside.append(True)
+            train(model, tokens, config, recipe, tmp_path, data_on_disk=True, progress=False)
+        return data
+
+    monkeypatch.setattr(per_layer, "collect_layer", collect)
+    maps = train(model, tokens, config, recipe, tmp_path, data_on_disk=True, progress=False)
+    monkeypatch.undo()
+    alone = train(model, tokens, config, recipe, tmp_path / "alone", progress=False)
+    assert same(maps, alone)
+    assert learning_curves(tmp_path) == learning_curves(tmp_path / "alone")
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks after processes as POSIX does")
+def test_data_that_a_killed_process_left_goes_away(model, tokens, config, recipe, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = owner_tag().rpartition("-")[0]
+    left = tmp_path / "layers" / "000" / f"data.{host}-{gone.pid}.abc"
+    left.mkdir(parents=True)
+    train(model, tokens, config, recipe, tmp_path, layers=[0], data_on_disk=True, progress=False)
+    assert not left.exists()
 
 
 def test_a_damaged_checkpoint_is_refused(model, tokens, config, recipe, tmp_path):

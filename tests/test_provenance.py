@@ -1,0 +1,54 @@
+"""What maps say of themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+import less_cache as lc
+from less_cache.provenance import mismatches, slots_text, trained_for
+from tests.helpers import random_maps, small_config
+
+
+def maps_for(config, **record):
+    maps = random_maps(small_config())
+    record = {"config": config.to_dict(), **record}
+    return lc.FeatureMaps(maps.layers, model_id="owner/llama", record=record)
+
+
+def test_the_last_training_counts():
+    last = small_config(capacity=7)
+    maps = maps_for(small_config(), distill={"config": last.to_dict()})
+    assert trained_for(maps) == last
+    assert trained_for(maps_for(small_config())) == small_config()
+
+
+@pytest.mark.parametrize("record", [{}, {"config": 3}, {"config": {"format": 99}}])
+def test_maps_may_say_nothing(record):
+    maps = lc.FeatureMaps(random_maps(small_config()).layers, record=record)
+    assert trained_for(maps) is None
+    assert mismatches(maps, small_config(), "any/model") == []
+
+
+def test_the_same_use_is_no_mismatch():
+    maps = maps_for(small_config())
+    assert mismatches(maps, small_config(dtype="float16"), "owner/llama") == []
+    resolved = small_config(policy=lc.H2O(recent=2))
+    assert resolved.policies == small_config().policies
+    assert mismatches(maps, resolved) == []
+
+
+def test_every_mismatch_is_named_once():
+    maps = maps_for(small_config())
+    used = small_config(policy=lc.TOVA(), capacity=[9, [4, 9]])
+    model, policy, capacity = mismatches(maps, used, "owner/mistral")
+    assert model == "trained for the model owner/llama, not owner/mistral"
+    assert policy == "trained for H2O(sinks=0, recent=2), not TOVA(sinks=0, recent=1)"
+    assert capacity == "trained for a capacity of 6, not 4 to 9, mean 7.8"
+    # Another capacity alone is no other policy, though `recent` follows it.
+    assert mismatches(maps, small_config(capacity=20)) == ["trained for a capacity of 6, not 20"]
+
+
+def test_slots_in_words():
+    assert slots_text(1052) == "1,052"
+    assert slots_text((52, 52)) == "52"
+    assert slots_text((10, (20, 60))) == "10 to 60, mean 25.0"

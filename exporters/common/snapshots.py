@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -65,7 +66,8 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
     for index, (config, tensors) in enumerate(
         zip(manifest.config.layers, read.layers, strict=True)
     ):
-        layer = LayerState(**tensors)
+        held: dict[str, Any] = dict(tensors)
+        layer = LayerState(**held)
         arrays["length"] = layer.length
         arrays.update(_dense(index, config, layer))
     return {name: array.contiguous() for name, array in arrays.items()}

@@ -2,7 +2,7 @@
 
 No transformers: a small Llama-shaped model (RMSNorm, rotary embedding, SwiGLU, grouped-query
 attention) with random weights, and a decode loop. The model leaves attention to a function
-``attend(layer, q, k, v)``; with LESS that function is one line, `CacheManager.append`.
+``attend(layer, q, k, v)``; with LESS that function is one line, `CacheManager.attend`.
 
     python examples/custom_loop.py --prompt-tokens 1024 --new-tokens 128
 """

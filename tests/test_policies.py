@@ -5,7 +5,15 @@ import pytest
 
 import less_cache as lc
 from less_cache.backends import reference
-from less_cache.policies import Gain, Policy, Start, parse_policy, policy_from_dict
+from less_cache.policies import (
+    Gain,
+    Policy,
+    Start,
+    builtin,
+    parse_policy,
+    policy_from_dict,
+    registry,
+)
 from tests.helpers import POLICIES, policy_id
 
 BAD = {
@@ -36,6 +44,13 @@ def test_policies_are_equal_by_value_and_round_trip(policy):
     assert policy.to_dict()["name"] == policy_id(policy)
 
 
+def test_the_suite_runs_each_policy_of_the_library():
+    own = {
+        name for name, policy in registry.POLICIES.items() if policy.__module__ == builtin.__name__
+    }
+    assert {policy_id(policy) for policy in POLICIES} == own
+
+
 def test_unknown_names_and_fields_are_refused():
     with pytest.raises(ValueError, match=r"^policy: got 'LRU'"):
         policy_from_dict({"name": "LRU"})
@@ -57,6 +72,7 @@ def test_unknown_names_and_fields_are_refused():
         ("tova", lc.TOVA()),
         ("scissorhands:window=7", lc.Scissorhands(window=7)),
         ("keynorm", lc.KeyNorm()),
+        ("observation_window:window=8,neighbours=3", lc.ObservationWindow(window=8, neighbours=3)),
         ("fullcache", lc.FullCache()),
     ],
 )

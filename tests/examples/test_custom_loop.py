@@ -25,7 +25,7 @@ def cache(policy, capacity, rank=0):
     maps = lc.FeatureMaps.initialise(config) if rank else None
     manager = lc.CacheManager(config, maps)
     state = manager.init(3)
-    return state, lambda layer, q, k, v: manager.append(state, layer, q, k, v)
+    return state, lambda layer, q, k, v: manager.attend(state, layer, q, k, v)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_detaching_after_an_error():
 
 
 def test_an_error_while_attaching_leaves_no_trace(monkeypatch):
-    from less_cache.integrations import transformers as room
+    from less_cache.integrations.transformers import attachment
 
     model = build("llama")
     before = traces(model)
@@ -64,7 +64,7 @@ def test_an_error_while_attaching_leaves_no_trace(monkeypatch):
     def broken(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(room, "wrap_generate", broken)
+    monkeypatch.setattr(attachment, "wrap_generate", broken)
     with pytest.raises(RuntimeError, match="no"):
         lc.attach(model, full(model))
     assert traces(model) == before

@@ -41,7 +41,7 @@ def evaluated(choice, start):
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_a_scored_prompt_is_decoded_token_by_token(live, model, max_tokens, as_ids):
     ids = model.encode(LONG)
-    assert len(ids) > 4 * model.decoder.manifest.config.capacities[0]
+    assert len(ids) > 4 * model.decoder.manifest.config.capacities[0][0]
     wanted, rows = one_by_one(model, ids)
     answer = live.complete(
         ids if as_ids else LONG, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0

@@ -92,7 +92,7 @@ def scan(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Notes times[column] = t where token t's append evicts the pair of that column.
+    """Notes times[column] = t where token t's step evicts the pair of that column.
 
     For t from `begin`: victim = argmin over slots of (score, position), -∞ for an empty slot's
     score, +∞ for a protected pair's; the new pair takes its slot; each pair held gets what its

@@ -1,14 +1,11 @@
-"""What is the PyTorch backend's own: blocks of queries, and its fast ways to common numbers."""
+"""Attention in blocks of queries, which devices other than a CPU take, and histories."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from less_cache.backends.torch_common import popcount
 
 import less_cache as lc
-from less_cache.backends import MODULES, get_backend, torch_chunk
+from less_cache.backends.torch import attention
 from tests.helpers import (
     POLICIES,
     assert_same_state,
@@ -27,22 +24,17 @@ def test_the_size_of_the_blocks_does_not_matter(monkeypatch, policy, block_bytes
         policy=policy, capacity=40 if policy == POLICIES[0] else 7, dtype="float64"
     )
     manager = lc.CacheManager(config, random_maps(config), backend="torch")
+    monkeypatch.setattr(attention, "fastest", lambda _: attention.in_blocks)
     mask = torch.rand(2, 13, generator=torch.Generator().manual_seed(0)) < 0.8
     results = []
-    for size in (torch_chunk.BLOCK_BYTES, block_bytes):
-        monkeypatch.setattr(torch_chunk, "BLOCK_BYTES", size)
+    for size in (attention.BLOCK_BYTES, block_bytes):
+        monkeypatch.setattr(attention, "BLOCK_BYTES", size)
         state = manager.init(2)
-        manager.append(state, 0, *torch_inputs(config, 2, 5, seed=1))
-        out = manager.append(state, 0, *torch_inputs(config, 2, 13, seed=2), mask)
-        results.append((out, held_by(state.layers[0])))
+        manager.attend(state, 0, *torch_inputs(config, 2, 5, seed=1))
+        out = manager.attend(state, 0, *torch_inputs(config, 2, 13, seed=2), mask)
+        results.append((out, held_by(state.layers[0], config.layer(0))))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-12, atol=1e-12)
     assert_same_state(results[1][1], results[0][1], 1e-12)
-
-
-@given(st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=20))
-def test_bits_are_counted(words):
-    counted = popcount(torch.tensor(words))
-    assert counted.tolist() == [word.bit_count() for word in words]
 
 
 @pytest.mark.parametrize("window", [1, 31, 32, 61, 62])
@@ -56,17 +48,9 @@ def test_a_history_holds_its_whole_window(window, tokens):
     for _ in range(80 // tokens):
         inputs = torch_inputs(config, 1, tokens)
         for manager, state in zip(managers, states, strict=True):
-            manager.append(state, 0, *inputs)
-    held = [held_by(state.layers[0]) for state in states]
+            manager.attend(state, 0, *inputs)
+    held = [held_by(state.layers[0], config.layer(0)) for state in states]
     np.testing.assert_array_equal(held[0].history, held[1].history)
     np.testing.assert_array_equal(held[0].scores, held[1].scores)
     assert held[0].history.max() < 2**window
     assert held[0].scores.max() <= window
-
-
-def test_every_backend_by_name_can_be_had_or_says_what_it_lacks():
-    assert {"reference", "torch"} <= set(MODULES)
-    for name in ("reference", "torch"):
-        assert callable(get_backend(name).append)
-    with pytest.raises(ValueError, match=r"^backend: got 'jax', expected one of 'reference'"):
-        get_backend("jax")

@@ -13,10 +13,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
 
-from benchmarks import decode, memory, prompt
+from benchmarks import decode, host_cost, memory, prompt
 from benchmarks.contestants import Dynamic, Less, Static
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder
+from less_cache.backends import BACKENDS
 
 
 def invoke(main, *arguments):
@@ -169,3 +170,17 @@ def test_the_prompt_benchmark_compares_all_policies_with_the_full_cache(tmp_path
     assert all(row["prompt_ms"] > 0 for row in rows)
     assert rows[0]["ratio"] == 1
     assert report["command"].startswith("benchmarks/")
+
+
+def test_the_host_cost_is_measured_in_every_dtype(tmp_path, monkeypatch):
+    # Registered for this test alone.
+    monkeypatch.setitem(BACKENDS, host_cost.STAND_IN, None)
+    del BACKENDS[host_cost.STAND_IN]
+    file = tmp_path / "h.json"
+    result = invoke(host_cost.main, "--layers=2", "--repeats=2", f"--json={file}")
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    dtypes = {"float32", "float16", "bfloat16", "float64"}
+    found = [(row["dtype"], row["rank"]) for row in report["results"]]
+    assert sorted(found) == sorted((dtype, rank) for dtype in dtypes for rank in (0, 8))
+    assert all(0 < row["least_ms"] <= row["median_ms"] for row in report["results"])

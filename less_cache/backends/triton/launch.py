@@ -131,5 +131,5 @@ def block(size: int, least: int = 16) -> int:
 
 
 def contiguous_heads(array: Tensor) -> Tensor:
-    """`array` itself, where each head's D numbers lie side by side; else a copy of which so is."""
+    """`array`, or a copy of it if the D numbers of a head do not lie side by side."""
     return array if array.stride(-1) == 1 else array.contiguous()

@@ -59,7 +59,7 @@ def intercepted(
         Also of the layers with a sliding window, and all counted as the model counts them;
         otherwise those attend as ever.
     padding
-        `attend` knows what is padding, and the mask drawn for the layer is nobody's; otherwise
+        `attend` knows what is padding, and no mask is drawn for the layer; otherwise
         padding is refused.
 
     Raises

@@ -17,7 +17,7 @@ RUN = {"heads": [0, 1], "capacity": 6, "arrays": []}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder that passes: what is in the model's file is nobody's business here."""
+    """A folder that passes: the model's file may hold anything here."""
     out = tmp_path / "exported"
     out.mkdir()
     for name in (MODEL, WEIGHTS):

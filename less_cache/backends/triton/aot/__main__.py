@@ -121,7 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="only what this exported model's layers need; may be given several times",
     )
-    parser.add_argument("--layouts", choices=LAYOUTS, default="usual", help="else which kinds")
+    parser.add_argument(
+        "--layouts", choices=LAYOUTS, default="usual", help="which kinds of cache to compile for"
+    )
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
     layouts: list[Layout] = []

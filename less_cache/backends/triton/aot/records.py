@@ -1,4 +1,4 @@
-"""A decode step's launches as kernels whose sizes are parameters, and what is told of each."""
+"""A decode step's launches as kernels whose sizes are parameters, and the record of each."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def compile_layout(layout: Layout, arch: int, with_code: bool, with_ptx: bool) -
     for wanted in launches(layout):
         parameters = generalised(wanted, layout)
         with triton.knobs.compilation.scope():
-            # Where the source lay is nobody's business, and half of the bytes.
+            # Source paths would take half of the bytes, and name folders of the build machine.
             triton.knobs.compilation.disable_line_info = True
             compiled = compile_kernel(wanted, parameters, arch)
         metadata = compiled.metadata

@@ -70,7 +70,7 @@ class Variant:
 
     @property
     def config(self) -> CacheConfig:
-        """The cache that it is of."""
+        """A config whose steps launch this kernel."""
         return CacheConfig(
             num_layers=1,
             query_heads=self.group * self.kv_heads,

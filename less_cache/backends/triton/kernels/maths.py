@@ -58,7 +58,7 @@ def capped(x, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def gathered(s, value, peak, mass, numerator, DOT: tl.constexpr):
-    """Sums m, Σ exp(s - m), Σ exp(s - m) v, gone on with logits s [M, N] and values [N, D].
+    """Sums m, Σ exp(s - m), Σ exp(s - m) v, continued with logits s [M, N] and values [N, D].
 
     A row that has seen nothing yet has m = -∞, and sums of 0.
     """

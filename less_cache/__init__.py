@@ -29,6 +29,8 @@ from .policies import (
     Start,
     register_policy,
 )
+from .quantization import Quantization
+from .quantization.transforms import Transforms
 from .state import CacheState, LayerState
 
 if TYPE_CHECKING:
@@ -53,10 +55,12 @@ __all__ = [
     "ObservationWindow",
     "Page",
     "Policy",
+    "Quantization",
     "Scissorhands",
     "SinkWindow",
     "Start",
     "StepPlan",
+    "Transforms",
     "empty_arrays",
     "plan_step",
     "register_policy",

@@ -20,8 +20,18 @@ Array = Any
 EMPTY = -1
 """The position of a slot that holds no pair."""
 
-ARRAYS = ("keys", "values", "scores", "positions", "H", "z", "history")
-"""What a layer's cache consists of, in this order; `history` only for some policies."""
+ARRAYS = (
+    "keys",
+    "values",
+    "scores",
+    "positions",
+    "H",
+    "z",
+    "history",
+    "key_scales",
+    "value_scales",
+)
+"""What a layer's cache consists of, in this order; the last three only for some configs."""
 
 PAGE_ALIGNMENT = 16
 """Each array of a page begins at a multiple of so many bytes, and so does the next page."""
@@ -37,7 +47,8 @@ class LayerArrays:
     Parameters
     ----------
     keys, values
-        [P, N, D], keys after the rotary embedding.
+        [P, N, D], keys after the rotary embedding; or codes, [P, N, bytes] uint8, as
+        `LayerConfig.key_layout` and `value_layout` say.
     scores
         [P, N], what the policy holds of each pair.
     positions
@@ -48,6 +59,8 @@ class LayerArrays:
         [P, Hkv, R], Σ ψ(k) over what was evicted.
     history
         [P, N] int64, bits that `Scissorhands` keeps; ``None`` for other policies.
+    key_scales, value_scales
+        [P, N] float16, the codes' scales; ``None`` where pairs are stored as they are.
     """
 
     keys: Array
@@ -57,6 +70,8 @@ class LayerArrays:
     H: Array
     z: Array
     history: Array | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
     # Views are asked for in every step, and cost as much as a small operator each.
     _views: dict[tuple[int, ...], tuple[list[Array], LayerArrays]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -92,11 +107,15 @@ class LayerArrays:
             positions=dense(self.positions),
             H=self.H[:, run.kv_heads],
             z=self.z[:, run.kv_heads],
-            history=None if self.history is None else dense(self.history),
+            **{
+                name: dense(array)
+                for name in ("history", "key_scales", "value_scales")
+                if (array := getattr(self, name)) is not None
+            },
         )
 
     def named(self) -> dict[str, Array]:
-        """The arrays by name, `history` only where there is one."""
+        """The arrays by name, those that may be missing only where they are there."""
         found = {name: getattr(self, name) for name in ARRAYS}
         return {name: array for name, array in found.items() if array is not None}
 
@@ -113,6 +132,10 @@ def array_shapes(layer: LayerConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     }
     if layer.policy.history_window:
         shapes["history"] = ((layer.slots,), "int64")
+    if layer.key_layout is not None and layer.value_layout is not None:
+        shapes["keys"] = ((layer.slots, layer.key_layout.nbytes), "uint8")
+        shapes["values"] = ((layer.slots, layer.value_layout.nbytes), "uint8")
+        shapes["key_scales"] = shapes["value_scales"] = ((layer.slots,), "float16")
     return shapes
 
 

@@ -35,13 +35,17 @@ def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array
     """
     tokens = None
     library = np.ndarray if isinstance(keys, np.ndarray) else Tensor
+    dtype = keys.dtype
+    if layer.quantization is not None:
+        # What is stored then are codes.
+        dtype = np.dtype(layer.dtype) if library is np.ndarray else getattr(torch, layer.dtype)
     # First k: it says how many tokens are new.
     for name, array, heads in (
         ("k", k, layer.kv_heads),
         ("q", q, layer.query_heads),
         ("v", v, layer.kv_heads),
     ):
-        _check_kind(name, array, keys, library)
+        _check_kind(name, array, keys, library, dtype)
         if array.ndim != 4:
             raise ValueError(
                 f"{name}: got shape {tuple(array.shape)}, expected [batch, heads, tokens, head_dim]"
@@ -55,7 +59,7 @@ def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array
         raise ValueError("k: got 0 tokens, expected at least 1")
 
 
-def _check_kind(name: str, array: Any, keys: Array, library: Any) -> None:
+def _check_kind(name: str, array: Any, keys: Array, library: Any, dtype: Any) -> None:
     if not isinstance(array, library):
         raise TypeError(
             f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
@@ -63,8 +67,8 @@ def _check_kind(name: str, array: Any, keys: Array, library: Any) -> None:
     if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
         kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
-    if array.dtype != keys.dtype:
-        raise TypeError(f"{name}: got dtype {array.dtype}, expected {keys.dtype}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected {dtype}")
     if isinstance(array, Tensor) and array.device != keys.device:
         raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
 

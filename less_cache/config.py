@@ -14,7 +14,8 @@ from ._checks import check_int, check_real
 from .arrays import Page, page_of
 from .dtypes import default_state_dtype, dtype_name
 from .layer_config import LayerConfig
-from .policies import Policy, check_registered, policy_from_dict
+from .policies import Policy, Start, check_registered, policy_from_dict
+from .quantization import Quantization
 
 FORMAT_VERSION = 1
 
@@ -55,6 +56,8 @@ class CacheConfig:
     state_dtype
         Of H and z, likewise. Sums are formed in float32 and rounded when stored.
         Default: float32 (float64 where `dtype` is).
+    quantization
+        In how many bits pairs are stored; ``None``: in `dtype`.
 
     Attributes
     ----------
@@ -87,6 +90,7 @@ class CacheConfig:
     softcap: float | None = None
     dtype: Any = "float32"
     state_dtype: Any = None
+    quantization: Quantization | None = None
     # What was asked for, and what came of it: not part of what a config is.
     _asked: dict[str, Any] = field(init=False, repr=False, compare=False)
     _layers: tuple[LayerConfig, ...] = field(init=False, repr=False, compare=False)
@@ -110,6 +114,10 @@ class CacheConfig:
         asked["dtype"] = dtype_name(self.dtype)
         if self.state_dtype is not None:
             asked["state_dtype"] = dtype_name(self.state_dtype)
+        if self.quantization is not None and not isinstance(self.quantization, Quantization):
+            raise TypeError(
+                f"quantization: got {self.quantization!r}, expected a Quantization or None"
+            )
         asked["capacity"] = _plain(self.capacity)
         asked["policy"] = _plain(self.policy)
         layers = tuple(_resolve_layers(asked))
@@ -322,6 +330,8 @@ class CacheConfig:
         for policy in policies:
             check_registered(policy)
         data["policy"] = [policy.to_dict() for policy in policies]
+        if self.quantization is not None:
+            data["quantization"] = self.quantization.to_dict()
         return {"format": FORMAT_VERSION, **data}
 
     @classmethod
@@ -336,9 +346,13 @@ class CacheConfig:
         fields = dict(data)
         if fields.pop("format", None) != FORMAT_VERSION:
             raise ValueError(f"format: got {data.get('format')!r}, expected {FORMAT_VERSION}")
+        # Older files know of no codes.
+        fields.setdefault("quantization", None)
         if wrong := sorted(set(fields) ^ set(PARAMETERS)):
             raise ValueError(f"config: unknown or missing field(s) {wrong}")
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
+        if fields["quantization"] is not None:
+            fields["quantization"] = Quantization.from_dict(fields["quantization"])
         return cls(**fields)
 
 
@@ -379,6 +393,7 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
                 f"{kv_heads}: one a KV head"
             )
         slots = tuple(_slots(value, asked["max_positions"]) for value in heads)
+        _check_codes(asked["quantization"], _checked_policy(policy))
         layers.append(
             LayerConfig(
                 query_heads=asked["query_heads"],
@@ -391,9 +406,22 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
                 softcap=asked["softcap"],
                 dtype=dtype,
                 state_dtype=asked["state_dtype"] or default_state_dtype(dtype),
+                quantization=asked["quantization"],
             )
         )
     return layers
+
+
+def _check_codes(quantization: Quantization | None, policy: Policy) -> None:
+    """Refuse policies that look at keys themselves: in the basis of codes those are others."""
+    if quantization is None:
+        return
+    norm = policy.starts is Start.KEY_NORM and quantization.transform != "hadamard"
+    if norm or policy.starts is Start.GIVEN:
+        raise ValueError(
+            f"quantization: {quantization} cannot be had with {policy}, whose scores start from "
+            "the key itself"
+        )
 
 
 def _plain(value: Any) -> Any:

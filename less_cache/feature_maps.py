@@ -159,7 +159,8 @@ class LayerMaps:
             [B, Hkv, S, R].
         """
         t = self.tensors
-        return self.finish_psi(self.two_layers(keys, t["psi_w1"], t["psi_w2"]))
+        first = t.get("psi_b1")
+        return self.finish_psi(self.two_layers(keys, t["psi_w1"], t["psi_w2"], first))
 
     def finish_psi(self, features: Tensor) -> Tensor:
         """What follows the second layer of ψ. [B, Hkv, S, R]."""
@@ -178,12 +179,17 @@ class LayerMaps:
         """What follows the first layer of both maps."""
         return F.gelu(hidden)
 
-    def two_layers(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """gelu(x w1) w2 head by head, the sum of the last product in float32 or wider."""
+    def two_layers(
+        self, x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """gelu(x w1 + bias) w2 by head, the sum of the last product in float32 or wider."""
         batch, heads, length, head_dim = x.shape
         # One product per head for the whole batch: the weights are read once, not once a sequence.
         rows = x.to(w1.dtype).transpose(0, 1).reshape(heads, batch * length, head_dim)
-        features = self.activate(rows @ w1) @ w2
+        first = rows @ w1
+        if bias is not None:
+            first = first + bias.unsqueeze(1)
+        features = self.activate(first) @ w2
         wide = torch.promote_types(features.dtype, torch.float32)
         return features.to(wide).view(heads, batch, length, -1).transpose(0, 1)
 

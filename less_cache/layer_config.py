@@ -8,10 +8,12 @@ from functools import cached_property
 
 from .dtypes import DTYPE_BYTES
 from .policies import Policy
+from .quantization import CodeLayout, Quantization, code_layout
 
 POSITION_BYTES = 4
 LENGTH_BYTES = 4
 HISTORY_BYTES = 8
+SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class LayerConfig:
         C_h, the slots of each KV head.
     policies
         Of each KV head. They differ in `recent` alone, which follows the capacity.
-    rank, scale, softcap, dtype, state_dtype
+    rank, scale, softcap, dtype, state_dtype, quantization
         As of `CacheConfig`.
     """
 
@@ -78,6 +80,7 @@ class LayerConfig:
     softcap: float | None
     dtype: str
     state_dtype: str
+    quantization: Quantization | None = None
 
     @cached_property
     def group(self) -> int:
@@ -151,11 +154,25 @@ class LayerConfig:
         """Scores and sums are float32, or float64 where keys and values are."""
         return "float64" if self.dtype == "float64" else "float32"
 
+    @cached_property
+    def key_layout(self) -> CodeLayout | None:
+        """How a stored key's codes lie; ``None`` where keys are stored as they are."""
+        q = self.quantization
+        return None if q is None else code_layout(q.transform, q.key_bits, self.head_dim)
+
+    @cached_property
+    def value_layout(self) -> CodeLayout | None:
+        """How a stored value's codes lie; ``None`` where values are stored as they are."""
+        q = self.quantization
+        return None if q is None else code_layout(q.transform, q.value_bits, self.head_dim)
+
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot of one head: key, value, score, position, history."""
+        """Bytes of one slot of one head: key, value, their scales, score, position, history."""
         history = HISTORY_BYTES if self.policy.history_window else 0
         pair = 2 * self.head_dim * DTYPE_BYTES[self.dtype]
+        if self.key_layout is not None and self.value_layout is not None:
+            pair = self.key_layout.nbytes + self.value_layout.nbytes + 2 * SCALE_BYTES
         return pair + DTYPE_BYTES[self.score_dtype] + POSITION_BYTES + history
 
     @property

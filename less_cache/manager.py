@@ -17,6 +17,7 @@ from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
 from .ops import StepPlan, plan_step
+from .quantization.transforms import Transforms
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
 
@@ -43,6 +44,8 @@ class CacheManager:
         ``"auto"``, or one by name: ``"reference"`` is the definition, plain and slow;
         ``"torch"`` is fast on the CPU and on a GPU; ``"triton"`` has kernels for a CUDA GPU, and
         is what ``"auto"`` takes for a state that lives on one.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
 
     Raises
     ------
@@ -63,7 +66,12 @@ class CacheManager:
     """
 
     def __init__(
-        self, config: CacheConfig, maps: FeatureMaps | None = None, *, backend: str = "auto"
+        self,
+        config: CacheConfig,
+        maps: FeatureMaps | None = None,
+        *,
+        backend: str = "auto",
+        transforms: Transforms | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
@@ -76,9 +84,11 @@ class CacheManager:
             raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
         if maps is not None:
             maps.check_against(config)
+        _check_transforms(config, transforms)
         if backend != "auto":
             get_backend(backend).check_config(config)
         self.config = config
+        self.transforms = transforms
         self.maps = maps
         self.backend = backend
         # By device and dtype: states are made often, maps are converted once.
@@ -233,12 +243,24 @@ class CacheManager:
             )
         get_backend(name).check_config(config)
         maps = self.maps if self.maps is not None else [None] * config.num_layers
+        transforms = self.transforms if self.transforms is not None else [None] * config.num_layers
         layers = tuple(
-            plan_step(layer, own, device=where, backend=name)
-            for layer, own in zip(config.layers, maps, strict=True)
+            plan_step(layer, own, basis, device=where, backend=name)
+            for layer, own, basis in zip(config.layers, maps, transforms, strict=True)
         )
         self._plans[key] = _Plan(self, name, layers)
         return self._plans[key]
+
+
+def _check_transforms(config: CacheConfig, transforms: Transforms | None) -> None:
+    if transforms is not None:
+        if not isinstance(transforms, Transforms):
+            raise TypeError(f"transforms: got {type(transforms).__name__}, expected Transforms")
+        transforms.check_against(config)
+    quantization = config.quantization
+    calibrated = quantization is not None and quantization.transform == "calibrated"
+    if calibrated and transforms is None:
+        raise ValueError(f"transforms: got None, but {quantization} needs calibrated ones")
 
 
 def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> None:

@@ -19,19 +19,21 @@ from torch import Tensor
 
 from . import call
 from ._checks import check_choice, check_int
-from .arrays import Array, LayerArrays
+from .arrays import Array, LayerArrays, array_shapes
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
 from .config import CacheConfig
 from .feature_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .layer_config import LayerConfig
 from .policies import policy_from_dict
+from .quantization import Quantization
+from .quantization.transforms import LayerTransforms, Transforms
 
 _PLANS: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 class StepPlan:
-    """All that steps of one layer have in common: shapes, backend, and its maps made ready.
+    """All that steps of one layer have in common: shapes, backend, maps and bases made ready.
 
     Attributes
     ----------
@@ -39,8 +41,15 @@ class StepPlan:
     backend : str
     """
 
-    def __init__(self, layer: LayerConfig, backend: str, maps: PreparedMaps | None) -> None:
+    def __init__(
+        self,
+        layer: LayerConfig,
+        backend: str,
+        maps: PreparedMaps | None,
+        transforms: LayerTransforms | None = None,
+    ) -> None:
         self.layer = layer
+        self.transforms = transforms
         self.backend = backend
         self.module: Backend = get_backend(backend)
         self.maps = maps
@@ -62,11 +71,10 @@ class StepPlan:
     ) -> Array:
         """`Backend.attend` of what has been checked; one node where it is compiled."""
         if torch.compiler.is_compiling():
-            state = [arrays.keys, arrays.values, arrays.scores, arrays.positions]
-            state += [arrays.H, arrays.z]
-            if arrays.history is not None:
-                state.append(arrays.history)
+            state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
+        if self.transforms is not None:
+            return self._run_inside(self.transforms, arrays, q, k, v, lengths, rows, mask, clean)
         return self.module.attend(
             self.layer,
             arrays,
@@ -81,9 +89,48 @@ class StepPlan:
         )
 
 
+    def _run_inside(
+        self,
+        transforms: LayerTransforms,
+        arrays: LayerArrays,
+        q: Array,
+        k: Array,
+        v: Array,
+        lengths: Array,
+        rows: Array | None,
+        mask: Array | None,
+        clean: bool,
+    ) -> Array:
+        """The same in the basis of the codes."""
+        numpy = not isinstance(q, Tensor)
+        with torch.no_grad():
+            outer = (torch.from_numpy(x) for x in (q, k, v)) if numpy else (q, k, v)
+            *inner, shift = transforms.enter(*outer)
+            if numpy:
+                inner = [x.numpy() for x in inner]
+                shift = None if shift is None else shift.numpy()
+            out = self.module.attend(
+                self.layer,
+                arrays,
+                self.maps,
+                *inner,
+                lengths=lengths,
+                rows=rows,
+                mask=mask,
+                clean=clean,
+                shift=shift,
+            )
+            left = transforms.leave(torch.from_numpy(out) if numpy else out)
+            if mask is not None:
+                padding = ~(torch.from_numpy(mask) if numpy else mask)
+                left = left.masked_fill(padding.view(len(padding), 1, -1, 1), 0)
+            return left.numpy().astype(q.dtype) if numpy else left.to(q.dtype)
+
+
 def plan_step(
     layer: LayerConfig,
     maps: LayerMaps | None = None,
+    transforms: LayerTransforms | None = None,
     *,
     device: Any = "cpu",
     backend: str = "auto",
@@ -96,6 +143,8 @@ def plan_step(
         ``config.layer(i)``, with the dtype that the arrays will have.
     maps
         The layer's φ and ψ, ``feature_maps[i]``, where its rank is above 0.
+    transforms
+        The bases of the layer's codes, ``transforms[i]``, where it has calibrated ones.
     device
         Where the arrays will be; ``"numpy"`` for NumPy's.
     backend
@@ -121,10 +170,45 @@ def plan_step(
         backend = best_backend(config, "numpy" if numpy else torch.device(device).type)
     module = get_backend(backend)
     module.check_config(config)
+    place = None if numpy else torch.device(device)
+    transforms = _transforms_of(layer, transforms)
     prepared = None
     if maps is not None:
-        prepared = module.prepare_maps(maps, layer, None if numpy else torch.device(device))
-    return StepPlan(layer, backend, prepared)
+        if transforms is not None:
+            maps = transforms.fold(maps)
+        prepared = module.prepare_maps(maps, layer, place)
+    if transforms is not None:
+        transforms = transforms.to(place, getattr(torch, layer.score_dtype))
+    return StepPlan(layer, backend, prepared, transforms)
+
+
+def _transforms_of(layer: LayerConfig, given: LayerTransforms | None) -> LayerTransforms | None:
+    """The bases of a layer's codes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If those given do not go with the layer, or some are needed.
+    """
+    if given is not None and not isinstance(given, LayerTransforms):
+        raise TypeError(f"transforms: got {type(given).__name__}, expected Transforms[i]")
+    if layer.quantization is None:
+        if given is not None:
+            raise ValueError("transforms: given, but the layer's pairs are stored as they are")
+        return None
+    if layer.quantization.transform == "hadamard":
+        if given is not None:
+            raise ValueError("transforms: given, but the layer's is the fixed Hadamard rotation")
+        own: LayerTransforms = Transforms.hadamard(_config_of(layer))[0]
+        return own
+    if given is None:
+        raise ValueError(f"transforms: got None, but {layer.quantization} needs calibrated ones")
+    shape = (layer.kv_heads, layer.head_dim, layer.head_dim)
+    if tuple(given.key_in.shape) != shape:
+        raise ValueError(f"transforms: of shape {tuple(given.key_in.shape)}, expected {shape}")
+    if given.key_mean is not None and layer.softcap is not None:
+        raise ValueError("transforms: with a mean of keys, which a soft cap does not allow")
+    return given
 
 
 def step(
@@ -233,6 +317,7 @@ def _config_of(layer: LayerConfig) -> CacheConfig:
         rank=layer.rank,
         dtype=layer.dtype,
         state_dtype=layer.state_dtype,
+        quantization=layer.quantization,
     )
 
 
@@ -244,6 +329,8 @@ def state_names(layer: LayerConfig) -> tuple[str, ...]:
     names = ["keys", "values", "scores", "positions"]
     if layer.policy.history_window:
         names.append("history")
+    if layer.quantization is not None:
+        names += ["key_scales", "value_scales"]
     if layer.rank:
         names += ["H", "z"]
     return tuple(names)
@@ -261,6 +348,8 @@ def layer_spec(layer: LayerConfig, kind: str | None) -> str:
         for name in LayerConfig.__dataclass_fields__
         if name != "policies"
     }
+    if layer.quantization is not None:
+        fields["quantization"] = layer.quantization.to_dict()
     policies = [policy.to_dict() for policy in layer.policies]
     return json.dumps({**fields, "policies": policies, "kind": kind}, sort_keys=True)
 
@@ -272,6 +361,8 @@ def read_spec(spec: str) -> tuple[LayerConfig, str | None]:
     kind = fields.pop("kind")
     fields["policies"] = tuple(policy_from_dict(policy) for policy in fields["policies"])
     fields["capacities"] = tuple(fields["capacities"])
+    if fields["quantization"] is not None:
+        fields["quantization"] = Quantization.from_dict(fields["quantization"])
     return LayerConfig(**fields), kind
 
 
@@ -384,7 +475,7 @@ def step_in_place(
     q, k, v, mask, lengths, rows, clean
         As of `Backend.attend`.
     state
-        keys, values, scores, positions, H, z, and history where there is one.
+        The layer's arrays, in the order of `arrays.array_shapes`.
     plan
         `StepPlan.number` of a plan that is kept.
 
@@ -393,7 +484,8 @@ def step_in_place(
     Tensor
         [B, Hq, S, D].
     """
-    arrays = LayerArrays(*state)
+    held: dict[str, Any] = dict(zip(array_shapes(_PLANS[plan].layer), state, strict=True))
+    arrays = LayerArrays(**held)
     return _PLANS[plan].run(arrays, q, k, v, lengths, rows, mask, clean=clean)
 
 

@@ -185,8 +185,8 @@ def _check_contents(where: str, layer: LayerConfig, arrays: Mapping[str, Tensor]
     for name, array in arrays.items():
         if array.is_floating_point() and not bool(torch.isfinite(array).all()):
             raise ValueError(f"{where}.{name}: holds NaN or infinity")
-    for name in ("z", "length"):
-        if bool((arrays[name] < 0).any()):
+    for name in ("z", "length", "key_scales", "value_scales"):
+        if name in arrays and bool((arrays[name] < 0).any()):
             raise ValueError(f"{where}.{name}: holds a number below 0")
     positions = arrays["positions"]
     if bool((positions < EMPTY).any()):

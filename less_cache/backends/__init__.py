@@ -41,6 +41,7 @@ class Backend(Protocol):
         rows: Array | None = None,
         mask: Array | None = None,
         clean: bool = False,
+        shift: Array | None = None,
     ) -> Array:
         """The only operation (docs/design.md); what comes in has been checked.
 
@@ -62,6 +63,9 @@ class Backend(Protocol):
             [B, S] booleans, false at padding; ``None``: no padding.
         clean
             Whether rows of length 0 are known to be as `empty_arrays` makes them.
+        shift
+            [B, Hq, S], added to each query's products with keys; ``None``: nothing. For coded
+            pairs, whose keys are centred (`LayerTransforms.enter`).
 
         Returns
         -------

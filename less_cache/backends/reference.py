@@ -19,9 +19,13 @@ from ..config import CacheConfig
 from ..feature_maps import EXPONENT_LIMIT, LayerMaps
 from ..layer_config import LayerConfig
 from ..policies import Policy
+from ..quantization import codes
 from . import following
 
 Array = Any
+
+STORED = ("keys", "values", "key_scales", "value_scales")
+"""The arrays that hold pairs."""
 
 
 def check_config(config: CacheConfig) -> None:
@@ -42,9 +46,11 @@ class Head:
     """What one KV head of one sequence holds: n pairs, and the state of what it has lost."""
 
     keys: Array
-    """[n, D]"""
+    """[n, D], as attention reads them"""
     values: Array
     """[n, D]"""
+    stored: dict[str, Array]
+    """What the slots hold of keys and values, [n, ...] each: these themselves, or codes"""
     scores: Array
     """[n]"""
     positions: Array
@@ -61,6 +67,7 @@ class Head:
         return Head(
             self.keys[slots],
             self.values[slots],
+            {name: array[slots] for name, array in self.stored.items()},
             self.scores[slots],
             self.positions[slots],
             self.history[slots],
@@ -81,6 +88,7 @@ def attend(
     rows: Array | None = None,
     mask: Array | None = None,
     clean: bool = False,
+    shift: Array | None = None,
 ) -> Array:
     """The step; see `Backend.attend`."""
     with torch.no_grad():
@@ -108,6 +116,7 @@ def attend(
                     xp.astype(k[number, head][tokens], wide),
                     xp.astype(v[number, head][tokens], wide),
                     seen,
+                    None if shift is None else shift[number, queries][:, tokens],
                 )
                 out[number, queries][:, tokens] = xp.astype(attended, q.dtype)
                 _write(xp, layer, arrays, row, head, held)
@@ -131,6 +140,7 @@ def attend_head(
     k: Array,
     v: Array,
     seen: int,
+    shift: Array | None = None,
 ) -> tuple[Array, Head]:
     """One KV head of one sequence takes S >= 1 new tokens, none of them padding.
 
@@ -152,6 +162,8 @@ def attend_head(
         [S, D].
     seen
         Tokens seen before these.
+    shift
+        [G, S], added to each query's products.
 
     Returns
     -------
@@ -171,9 +183,11 @@ def attend_head(
     kept = held.keys.shape[0]
     device = array_api_compat.device(k)
     new = xp.arange(new_tokens, dtype=held.positions.dtype, device=device)
+    entering = _as_stored(xp, layer, k, v)
     union = Head(
         xp.concat([held.keys, k]),
         xp.concat([held.values, v]),
+        {name: xp.concat([held.stored[name], entering[name]]) for name in entering},
         xp.concat([held.scores, policy.initial_scores(xp, k, seen + new)]),
         xp.concat([held.positions, seen + new]),
         xp.concat([held.history, xp.zeros_like(new, dtype=held.history.dtype)]),
@@ -182,7 +196,8 @@ def attend_head(
     )
     columns = xp.arange(kept + new_tokens, device=device)
     visible = columns[None, :] <= kept + new[:, None]
-    logits = (q @ xp.matrix_transpose(union.keys)) * layer.scale
+    products = q @ xp.matrix_transpose(union.keys)
+    logits = (products if shift is None else products + shift[..., None]) * layer.scale
     if layer.softcap is not None:
         logits = layer.softcap * xp.tanh(logits / layer.softcap)
     logits = xp.where(visible, logits, -math.inf)
@@ -211,10 +226,39 @@ def attend_head(
         xp, union.scores, union.history, probabilities, visible
     )
 
-    # 4. The new pairs are in; while more than C are held, evict one.
+    # 4. The new pairs are in, as they are stored; while more than C are held, evict one.
+    union.keys, union.values = _as_read(xp, layer, union.stored, k.dtype)
     while union.keys.shape[0] > capacity:
         union = evict(xp, policy, union, maps, seen + new_tokens)
     return out, union
+
+
+def _as_stored(xp: Any, layer: LayerConfig, k: Array, v: Array) -> dict[str, Array]:
+    """What slots hold of new pairs: in the dtype of storing, or codes and scales."""
+    if layer.key_layout is None or layer.value_layout is None:
+        dtype = getattr(xp, layer.dtype)
+        return {"keys": xp.astype(k, dtype), "values": xp.astype(v, dtype)}
+    keys, key_scales = codes.encode(layer.key_layout, k)
+    values, value_scales = codes.encode(layer.value_layout, v)
+    return {
+        "keys": keys,
+        "values": values,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
+
+
+def _as_read(
+    xp: Any, layer: LayerConfig, stored: dict[str, Array], dtype: Any
+) -> tuple[Array, Array]:
+    """Keys and values as attention reads them from what slots hold."""
+    keys, values = stored["keys"], stored["values"]
+    if layer.key_layout is None or layer.value_layout is None:
+        return xp.astype(keys, dtype), xp.astype(values, dtype)
+    return (
+        codes.decode(layer.key_layout, keys, stored["key_scales"], dtype),
+        codes.decode(layer.value_layout, values, stored["value_scales"], dtype),
+    )
 
 
 def evict(xp: Any, policy: Policy, held: Head, maps: dict[str, Any] | None, seen: int) -> Head:
@@ -261,7 +305,10 @@ def phi(xp: Any, maps: dict[str, Any], q: Array) -> Array:
 
 def psi(xp: Any, maps: dict[str, Any], k: Array) -> Array:
     """ψ of keys [S, D], as the docstring of `feature_maps` gives it: [S, R]."""
-    features = gelu(xp, k @ maps["psi_w1"]) @ maps["psi_w2"]
+    first = k @ maps["psi_w1"]
+    if "psi_b1" in maps:
+        first = first + maps["psi_b1"]
+    features = gelu(xp, first) @ maps["psi_w2"]
     if maps["kind"] == "exp":
         return xp.exp(xp.clip(features + maps["psi_b"], -EXPONENT_LIMIT, EXPONENT_LIMIT))
     u = xp.abs(maps["psi_s1"]) * gelu(xp, features)
@@ -308,9 +355,14 @@ def _read(
         history = arrays.history[row, slots]
     order = xp.argsort(positions)
     order = order[positions[order] != EMPTY]
+    stored = {
+        name: getattr(arrays, name)[row, slots]
+        for name in STORED
+        if getattr(arrays, name) is not None
+    }
     return Head(
-        xp.astype(arrays.keys[row, slots], wide),
-        xp.astype(arrays.values[row, slots], wide),
+        *_as_read(xp, layer, stored, wide),
+        stored,
         arrays.scores[row, slots],
         positions,
         history,
@@ -324,11 +376,12 @@ def _write(
 ) -> None:
     count = held.keys.shape[0]
     slots = layer.head_slots(head)
-    for name in ("keys", "values", "scores", "positions", "history"):
+    small = {"scores": held.scores, "positions": held.positions, "history": held.history}
+    for name, new in {**held.stored, **small}.items():
         array = getattr(arrays, name)
         if array is not None:
             own = array[row, slots]
-            own[:count] = xp.astype(getattr(held, name), array.dtype)
+            own[:count] = xp.astype(new, array.dtype)
             own[count:] = EMPTY if name == "positions" else 0
     arrays.H[row, head] = xp.astype(held.H, arrays.H.dtype)
     arrays.z[row, head] = xp.astype(held.z, arrays.z.dtype)

@@ -59,6 +59,7 @@ def attend(
     rows: Tensor | None = None,
     mask: Tensor | None = None,
     clean: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The step; see `Backend.attend`."""
     work = step.attend if k.shape[2] == 1 else chunk.attend
@@ -70,7 +71,8 @@ def attend(
             held = open_run(run, arrays, rows, None if clean else lengths)
             heads = (q[:, run.query_heads], k[:, run.kv_heads], v[:, run.kv_heads])
             own = None if maps is None else maps[index]
-            outs.append(work(run.layer, held, own, *heads, lengths, mask))
+            added = None if shift is None else shift[:, run.query_heads]
+            outs.append(work(run.layer, held, own, *heads, lengths, mask, added))
             held.close()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 

@@ -35,6 +35,7 @@ def on_a_cpu(
     values: Tensor,
     positions: Tensor,
     weight: Tensor | None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`in_blocks` where there is nothing to wait for: padding is left out, not masked.
 
@@ -67,8 +68,11 @@ def on_a_cpu(
         )
         mean = found.mean
         if maps is not None and bool(slots.z[rows].any()):
+            log_mass = found.log_mass
+            if shift is not None:
+                log_mass = log_mass + layer.scale * shift[rows][:, :, tokens]
             mean = prompt.add_low_rank(
-                mean, found.log_mass, maps.phi(queries), slots.H[rows], slots.z[rows]
+                mean, log_mass, maps.phi(queries), slots.H[rows], slots.z[rows]
             )
         out[rows, :, tokens] = mean.to(out.dtype)
         if weight is not None:
@@ -87,6 +91,7 @@ def in_blocks(
     values: Tensor,
     positions: Tensor,
     weight: Tensor | None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs, and each pair's weighted sum of probabilities, a block of queries at a time.
 
@@ -105,6 +110,8 @@ def in_blocks(
         [B, heads, C + S], -1 where there is no pair.
     weight
         [B, S], what each query's probabilities count for; ``None``: they are not wanted.
+    shift
+        [B, Hq, S], added to the queries' products; ``None``: nothing. Not with a soft cap.
 
     Returns
     -------
@@ -137,7 +144,11 @@ def in_blocks(
         part = probabilities @ values[:, :, :span]
         if maps is not None:
             features = maps.phi(queries).reshape(*grouped.shape[:3], -1)
-            part = with_low_rank(slots, features, part, log_mass_of(logits, probabilities))
+            log_mass = log_mass_of(logits, probabilities)
+            if shift is not None:
+                # Common to all pairs of a query, it only tells against the low-rank state.
+                log_mass.add_(shift[:, :, start:stop].reshape(log_mass.shape), alpha=layer.scale)
+            part = with_low_rank(slots, features, part, log_mass)
         out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
         if weight is not None:
             share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)

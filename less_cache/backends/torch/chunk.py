@@ -39,6 +39,7 @@ def attend(
     v: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
+    shift: Tensor | None = None,
     attention_function: Attention | None = None,
 ) -> Tensor:
     """Attend from S tokens over what is held and each other, then let all but C pairs leave.
@@ -55,6 +56,8 @@ def attend(
         [B].
     mask
         [B, S] booleans; ``None``: no padding.
+    shift
+        [B, Hq, S], added to the queries' products; ``None``: nothing.
     attention_function
         Takes and gives what `attention.in_blocks` does. Default: what is fastest on the device.
 
@@ -81,12 +84,11 @@ def attend(
     new_positions = torch.where(mask, lengths.view(batch, 1) + ranks - 1, EMPTY)
     new_positions = new_positions.to(slots.positions.dtype).unsqueeze(1).expand(-1, kv_heads, -1)
     positions = torch.cat([slots.positions, new_positions], 2)
-    old_keys, old_values = slots.read()
-    keys = torch.cat([old_keys, k.to(old_keys.dtype)], 2)
-    values = torch.cat([old_values, v.to(old_values.dtype)], 2)
+    union = slots.join(k, v)
+    keys, values = union.keys, union.values
     weight = _query_weights(layer, mask, ranks, incoming, slots.wide)
     attend_new = attention_function or attention.fastest(q.device)
-    out, gained = attend_new(layer, slots, maps, q, keys, values, positions, weight)
+    out, gained = attend_new(layer, slots, maps, q, keys, values, positions, weight, shift)
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 
     # 3. Scores.
@@ -112,13 +114,11 @@ def attend(
     leaving, staying = _select(layer, scores, positions, total)
     if maps is not None:
         gone = positions.gather(2, leaving) != EMPTY
-        merge(slots, maps.psi(_take(keys, leaving)), _take(values, leaving), gone)
+        old_keys, old_values = union.take(leaving)
+        merge(slots, maps.psi(old_keys), old_values, gone)
     kept = positions.gather(2, staying)
     empty = kept == EMPTY
-    slots.replace(
-        _take(keys, staying).masked_fill_(empty.unsqueeze(3), 0),
-        _take(values, staying).masked_fill_(empty.unsqueeze(3), 0),
-    )
+    slots.replace(union, staying, empty)
     slots.scores.copy_(scores.gather(2, staying).masked_fill_(empty, 0))
     slots.positions.copy_(kept)
     if slots.history is not None and history is not None:
@@ -273,7 +273,3 @@ def _select(
     age = age.masked_fill(age == EMPTY, torch.iinfo(age.dtype).max)
     return leaving, staying.gather(2, age.argsort(dim=2, stable=True))
 
-
-def _take(array: Tensor, columns: Tensor) -> Tensor:
-    """``array[b, h, columns]`` of [B, heads, N, D]."""
-    return array.gather(2, columns.unsqueeze(3).expand(-1, -1, -1, array.shape[3]))

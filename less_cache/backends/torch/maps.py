@@ -24,12 +24,15 @@ class JoinedMaps(LayerMaps):
         [Hq + Hkv, D, hidden], `phi_w1` and `psi_w1`.
     w2
         [Hq + Hkv, hidden, R], likewise.
+    first_bias
+        [Hq + Hkv, hidden], what is added before the activation; zero for φ.
     bias
         [Hq + Hkv, 1, R], what is added to the features of the ``"exp"`` kind; zero for φ.
     """
 
     w1: Tensor
     w2: Tensor
+    first_bias: Tensor | None
     bias: Tensor | None
 
     def both(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +45,9 @@ class JoinedMaps(LayerMaps):
         keys
             [B, Hkv, 1, D].
         """
-        features = self.two_layers(torch.cat([queries, keys], 1), self.w1, self.w2)
+        features = self.two_layers(
+            torch.cat([queries, keys], 1), self.w1, self.w2, self.first_bias
+        )
         heads = queries.shape[1]
         if self.bias is None:
             return self.finish_phi(features[:, :heads]), self.finish_psi(features[:, heads:])
@@ -62,4 +67,7 @@ def join(maps: LayerMaps) -> JoinedMaps:
     if maps.kind == "exp":
         none = torch.zeros_like(t["psi_b"][:1]).expand(heads, -1)
         bias = torch.cat([none, t["psi_b"]]).unsqueeze(1)
-    return JoinedMaps(maps.kind, tensors, w1, w2, bias)
+    first_bias = None
+    if "psi_b1" in t:
+        first_bias = torch.cat([t["psi_b1"].new_zeros(heads, w1.shape[2]), t["psi_b1"]])
+    return JoinedMaps(maps.kind, tensors, w1, w2, first_bias, bias)

@@ -1,7 +1,8 @@
 """The one place where the PyTorch backend reads and writes what is stored of a call's rows.
 
-Keys and values are kept in the dtype of storing and come out in the dtype of computing. The small
-arrays (scores, positions, history, H, z) of the rows in question are at hand as dense tensors.
+Keys and values are kept in the dtype of storing, or as codes and scales, and come out in the dtype of
+computing. The small arrays (scores, positions, history, H, z) of the rows in question are at hand as
+dense tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from ...arrays import EMPTY, LayerArrays
 from ...layer_config import LayerConfig, Run
+from ...quantization import codes
+
+PAIRS = ("keys", "values", "key_scales", "value_scales")
+"""The arrays that hold pairs."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class RunSlots:
         """q·k of queries [B, heads, M, D] with every stored key: [B, heads, M, C]."""
         queries = queries.to(self.wide)
         keys = self.stored.keys
+        if self.layer.key_layout is not None:
+            return queries @ self.read()[0].transpose(2, 3)
         if self._in_one_piece:
             if queries.shape[2] == 1:
                 # For a single query, a CPU reads keys up to three times as fast when they come
@@ -77,6 +84,8 @@ class RunSlots:
     def mix(self, weights: Tensor) -> Tensor:
         """Σ weight · v over every stored value: [B, heads, M, D] from [B, heads, M, C]."""
         values = self.stored.values
+        if self.layer.value_layout is not None:
+            return weights @ self.read()[1]
         if self._in_one_piece:
             return weights @ values
         if values.device.type != "cpu":
@@ -89,10 +98,8 @@ class RunSlots:
 
     def take(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value in one slot a head, [B, heads, 1, D] each; `slot` [B, heads, 1]."""
-        return (
-            self._at(self.stored.keys, slot).to(self.wide),
-            self._at(self.stored.values, slot).to(self.wide),
-        )
+        found = {name: self._at(array, slot) for name, array in pairs_of(self.stored).items()}
+        return as_read(self.layer, found, self.wide)
 
     def put(self, slot: Tensor, k: Tensor, v: Tensor, incoming: Tensor | None) -> None:
         """Store one pair a head, [B, heads, 1, D] each, in the rows that have an incoming one.
@@ -106,26 +113,43 @@ class RunSlots:
         incoming
             [B, 1, 1] booleans; ``None``: all rows have one.
         """
-        for stored, new in ((self.stored.keys, k), (self.stored.values, v)):
-            value = new.to(stored.dtype)
+        for name, value in as_stored(self.layer, self.stored, k, v).items():
+            stored = getattr(self.stored, name)
             if incoming is not None:
-                value = torch.where(incoming.unsqueeze(3), value, self._at(stored, slot))
+                has = incoming if value.ndim == 3 else incoming.unsqueeze(3)
+                value = torch.where(has, value, self._at(stored, slot))
             if self.rows is None:
                 stored.scatter_(2, _along(slot, stored), value)
             else:
                 stored[self._places(slot)] = value.squeeze(2)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All stored keys and values of the rows, [B, heads, C, D], as they are stored."""
-        return self._chosen(self.stored.keys), self._chosen(self.stored.values)
+        """All keys and values of the rows, [B, heads, C, D], in the dtype of computing."""
+        found = {name: self._chosen(array) for name, array in pairs_of(self.stored).items()}
+        return as_read(self.layer, found, self.wide)
 
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Store these in place of all, [B, heads, C, D]."""
-        for stored, new in ((self.stored.keys, keys), (self.stored.values, values)):
+    def join(self, k: Tensor, v: Tensor) -> Union:
+        """The rows' pairs and new ones behind them, [B, heads, S, D] each."""
+        new = as_stored(self.layer, self.stored, k, v)
+        old = {name: self._chosen(array) for name, array in pairs_of(self.stored).items()}
+        stored = {name: torch.cat([old[name], new[name]], 2) for name in old}
+        if self.layer.key_layout is None:
+            return Union(self.layer, stored, stored["keys"], stored["values"])
+        # Their own step reads new pairs as they came, not as they are coded.
+        keys, values = as_read(self.layer, old, self.wide)
+        keys, values = torch.cat([keys, k.to(self.wide)], 2), torch.cat([values, v.to(self.wide)], 2)
+        return Union(self.layer, stored, keys, values)
+
+    def replace(self, union: Union, columns: Tensor, empty: Tensor) -> None:
+        """Store the union's pairs of these columns in place of all: both [B, heads, C]."""
+        for name, array in union.stored.items():
+            new = _take(array, columns)
+            new = new.masked_fill_(empty if new.ndim == 3 else empty.unsqueeze(3), 0)
+            stored = getattr(self.stored, name)
             if self.rows is None:
                 stored.copy_(new)
             else:
-                stored.index_copy_(0, self.rows, new.to(stored.dtype))
+                stored.index_copy_(0, self.rows, new)
 
     def clear(self, fresh: Tensor) -> None:
         """Make the rows that `fresh` [B] names empty, whatever they held."""
@@ -135,7 +159,7 @@ class RunSlots:
             if not len(chosen):
                 return
             pool = chosen if self.rows is None else self.rows[chosen]
-            for array in (self.stored.keys, self.stored.values):
+            for array in pairs_of(self.stored).values():
                 array[pool] = 0
             for array in (self.scores, self.H, self.z, self.history):
                 if array is not None:
@@ -143,8 +167,13 @@ class RunSlots:
             self.positions[chosen] = EMPTY
             return
         shape = (-1, 1, 1, 1)
-        keys, values = self.read()
-        self.replace(*(x.masked_fill(fresh.view(shape), 0) for x in (keys, values)))
+        for stored in pairs_of(self.stored).values():
+            own = self._chosen(stored)
+            own = own.masked_fill(fresh.view(shape[: own.ndim]), 0)
+            if self.rows is None:
+                stored.copy_(own)
+            else:
+                stored.index_copy_(0, self.rows, own)
         for array in (self.scores, self.z, self.history):
             if array is not None:
                 array.masked_fill_(fresh.view(shape[1:]), 0)
@@ -177,6 +206,63 @@ class RunSlots:
         return stored[self._places(slot)].unsqueeze(2)
 
 
+@dataclass
+class Union:
+    """The pairs of a call's rows, C old ones and S new ones.
+
+    Parameters
+    ----------
+    layer
+        The run's heads as a layer of their own.
+    stored
+        What slots hold of them, or will: [B, heads, C + S, ...].
+    keys, values
+        [B, heads, C + S, D], as attention reads them.
+    """
+
+    layer: LayerConfig
+    stored: dict[str, Tensor]
+    keys: Tensor
+    values: Tensor
+
+    def take(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some columns [B, heads, n], as slots would give them back."""
+        found = {name: _take(array, columns) for name, array in self.stored.items()}
+        return as_read(self.layer, found, self.keys.dtype)
+
+
+def as_stored(layer: LayerConfig, stored: LayerArrays, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """What slots hold of pairs [..., D]: in the dtype of storing, or codes and scales."""
+    if layer.key_layout is None or layer.value_layout is None:
+        return {"keys": k.to(stored.keys.dtype), "values": v.to(stored.values.dtype)}
+    keys, key_scales = codes.encode(layer.key_layout, k)
+    values, value_scales = codes.encode(layer.value_layout, v)
+    return {
+        "keys": keys,
+        "values": values,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
+
+
+def as_read(
+    layer: LayerConfig, stored: dict[str, Tensor], wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [..., D] of what slots hold; `wide` is the dtype of computing."""
+    if layer.key_layout is None or layer.value_layout is None:
+        return stored["keys"].to(wide), stored["values"].to(wide)
+    return (
+        codes.decode(layer.key_layout, stored["keys"], stored["key_scales"], wide),
+        codes.decode(layer.value_layout, stored["values"], stored["value_scales"], wide),
+    )
+
+
+def pairs_of(stored: LayerArrays) -> dict[str, Tensor]:
+    """The arrays that hold pairs, by name."""
+    found = {name: getattr(stored, name) for name in PAIRS}
+    return {name: array for name, array in found.items() if array is not None}
+
+
 def open_run(
     run: Run, arrays: LayerArrays, rows: Tensor | None, lengths: Tensor | None
 ) -> RunSlots:
@@ -204,4 +290,9 @@ def open_run(
 
 
 def _along(slot: Tensor, stored: Tensor) -> Tensor:
-    return slot.unsqueeze(3).expand(-1, -1, -1, stored.shape[3])
+    return slot if stored.ndim == 3 else slot.unsqueeze(3).expand(-1, -1, -1, stored.shape[3])
+
+
+def _take(array: Tensor, columns: Tensor) -> Tensor:
+    """``array[b, h, columns]`` of [B, heads, N] or [B, heads, N, D]."""
+    return array.gather(2, _along(columns, array))

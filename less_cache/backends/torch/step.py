@@ -32,6 +32,7 @@ def attend(
     v: Tensor,
     lengths: Tensor,
     mask: Tensor | None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The victim's slot, or the first empty one, becomes the new pair's.
 
@@ -47,6 +48,8 @@ def attend(
         [B].
     mask
         [B, 1] booleans.
+    shift
+        [B, Hq, 1], added to the queries' products; ``None``: nothing. Not with a soft cap.
 
     Returns
     -------
@@ -77,14 +80,26 @@ def attend(
 
     # 2. Attend.
     grouped = q.reshape(batch, kv_heads, layer.group, layer.head_dim)
-    logits = scaled(layer, slots.products(grouped))
+    products = slots.products(grouped)
+    if layer.key_layout is not None:
+        # The pair's own step reads it as it came, not as it is coded.
+        own = grouped.to(slots.wide) @ k.to(slots.wide).transpose(2, 3)
+        products.scatter_(3, slot.unsqueeze(2).expand_as(own), own)
+    logits = scaled(layer, products)
     # Empty slots have position -1: they get the lowest number, in fewer passes than by a mask.
     logits.add_(slots.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
     probabilities = logits.softmax(3)
     out = slots.mix(probabilities)
+    if layer.value_layout is not None:
+        share = probabilities.gather(3, slot.unsqueeze(2).expand(-1, -1, layer.group, -1))
+        out.addcmul_(share, v.to(slots.wide) - slots.take(slot)[1])
     if features is not None:
         features = features.reshape(batch, kv_heads, layer.group, -1)
-        out = with_low_rank(slots, features, out, log_mass_of(logits, probabilities))
+        log_mass = log_mass_of(logits, probabilities)
+        if shift is not None:
+            # Common to all pairs of a query, it only tells against the low-rank state.
+            log_mass.add_(shift.view(log_mass.shape), alpha=layer.scale)
+        out = with_low_rank(slots, features, out, log_mass)
     out = out.to(q.dtype).view_as(q)
     if mask is not None:
         out = out.masked_fill(~mask.view(batch, 1, 1, 1), 0)

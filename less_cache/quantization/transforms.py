@@ -1,0 +1,300 @@
+"""The bases in which pairs are coded: linear at the edges of a step, codes and scales inside.
+
+A key k and a value v of one KV head enter as ``(k - m) A`` and ``(v - m') A'``. A query enters so that
+products stay what they were, ``q B^T`` with B = A^-1, and ``q·m`` is added to them; an output leaves by
+``o B' + m'``. The low-rank state H lives in the values' inner basis. Feature maps are folded: φ and ψ
+take inner queries and keys and give what they gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tensor_files import digest_of, read_tensors, write_tensors
+from ..feature_maps import LayerMaps
+
+FORMAT = "less_cache.transforms.1"
+TENSORS = ("key_in", "key_out", "key_mean", "value_in", "value_out", "value_mean")
+
+
+@dataclass(frozen=True)
+class LayerTransforms:
+    """One layer's bases.
+
+    Parameters
+    ----------
+    key_in, key_out
+        [Hkv, D, D], A and B = A^-1 of the keys. The inner channels are sorted: those that matter
+        most come first. Steps of their codes are 1 for a pair of ordinary size.
+    key_mean
+        [Hkv, D], m; ``None``: zero.
+    value_in, value_out, value_mean
+        Likewise of the values.
+    """
+
+    key_in: Tensor
+    key_out: Tensor
+    key_mean: Tensor | None
+    value_in: Tensor
+    value_out: Tensor
+    value_mean: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name, means only where there are some."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> LayerTransforms:
+        """The same elsewhere."""
+        changed = {name: tensor.to(device, dtype) for name, tensor in self.named().items()}
+        return dataclasses.replace(self, **changed)
+
+    def heads(self, kv_heads: slice) -> LayerTransforms:
+        """Those of some KV heads."""
+        return dataclasses.replace(self, **{n: t[kv_heads] for n, t in self.named().items()})
+
+    def enter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values in the inner basis, and what is added to the queries' products.
+
+        Parameters
+        ----------
+        q
+            [B, Hq, S, D].
+        k, v
+            [B, Hkv, S, D].
+
+        Returns
+        -------
+        q, k, v
+            In the transforms' dtype.
+        shift
+            [B, Hq, S], q·m; ``None`` where the keys have no mean.
+        """
+        q, k, v = (array.to(self.key_in.dtype) for array in (q, k, v))
+        shift = None
+        if self.key_mean is not None:
+            shift = _by_head(q, self.key_mean.unsqueeze(2)).squeeze(3)
+        inner_q = _by_head(q, self.key_out.transpose(1, 2))
+        return inner_q, self.enter_keys(k), self.enter_values(v), shift
+
+    def enter_keys(self, k: Tensor) -> Tensor:
+        """Keys [B, Hkv, S, D] in the inner basis."""
+        return (k if self.key_mean is None else k - self.key_mean.unsqueeze(1)) @ self.key_in
+
+    def enter_values(self, v: Tensor) -> Tensor:
+        """Values [B, Hkv, S, D] in the inner basis."""
+        return (v if self.value_mean is None else v - self.value_mean.unsqueeze(1)) @ self.value_in
+
+    def leave_keys(self, k: Tensor) -> Tensor:
+        """Keys [B, Hkv, S, D] as they were before `enter_keys`."""
+        k = k @ self.key_out
+        return k if self.key_mean is None else k + self.key_mean.unsqueeze(1)
+
+    def leave(self, out: Tensor) -> Tensor:
+        """Outputs or values [B, Hq or Hkv, S, D] as they were before `enter_values`."""
+        out = _by_head(out, self.value_out)
+        if self.value_mean is None:
+            return out
+        group = out.shape[1] // len(self.value_mean)
+        return out + self.value_mean.repeat_interleave(group, 0).unsqueeze(1)
+
+    def fold(self, maps: LayerMaps) -> LayerMaps:
+        """Feature maps that take inner queries and keys and give what `maps` give of outer ones.
+
+        With q = q' A^T and k = k' B + m, the first layers become A^T W1 and B V1, and m V1 is added.
+        """
+        tensors = dict(maps.tensors)
+        group = len(tensors["phi_w1"]) // len(self.key_in)
+        spread = self.key_in.repeat_interleave(group, 0)
+        wide = tensors["phi_w1"].dtype
+        tensors["phi_w1"] = spread.transpose(1, 2).to(wide) @ tensors["phi_w1"]
+        outer = tensors["psi_w1"]
+        tensors["psi_w1"] = self.key_out.to(wide) @ outer
+        if self.key_mean is not None:
+            tensors["psi_b1"] = (self.key_mean.to(wide).unsqueeze(1) @ outer).squeeze(1)
+        return LayerMaps(maps.kind, tensors)
+
+
+class Transforms(Sequence[LayerTransforms]):
+    """The bases of all layers of a model.
+
+    Parameters
+    ----------
+    kind
+        As of `Quantization.transform`.
+    layers
+        One a layer.
+    key_bits, value_bits
+        That they were fitted for; 0: any.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        layers: Sequence[LayerTransforms],
+        *,
+        key_bits: int = 0,
+        value_bits: int = 0,
+    ) -> None:
+        self.kind = kind
+        self.layers = tuple(layers)
+        self.key_bits = key_bits
+        self.value_bits = value_bits
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.layers[index]
+
+    def __iter__(self) -> Iterator[LayerTransforms]:
+        return iter(self.layers)
+
+    @classmethod
+    def hadamard(cls, config: Any) -> Transforms:
+        """The fixed rotation, the same for every head of every layer of a `CacheConfig`."""
+        matrix = hadamard_matrix(config.head_dim).expand(config.kv_heads, -1, -1)
+        layer = LayerTransforms(
+            matrix, matrix.transpose(1, 2), None, matrix, matrix.transpose(1, 2), None
+        )
+        return cls("hadamard", [layer] * config.num_layers)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything in them."""
+        return digest_of(self._tensors(), self._header())
+
+    def check_against(self, config: Any) -> None:
+        """Refuse transforms that are not for such a `CacheConfig`.
+
+        Raises
+        ------
+        ValueError
+            That says what differs.
+        """
+        wanted = config.quantization
+        if wanted is None:
+            raise ValueError("transforms: given, but config.quantization is None")
+        found = (self.kind, len(self), tuple(self.layers[0].key_in.shape))
+        shape = (config.kv_heads, config.head_dim, config.head_dim)
+        expected = (wanted.transform, config.num_layers, shape)
+        if found != expected:
+            raise ValueError(
+                "transforms: got (kind, layers, shape of key_in) = "
+                f"{found}, but the config needs {expected}"
+            )
+        bits = (self.key_bits, self.value_bits)
+        if any(bits) and bits != (wanted.key_bits, wanted.value_bits):
+            raise ValueError(
+                f"transforms: fitted for {bits} bits of keys and values, but the config has "
+                f"{(wanted.key_bits, wanted.value_bits)}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, by way of a temporary name."""
+        write_tensors(Path(path), self._tensors(), self._header())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Transforms:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is damaged, or holds no transforms.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of transforms")
+        header, tensors = read_tensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: no transforms: format {header.get('format')!r}, expected {FORMAT!r}"
+            )
+        try:
+            count = int(header["layers"])
+            bits = {name: int(header[name]) for name in ("key_bits", "value_bits")}
+            layers = [_read_layer(tensors, f"layers.{i}.") for i in range(count)]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
+        if len(tensors) != sum(len(layer.named()) for layer in layers):
+            raise ValueError(f"{path}: holds tensors of other layers than its {count}")
+        return cls(header["kind"], layers, **bits)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"layers.{i}.{name}": tensor
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.named().items()
+        }
+
+    def _header(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "layers": str(len(self)),
+            "key_bits": str(self.key_bits),
+            "value_bits": str(self.value_bits),
+        }
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """An orthogonal matrix [size, size], float64, that spreads every channel over all others.
+
+    A Hadamard matrix with random signs; where the size is 2^a m with m odd, the Kronecker product of
+    that of 2^a with the discrete cosine transform of m.
+    """
+    power = size & -size
+    odd = size // power
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < power:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    n = torch.arange(odd, dtype=torch.float64)
+    cosines = torch.cos(math.pi / odd * (n + 0.5) * n.unsqueeze(1)) * math.sqrt(2 / odd)
+    cosines[0] = math.sqrt(1 / odd)
+    matrix = torch.kron(matrix / math.sqrt(power), cosines)
+    return _signs(size).unsqueeze(1) * matrix
+
+
+def _signs(size: int) -> Tensor:
+    """1 and -1, [size], the same everywhere and forever."""
+    bits: list[int] = []
+    block = 0
+    while len(bits) < size:
+        digest = hashlib.sha256(f"less_cache {block}".encode()).digest()
+        bits += [byte >> shift & 1 for byte in digest for shift in range(8)]
+        block += 1
+    return torch.tensor([1.0 - 2.0 * bit for bit in bits[:size]], dtype=torch.float64)
+
+
+def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x[:, h] @ matrix[h // G]`` of [B, Hq, S, D] and [Hkv, D, E]: [B, Hq, S, E]."""
+    batch, heads, tokens, size = x.shape
+    kv_heads = len(matrix)
+    if heads == kv_heads:
+        return x @ matrix
+    grouped = x.reshape(batch, kv_heads, -1, size) @ matrix
+    return grouped.view(batch, heads, tokens, -1)
+
+
+def _read_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTransforms:
+    found: dict[str, Tensor | None] = {
+        name: tensors.get(prefix + name) for name in TENSORS
+    }
+    for name in ("key_in", "key_out", "value_in", "value_out"):
+        if found[name] is None:
+            raise KeyError(prefix + name)
+    held: dict[str, Any] = found
+    return LayerTransforms(**held)

@@ -179,9 +179,7 @@ class LayerMaps:
         """What follows the first layer of both maps."""
         return F.gelu(hidden)
 
-    def two_layers(
-        self, x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
+    def two_layers(self, x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = None) -> Tensor:
         """gelu(x w1 + bias) w2 by head, the sum of the last product in float32 or wider."""
         batch, heads, length, head_dim = x.shape
         # One product per head for the whole batch: the weights are read once, not once a sequence.

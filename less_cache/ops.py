@@ -26,7 +26,7 @@ from .feature_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .layer_config import LayerConfig
 from .policies import policy_from_dict
 from .quantization import Quantization
-from .quantization.transforms import LayerTransforms, Transforms
+from .quantization.transforms import LayerTransforms, layer_transforms
 
 _PLANS: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -88,7 +88,6 @@ class StepPlan:
             clean=clean,
         )
 
-
     def _run_inside(
         self,
         transforms: LayerTransforms,
@@ -104,16 +103,16 @@ class StepPlan:
         """The same in the basis of the codes."""
         numpy = not isinstance(q, Tensor)
         with torch.no_grad():
-            outer = (torch.from_numpy(x) for x in (q, k, v)) if numpy else (q, k, v)
-            *inner, shift = transforms.enter(*outer)
+            outer = [torch.from_numpy(x) for x in (q, k, v)] if numpy else [q, k, v]
+            inner: list[Array] = [*transforms.enter(*outer)]
             if numpy:
-                inner = [x.numpy() for x in inner]
-                shift = None if shift is None else shift.numpy()
+                inner = [None if x is None else x.numpy() for x in inner]
+            *tokens, shift = inner
             out = self.module.attend(
                 self.layer,
                 arrays,
                 self.maps,
-                *inner,
+                *tokens,
                 lengths=lengths,
                 rows=rows,
                 mask=mask,
@@ -171,7 +170,7 @@ def plan_step(
     module = get_backend(backend)
     module.check_config(config)
     place = None if numpy else torch.device(device)
-    transforms = _transforms_of(layer, transforms)
+    transforms = layer_transforms(layer, transforms)
     prepared = None
     if maps is not None:
         if transforms is not None:
@@ -180,35 +179,6 @@ def plan_step(
     if transforms is not None:
         transforms = transforms.to(place, getattr(torch, layer.score_dtype))
     return StepPlan(layer, backend, prepared, transforms)
-
-
-def _transforms_of(layer: LayerConfig, given: LayerTransforms | None) -> LayerTransforms | None:
-    """The bases of a layer's codes.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If those given do not go with the layer, or some are needed.
-    """
-    if given is not None and not isinstance(given, LayerTransforms):
-        raise TypeError(f"transforms: got {type(given).__name__}, expected Transforms[i]")
-    if layer.quantization is None:
-        if given is not None:
-            raise ValueError("transforms: given, but the layer's pairs are stored as they are")
-        return None
-    if layer.quantization.transform == "hadamard":
-        if given is not None:
-            raise ValueError("transforms: given, but the layer's is the fixed Hadamard rotation")
-        own: LayerTransforms = Transforms.hadamard(_config_of(layer))[0]
-        return own
-    if given is None:
-        raise ValueError(f"transforms: got None, but {layer.quantization} needs calibrated ones")
-    shape = (layer.kv_heads, layer.head_dim, layer.head_dim)
-    if tuple(given.key_in.shape) != shape:
-        raise ValueError(f"transforms: of shape {tuple(given.key_in.shape)}, expected {shape}")
-    if given.key_mean is not None and layer.softcap is not None:
-        raise ValueError("transforms: with a mean of keys, which a soft cap does not allow")
-    return given
 
 
 def step(

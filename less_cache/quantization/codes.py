@@ -1,8 +1,8 @@
 """Codes and scales of pairs, over the array API: NumPy and torch run the same lines.
 
-A number u of channel c becomes ``code = round(u / s + center_c)``, clipped to what its bits hold, and
-is read as ``s (code - center_c)``. The scale s is one for all channels of a key or value: the root of
-their mean square, each in units of its own step.
+A number u of channel c becomes ``code = round(u / s + center_c)``, clipped to what its bits hold,
+and is read as ``s (code - center_c)``. The scale s is one for all channels of a key or value: the
+root of their mean square, each in units of its own step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How the codes of a head's channels lie in bytes, so that shifts alone unpack them.
 
-Channels are sorted: those with more bits come first. Codes of 1, 2, 4 and 8 bits are packed as they
-are; those of 3 and 6 bits as two planes, the low bits and the high bits. In a plane of n channels
-with w bits each, byte i has channels i, i + m, i + 2m, ... with m = ceil(n w / 8): unpacking is 8 / w
-shifts of whole runs of bytes, and nothing is interleaved.
+Channels are sorted: those with more bits come first. Codes of 1, 2, 4 and 8 bits are packed as
+they are; those of 3 and 6 bits as two planes, the low bits and the high bits. In a plane of n
+channels with w bits each, byte i has channels i, i + m, i + 2m, ... with m = ceil(n w / 8):
+unpacking is 8 / w shifts of whole runs of bytes, and nothing is interleaved.
 """
 
 from __future__ import annotations

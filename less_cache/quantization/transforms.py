@@ -1,9 +1,9 @@
 """The bases in which pairs are coded: linear at the edges of a step, codes and scales inside.
 
-A key k and a value v of one KV head enter as ``(k - m) A`` and ``(v - m') A'``. A query enters so that
-products stay what they were, ``q B^T`` with B = A^-1, and ``q·m`` is added to them; an output leaves by
-``o B' + m'``. The low-rank state H lives in the values' inner basis. Feature maps are folded: φ and ψ
-take inner queries and keys and give what they gave.
+A key k and a value v of one KV head enter as ``(k - m) A`` and ``(v - m') A'``. A query enters so
+that products stay what they were, ``q B^T`` with B = A^-1, and ``q·m`` is added to them; an output
+leaves by ``o B' + m'``. The low-rank state H lives in the values' inner basis. Feature maps are
+folded: φ and ψ take inner queries and keys and give what they gave.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._tensor_files import digest_of, read_tensors, write_tensors
 from ..feature_maps import LayerMaps
+from ..layer_config import LayerConfig
 
 FORMAT = "less_cache.transforms.1"
 TENSORS = ("key_in", "key_out", "key_mean", "value_in", "value_out", "value_mean")
@@ -63,7 +64,9 @@ class LayerTransforms:
         """Those of some KV heads."""
         return dataclasses.replace(self, **{n: t[kv_heads] for n, t in self.named().items()})
 
-    def enter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def enter(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values in the inner basis, and what is added to the queries' products.
 
         Parameters
@@ -111,7 +114,7 @@ class LayerTransforms:
     def fold(self, maps: LayerMaps) -> LayerMaps:
         """Feature maps that take inner queries and keys and give what `maps` give of outer ones.
 
-        With q = q' A^T and k = k' B + m, the first layers become A^T W1 and B V1, and m V1 is added.
+        With q = q' A^T and k = k' B + m, the first layers become A^T W1 and B V1; m V1 is added.
         """
         tensors = dict(maps.tensors)
         group = len(tensors["phi_w1"]) // len(self.key_in)
@@ -159,15 +162,6 @@ class Transforms(Sequence[LayerTransforms]):
 
     def __iter__(self) -> Iterator[LayerTransforms]:
         return iter(self.layers)
-
-    @classmethod
-    def hadamard(cls, config: Any) -> Transforms:
-        """The fixed rotation, the same for every head of every layer of a `CacheConfig`."""
-        matrix = hadamard_matrix(config.head_dim).expand(config.kv_heads, -1, -1)
-        layer = LayerTransforms(
-            matrix, matrix.transpose(1, 2), None, matrix, matrix.transpose(1, 2), None
-        )
-        return cls("hadamard", [layer] * config.num_layers)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -250,11 +244,47 @@ class Transforms(Sequence[LayerTransforms]):
         }
 
 
+def layer_transforms(layer: LayerConfig, given: LayerTransforms | None) -> LayerTransforms | None:
+    """The bases of a layer's codes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If those given do not go with the layer, or some are needed.
+    """
+    if given is not None and not isinstance(given, LayerTransforms):
+        raise TypeError(f"transforms: got {type(given).__name__}, expected Transforms[i]")
+    if layer.quantization is None:
+        if given is not None:
+            raise ValueError("transforms: given, but the layer's pairs are stored as they are")
+        return None
+    if layer.quantization.transform == "hadamard":
+        if given is not None:
+            raise ValueError("transforms: given, but the layer's is the fixed Hadamard rotation")
+        return hadamard_transforms(layer.kv_heads, layer.head_dim)
+    if given is None:
+        raise ValueError(f"transforms: got None, but {layer.quantization} needs calibrated ones")
+    shape = (layer.kv_heads, layer.head_dim, layer.head_dim)
+    if tuple(given.key_in.shape) != shape:
+        raise ValueError(f"transforms: of shape {tuple(given.key_in.shape)}, expected {shape}")
+    if given.key_mean is not None and layer.softcap is not None:
+        raise ValueError("transforms: with a mean of keys, which a soft cap does not allow")
+    return given
+
+
+@functools.cache
+def hadamard_transforms(kv_heads: int, head_dim: int) -> LayerTransforms:
+    """The fixed rotation, the same for every head of every layer."""
+    matrix = hadamard_matrix(head_dim).expand(kv_heads, -1, -1)
+    inverse = matrix.transpose(1, 2)
+    return LayerTransforms(matrix, inverse, None, matrix, inverse, None)
+
+
 def hadamard_matrix(size: int) -> Tensor:
     """An orthogonal matrix [size, size], float64, that spreads every channel over all others.
 
-    A Hadamard matrix with random signs; where the size is 2^a m with m odd, the Kronecker product of
-    that of 2^a with the discrete cosine transform of m.
+    A Hadamard matrix with random signs; where the size is 2^a m with m odd, the Kronecker product
+    of that of 2^a with the discrete cosine transform of m.
     """
     power = size & -size
     odd = size // power
@@ -290,9 +320,7 @@ def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _read_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTransforms:
-    found: dict[str, Tensor | None] = {
-        name: tensors.get(prefix + name) for name in TENSORS
-    }
+    found: dict[str, Tensor | None] = {name: tensors.get(prefix + name) for name in TENSORS}
     for name in ("key_in", "key_out", "value_in", "value_out"):
         if found[name] is None:
             raise KeyError(prefix + name)

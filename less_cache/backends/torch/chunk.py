@@ -272,4 +272,3 @@ def _select(
     age = positions.gather(2, staying)
     age = age.masked_fill(age == EMPTY, torch.iinfo(age.dtype).max)
     return leaving, staying.gather(2, age.argsort(dim=2, stable=True))
-

@@ -45,9 +45,7 @@ class JoinedMaps(LayerMaps):
         keys
             [B, Hkv, 1, D].
         """
-        features = self.two_layers(
-            torch.cat([queries, keys], 1), self.w1, self.w2, self.first_bias
-        )
+        features = self.two_layers(torch.cat([queries, keys], 1), self.w1, self.w2, self.first_bias)
         heads = queries.shape[1]
         if self.bias is None:
             return self.finish_phi(features[:, :heads]), self.finish_psi(features[:, heads:])

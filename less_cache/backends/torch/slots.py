@@ -1,8 +1,8 @@
 """The one place where the PyTorch backend reads and writes what is stored of a call's rows.
 
-Keys and values are kept in the dtype of storing, or as codes and scales, and come out in the dtype of
-computing. The small arrays (scores, positions, history, H, z) of the rows in question are at hand as
-dense tensors.
+Keys and values are kept in the dtype of storing, or as codes and scales, and come out in the dtype
+of computing. The small arrays (scores, positions, history, H, z) of the rows in question are at
+hand as dense tensors.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ class RunSlots:
             return Union(self.layer, stored, stored["keys"], stored["values"])
         # Their own step reads new pairs as they came, not as they are coded.
         keys, values = as_read(self.layer, old, self.wide)
-        keys, values = torch.cat([keys, k.to(self.wide)], 2), torch.cat([values, v.to(self.wide)], 2)
+        keys, values = (
+            torch.cat([keys, k.to(self.wide)], 2),
+            torch.cat([values, v.to(self.wide)], 2),
+        )
         return Union(self.layer, stored, keys, values)
 
     def replace(self, union: Union, columns: Tensor, empty: Tensor) -> None:
@@ -159,8 +162,8 @@ class RunSlots:
             if not len(chosen):
                 return
             pool = chosen if self.rows is None else self.rows[chosen]
-            for array in pairs_of(self.stored).values():
-                array[pool] = 0
+            for pairs in pairs_of(self.stored).values():
+                pairs[pool] = 0
             for array in (self.scores, self.H, self.z, self.history):
                 if array is not None:
                     array[chosen] = 0

@@ -59,6 +59,11 @@ def check_config(config: CacheConfig) -> None:
     for name in ("dtype", "state_dtype"):
         if getattr(config, name) == "float64":
             raise ValueError(f"{name}: got 'float64', which backend 'triton' does not compute in")
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization: got {config.quantization}, which backend 'triton' has no kernels for; "
+            "use 'torch' or 'reference'"
+        )
 
 
 def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:

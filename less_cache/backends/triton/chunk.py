@@ -51,7 +51,7 @@ def attend(
             v[:, run.kv_heads],
             lengths,
             mask,
-            functools.partial(attention, lengths),
+            attention_function=functools.partial(attention, lengths),
         )
         held.close()
         outs.append(out)

@@ -141,7 +141,7 @@ class CacheManager:
         if device is not None:
             device = check_device("device", device)
         layers = [allocate(x, batch_size, numpy=numpy, device=device) for x in config.layers]
-        state = CacheState(config, layers, self.maps)
+        state = CacheState(config, layers, self.maps, transforms=self.transforms)
         state.plan = self._plan_for(state)
         return state
 
@@ -208,7 +208,9 @@ class CacheManager:
         ValueError
             If it is damaged, or made with another config or other maps.
         """
-        state = CacheState.load(path, self.config, self.maps, device=device)
+        state = CacheState.load(
+            path, self.config, self.maps, device=device, transforms=self.transforms
+        )
         state.plan = self._plan_for(state)
         return state
 
@@ -224,6 +226,10 @@ class CacheManager:
             own = "" if self.maps is None else self.maps.digest
             if state.maps_digest != own:
                 raise ValueError("state: made with other feature maps than this manager's")
+        if state.transforms is not self.transforms:
+            digests = [t.digest if t else "" for t in (state.transforms, self.transforms)]
+            if digests[0] != digests[1]:
+                raise ValueError("state: made with other transforms than this manager's")
         state.plan = self._plan_for(state)
 
     def _plan_for(self, state: CacheState) -> _Plan:

@@ -17,7 +17,7 @@ from .config import PARAMETERS, CacheConfig
 from .layer_config import LayerConfig
 
 FORMAT = "less_cache.snapshot.2"
-HEADER = {"config", "maps", "library", "tokens_bound", DIGEST}
+HEADER = {"config", "maps", "transforms", "library", "tokens_bound", DIGEST}
 LIBRARIES = ("numpy", "torch")
 
 
@@ -29,6 +29,7 @@ def write(
     tokens_bounds: Sequence[int],
     maps_digest: str,
     library: str,
+    transforms_digest: str = "",
 ) -> None:
     """Write the arrays of all layers, by name, to `path`; see `CacheState.save`."""
     tensors = {
@@ -40,6 +41,7 @@ def write(
         "format": FORMAT,
         "config": json.dumps(config.to_dict()),
         "maps": maps_digest,
+        "transforms": transforms_digest,
         "library": library,
         "tokens_bound": json.dumps([*tokens_bounds]),
     }
@@ -54,7 +56,7 @@ class Snapshot:
     ----------
     path
         The file.
-    config, maps_digest, library, tokens_bounds
+    config, maps_digest, transforms_digest, library, tokens_bounds
         As `write` was given them.
     digest
         Of the whole file.
@@ -65,6 +67,7 @@ class Snapshot:
     path: Path
     config: CacheConfig
     maps_digest: str
+    transforms_digest: str
     library: str
     tokens_bounds: list[int]
     digest: str
@@ -110,7 +113,16 @@ def read(path: Path) -> Snapshot:
     _check_bounds(path, bounds, config, layers)
     for i, (layer, arrays) in enumerate(zip(config.layers, layers, strict=True)):
         _check_contents(f"{path}: layers.{i}", layer, arrays)
-    return Snapshot(path, config, header["maps"], header["library"], bounds, header[DIGEST], layers)
+    return Snapshot(
+        path,
+        config,
+        header["maps"],
+        header["transforms"],
+        header["library"],
+        bounds,
+        header[DIGEST],
+        layers,
+    )
 
 
 def differences(saved: CacheConfig, wanted: CacheConfig) -> str:

@@ -15,6 +15,7 @@ from .arrays import EMPTY, Array, LayerArrays, empty_arrays
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .layer_config import LayerConfig
+from .quantization.transforms import Transforms
 
 
 @dataclass
@@ -55,6 +56,8 @@ class CacheState:
     layers : list of LayerState
     maps_digest : str
         `FeatureMaps.digest` of the maps that the low-rank state was made with; "" for rank 0.
+    transforms : Transforms or None
+        The calibrated bases that pairs are coded in.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class CacheState:
         maps: FeatureMaps | None = None,
         *,
         maps_digest: str = "",
+        transforms: Transforms | None = None,
     ) -> None:
+        self.transforms = transforms
         self.config = config
         self.layers = layers
         self.maps = maps
@@ -203,6 +208,7 @@ class CacheState:
             [layer.arrays() for layer in self.layers],
             tokens_bounds=[layer.tokens_bound for layer in self.layers],
             maps_digest=self.maps_digest,
+            transforms_digest=self.transforms.digest if self.transforms else "",
             library="numpy" if self.is_numpy else "torch",
         )
 
@@ -214,6 +220,7 @@ class CacheState:
         maps: FeatureMaps | None = None,
         *,
         device: Any = None,
+        transforms: Transforms | None = None,
     ) -> CacheState:
         """Read a snapshot back; `CacheManager.load` does this with its own config and maps.
 
@@ -226,6 +233,8 @@ class CacheState:
             maps are needed where the snapshot has a low-rank state.
         device
             Where torch arrays go. Default: the CPU.
+        transforms
+            The bases that pairs were coded in, where they are calibrated.
 
         Raises
         ------
@@ -244,6 +253,8 @@ class CacheState:
                 )
             if maps.digest != found.maps_digest:
                 raise ValueError(f"{path}: made with other feature maps than those given")
+        if found.transforms_digest != (transforms.digest if transforms else ""):
+            raise ValueError(f"{path}: made with other transforms than those given")
         if device is not None:
             device = check_device("device", device)
         layers = []
@@ -253,10 +264,17 @@ class CacheState:
             else:
                 arrays = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
             layers.append(LayerState(**arrays, tokens_bound=bound))
-        return cls(found.config, layers, maps if found.config.rank else None)
+        own = maps if found.config.rank else None
+        return cls(found.config, layers, own, transforms=transforms)
 
     def _like(self, layers: list[LayerState]) -> CacheState:
-        return CacheState(self.config, layers, self.maps, maps_digest=self._maps_digest)
+        return CacheState(
+            self.config,
+            layers,
+            self.maps,
+            maps_digest=self._maps_digest,
+            transforms=self.transforms,
+        )
 
     def _row_index(self, name: str, rows: Any) -> Array:
         if isinstance(rows, torch.Tensor):

@@ -16,6 +16,7 @@ from .._checks import check_int
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.teacher_forcing import small_cache_logits
+from ..quantization.transforms import Transforms
 
 RESAMPLES = 2000
 """Bootstrap samples of a confidence interval."""
@@ -33,11 +34,14 @@ class Contestant:
         Its shape and policy; ``None``: the model's own full cache.
     maps
         Where the config's rank is above 0.
+    transforms
+        Where the config's pairs are coded in calibrated bases.
     """
 
     name: str
     config: CacheConfig | None = None
     maps: FeatureMaps | None = None
+    transforms: Transforms | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,9 @@ def score(
                 maps = None
                 if contestant.maps is not None:
                     maps = list(contestant.maps.to(model.device, torch.float32))
-                logits = small_cache_logits(model, contestant.config, maps, ids)
+                logits = small_cache_logits(
+                    model, contestant.config, maps, ids, transforms=contestant.transforms
+                )
             log_likelihoods = logits[:, :-1].float().log_softmax(2)
             picked = log_likelihoods.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
             losses.extend((-picked).cpu())

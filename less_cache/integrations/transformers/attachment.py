@@ -13,6 +13,7 @@ from torch import nn
 from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
 from ...manager import CacheManager
+from ...quantization.transforms import Transforms
 from .cache import LessCache
 from .falcon import cached_layer, check_falcon, falcon_forward
 from .forward import ModelHooks, before_attention
@@ -124,6 +125,8 @@ def attach(
     config: CacheConfig,
     maps: FeatureMaps | None = None,
     backend: str = "auto",
+    *,
+    transforms: Transforms | None = None,
 ) -> Attachment:
     """Let a transformers model run with a less_cache, until it is detached.
 
@@ -145,6 +148,8 @@ def attach(
         φ and ψ; needed where ``config.rank`` is above 0.
     backend
         As of `CacheManager`.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
 
     Returns
     -------
@@ -166,7 +171,9 @@ def attach(
         check_falcon(model.config)
     modules = attention_modules(model)
     check_fit(model, modules, config)
-    attachment = Attachment(model, CacheManager(config, maps, backend=backend))
+    attachment = Attachment(
+        model, CacheManager(config, maps, backend=backend, transforms=transforms)
+    )
     attachment._apply(modules)
     return attachment
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...config import CacheConfig
 from ...feature_maps import LayerMaps
-from ...teacher_forced import attend_all, eviction_times
+from ...quantization.transforms import LayerTransforms
+from ...teacher_forced import attend_all, eviction_times, stored_pairs
 from .interception import intercepted
 
 
@@ -20,6 +21,7 @@ def small_cache_logits(
     ids: Tensor,
     *,
     recompute: bool = True,
+    transforms: Sequence[LayerTransforms] | None = None,
 ) -> Tensor:
     """The model's logits with a small cache, as if it had decoded token by token.
 
@@ -35,6 +37,8 @@ def small_cache_logits(
         [B, N] token ids.
     recompute
         As of `teacher_forced.attend_all`.
+    transforms
+        The bases of codes, for each layer, where the config has calibrated ones.
 
     Returns
     -------
@@ -44,9 +48,11 @@ def small_cache_logits(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spec = config.layer(layer)
-        times = eviction_times(spec, q.detach(), k.detach())
+        basis = None if transforms is None else transforms[layer]
+        times = eviction_times(spec, q.detach(), k.detach(), transforms=basis)
         used = None if maps is None else maps[layer]
-        return attend_all(spec, used, q, k, v, times, recompute=recompute)
+        stored = stored_pairs(spec, k, v, basis)
+        return attend_all(spec, used, q, k, v, times, stored, recompute=recompute)
 
     with intercepted(model, attend):
         return model(ids, use_cache=False).logits  # type: ignore[no-any-return]

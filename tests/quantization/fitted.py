@@ -1,0 +1,37 @@
+"""Bases fitted to random tokens that have means and uneven channels."""
+
+from __future__ import annotations
+
+import torch
+
+import less_cache as lc
+from less_cache.quantization.calibration import Moments, fit_layer
+
+
+def some_tokens(config: lc.CacheConfig, batch: int, tokens: int, seed: int = 0):
+    """Queries, keys and values, float64."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def drawn(heads: int) -> torch.Tensor:
+        shape = (batch, heads, tokens, config.head_dim)
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    channels = torch.linspace(0.3, 3.0, config.head_dim, dtype=torch.float64)
+    q, k, v = drawn(config.query_heads), drawn(config.kv_heads), drawn(config.kv_heads)
+    return q, (k + 2) * channels, (v - 1) * channels.flip(0)
+
+
+def fitted(config: lc.CacheConfig, seed: int = 0) -> lc.Transforms:
+    """Transforms for a config whose quantization is calibrated."""
+    layers = []
+    for index, spec in enumerate(config.layers):
+        tokens = some_tokens(config, 1, 300, seed + index)
+        sums = [Moments.empty(x.shape[1], config.head_dim) for x in tokens]
+        for moments, vectors in zip(sums, tokens, strict=True):
+            moments.add(vectors)
+        draw = torch.Generator().manual_seed(index)
+        shape = (24, spec.query_heads, spec.head_dim)
+        projection = torch.randn(shape, generator=draw, dtype=torch.float64)
+        layers.append(fit_layer(config.quantization, *sums, projection))
+    bits = config.quantization
+    return lc.Transforms("calibrated", layers, key_bits=bits.key_bits, value_bits=bits.value_bits)

@@ -1,0 +1,123 @@
+"""Bases: what goes in comes out, products stay, folded maps say the same, files hold everything."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.quantization.calibration import Moments, fit_layer
+from less_cache.quantization.transforms import hadamard_matrix, hadamard_transforms
+from less_cache.teacher_forced import stored_pairs
+from tests.helpers import random_maps
+from tests.quantization.fitted import fitted, some_tokens
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 20, 64, 80, 96, 128])
+def test_the_fixed_rotation_is_orthogonal_and_spreads_every_channel(size):
+    matrix = hadamard_matrix(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=matrix.dtype))
+    assert matrix.abs().max() * size**0.5 <= 2**0.5 + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_what_enters_leaves_and_products_stay(kind):
+    config = lc.CacheConfig(
+        1, 4, 2, 16, capacity=9, policy=lc.H2O(), rank=0, quantization=lc.Quantization(3, 4, kind)
+    )
+    layer = hadamard_transforms(2, 16) if kind == "hadamard" else fitted(config)[0]
+    q, k, v = some_tokens(config, 2, 11)
+    inner_q, inner_k, inner_v, shift = layer.enter(q, k, v)
+    torch.testing.assert_close(layer.leave_keys(inner_k), k)
+    torch.testing.assert_close(layer.leave(inner_v), v)
+    found = inner_q.view(2, 2, 2, 11, 16) @ inner_k.unsqueeze(2).transpose(3, 4)
+    if shift is not None:
+        found = found + shift.view(2, 2, 2, 11, 1)
+    wanted = q.view(2, 2, 2, 11, 16) @ k.unsqueeze(2).transpose(3, 4)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("map_kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_folded_maps_say_of_inner_tokens_what_maps_say_of_outer_ones(kind, map_kind):
+    config = lc.CacheConfig(
+        1, 4, 2, 16, capacity=9, policy=lc.H2O(), rank=2, quantization=lc.Quantization(3, 4, kind)
+    )
+    layer = hadamard_transforms(2, 16) if kind == "hadamard" else fitted(config)[0]
+    maps = random_maps(config, kind=map_kind).to(dtype=torch.float64)[0]
+    q, k, v = some_tokens(config, 2, 5)
+    inner_q, inner_k, _, _ = layer.enter(q, k, v)
+    folded = layer.fold(maps)
+    torch.testing.assert_close(folded.phi(inner_q), maps.phi(q))
+    torch.testing.assert_close(folded.psi(inner_k), maps.psi(k))
+
+
+def test_fitted_bases_lose_less_where_it_matters():
+    """Errors of logits and outputs, against the fixed rotation at the same bits."""
+    config = lc.CacheConfig(
+        1, 4, 2, 32, capacity=9, policy=lc.H2O(), rank=0,
+        quantization=lc.Quantization(3, 3, "calibrated"),
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(5)
+    skew = torch.randn(2, 32, 32, generator=draw, dtype=torch.float64).softmax(2) * 8
+    q, k, v = some_tokens(config, 1, 4000)
+    k, v = k @ skew, v @ skew
+    sums = [Moments.empty(len(x[0]), 32) for x in (q, k, v)]
+    for moments, vectors in zip(sums, (q, k, v), strict=True):
+        moments.add(vectors)
+    projection = torch.randn(64, 4, 32, generator=draw, dtype=torch.float64)
+    layer = fit_layer(config.quantization, *sums, projection)
+    fixed = dataclasses.replace(config.layer(0), quantization=lc.Quantization(3, 3))
+    errors = []
+    for spec, basis in ((config.layer(0), layer), (fixed, None)):
+        stored_k, stored_v = stored_pairs(spec, k, v, basis)
+        logits = q.view(1, 2, 2, -1, 32)[:, :, :, :200] @ (stored_k - k).unsqueeze(2).transpose(
+            3, 4
+        )
+        # What is common to all pairs of a query changes no probability.
+        logits = logits - logits.mean(4, keepdim=True)
+        outputs = torch.einsum("bhnd,ogd->bhgno", stored_v - v, projection[:, ::2])
+        errors.append((logits.square().mean(), outputs.square().mean()))
+    assert errors[0][0] < 0.6 * errors[1][0]
+    assert errors[0][1] < 0.6 * errors[1][1]
+
+
+def test_files_hold_everything_and_refuse_what_is_damaged(tmp_path):
+    config = lc.CacheConfig(
+        2, 4, 2, 16, capacity=9, policy=lc.H2O(), rank=0,
+        quantization=lc.Quantization(3, 4, "calibrated"),
+    )  # fmt: skip
+    made = fitted(config)
+    made.save(tmp_path / "t.safetensors")
+    read = lc.Transforms.load(tmp_path / "t.safetensors")
+    assert read.digest == made.digest
+    assert (read.kind, read.key_bits, read.value_bits, len(read)) == ("calibrated", 3, 4, 2)
+    read.check_against(config)
+    data = bytearray((tmp_path / "t.safetensors").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "t.safetensors").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="damaged"):
+        lc.Transforms.load(tmp_path / "t.safetensors")
+    with pytest.raises(FileNotFoundError):
+        lc.Transforms.load(tmp_path / "none")
+
+
+def test_transforms_of_something_else_are_refused():
+    config = lc.CacheConfig(
+        2, 4, 2, 16, capacity=9, policy=lc.H2O(), rank=0,
+        quantization=lc.Quantization(3, 4, "calibrated"),
+    )  # fmt: skip
+    made = fitted(config)
+    with pytest.raises(ValueError, match=r"^transforms: got None"):
+        lc.CacheManager(config)
+    with pytest.raises(ValueError, match=r"^transforms: given, but"):
+        lc.CacheManager(config.replace(quantization=None), transforms=made)
+    other = config.replace(quantization=lc.Quantization(2, 4, "calibrated"))
+    with pytest.raises(ValueError, match=r"^transforms: fitted for \(3, 4\)"):
+        lc.CacheManager(other, transforms=made)
+    with pytest.raises(ValueError, match=r"^transforms: got \(kind"):
+        lc.CacheManager(config.replace(num_layers=1), transforms=made)
+    with pytest.raises(ValueError, match=r"^quantization: .* cannot be had with KeyNorm"):
+        config.replace(policy=lc.KeyNorm())
+    with pytest.raises(TypeError, match=r"^quantization: got 3"):
+        config.replace(quantization=3)

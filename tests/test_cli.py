@@ -116,6 +116,8 @@ def folder(text, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "text.txt").write_text(text.read_text())
     (tmp_path / "a-file").write_text("no folder")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "object.json").write_text('{"capacity": 52}')
     (tmp_path / "ids.npy").mkdir()
     (tmp_path / "no-model").mkdir()
     (tmp_path / "half-a-model").mkdir()
@@ -130,7 +132,11 @@ MISTAKES = {
     "npy-folder": (("train", "--data", "ids.npy", "--out", "out"), "data: ids.npy is no file"),
     "recipe": ((*TRAIN, "--recipe", "best"), "recipe"),
     "capacity": ((*TRAIN, "--capacity", "many"), "capacity"),
-    "capacity-json": ((*TRAIN, "--capacity", "[52, [16,"), "capacity: [52, [16, is no JSON"),
+    "capacity-json": ((*TRAIN, "--capacity", "[52, [16,"), "capacity: [52, [16,: no valid JSON"),
+    "capacity-deep": ((*TRAIN, "--capacity", "deep.json"), "deep.json: its JSON is nested too"),
+    "capacity-nested": ((*TRAIN, "--capacity", "[[[52]]]"), "capacity: layer 0 has [52]"),
+    "capacity-bool": ((*TRAIN, "--capacity", "[true]"), "capacity: layer 0 has True"),
+    "capacity-object": ((*TRAIN, "--capacity", "object.json"), "object.json holds dict"),
     "capacity-file": ((*TRAIN, "--capacity", "x.json"), "capacity: x.json is no file"),
     "capacity-heads": ((*TRAIN, "--capacity", "[1,2,3,4,5,[6]]"), "capacity: got 1 entries"),
     "policy": ((*TRAIN, "--policy", "lru"), "policy"),
@@ -142,6 +148,7 @@ MISTAKES = {
     "gpu": ((*TRAIN, "--device", "cuda:77"), "device: got 'cuda:77'"),
     "meta": ((*TRAIN, "--device", "meta"), "device: got 'meta', which does not work"),
     "out": (("train", "--data", "text.txt", "--out", "a-file"), "out: a-file is a file"),
+    "hpu": ((*TRAIN, "--device", "hpu"), "device: got 'hpu', which does not work"),
     "out-below": (("train", "--data", "text.txt", "--out", "a-file/x"), "out: a-file is a file"),
     "model-id": ((*TRAIN, "--model", "nobody/nothing-at-all"), "model: 'nobody/nothing-at-all'"),
     "model-file": ((*TRAIN, "--model", "a-file"), "model: 'a-file' cannot be loaded"),
@@ -151,11 +158,14 @@ MISTAKES = {
     "eval-out": (("eval", "--maps", "{maps}", "--out", "a-file"), "out: a-file is a file"),
     "eval-data": (("eval", "--maps", "{maps}", "--data", "nowhere"), "no file or folder"),
     "maps": (("eval", "--maps", "a=nowhere"), "nowhere"),
+    "maps-hub": (("eval", "--maps", "nobody/nothing-at-all"), "no such folder, and the hub gave"),
     "maps-twice": (("eval", "--maps", "a={maps}", "--maps", "a={maps}"), "each name once"),
     "maps-name": (("eval", "--maps", "Baseline+={maps}"), "the name 'Baseline+'"),
     "new-tokens": (("eval", "--maps", "{maps}", "--length", "64"), "new_tokens: got 64"),
     "merge": (("merge", "nowhere", "--out", "out"), "run.json"),
     "bench": (("bench", "--capacity", "0"), "capacity"),
+    "bench-memory": (("bench", "--context", "1000000000000"), "head_dim: got 1000000000000, 8"),
+    "bench-maps": (("bench", "--head-dim", "10000000", "--context", "1"), "of memory; cpu has"),
 }
 
 
@@ -185,6 +195,13 @@ def test_numbers_out_of_range_are_told(arguments, folder, monkeypatch, capsys):
     status, _, told = run(monkeypatch, capsys, *arguments)
     assert status == 2
     assert "than or equal to" in told
+
+
+def test_a_folder_that_may_not_be_written_to_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    status, _, told = run(monkeypatch, capsys, *TRAIN)
+    assert status == 2
+    assert "out: . may not be written to" in told
 
 
 def test_data_is_looked_at_before_the_model_is_loaded(folder, maps, monkeypatch, capsys):

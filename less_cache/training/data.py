@@ -187,6 +187,8 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"data: {path} cannot be read: {error.strerror}") from None
 
 
 def _read_dataset(source: str) -> Iterator[tuple[str, str]]:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from .._checks import check_int, check_real
 from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps
+from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..integrations.transformers.teacher_forcing import small_cache_logits
+from ..layer_maps import LayerMaps
 from .recipe import generator
 from .runs import (
     Log,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..feature_maps import LayerMaps, tensor_shapes, untrained_layer
+from .._checks import check_memory
 from ..layer_config import LayerConfig
+from ..layer_maps import LayerMaps, tensor_shapes, untrained_layer
 from ..teacher_forced import attend
 from .collect import LayerData
 from .recipe import Recipe, generator
@@ -162,11 +162,8 @@ def check_can_fit(
         )
     shapes = _shapes(spec, recipe)
     needed = 4 * NUMBERS_A_PARAMETER * sum(math.prod(shape) for shape in shapes.values())
-    if needed > (available := _memory()):
-        raise ValueError(
-            f"rank, hidden: got {spec.rank} and {recipe.hidden}, with which a layer takes "
-            f"{needed / 1e9:,.0f} GB while it is fitted; this machine has {available / 1e9:,.0f} GB"
-        )
+    given = f"{spec.rank} and {recipe.hidden}"
+    check_memory("rank, hidden", given, needed, torch.device("cpu"))
 
 
 def _shapes(spec: LayerConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -178,14 +175,6 @@ def _shapes(spec: LayerConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         hidden=recipe.hidden,
         rank=spec.rank,
     )
-
-
-def _memory() -> float:
-    """Bytes of memory that the machine has; infinity where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 class _Fit:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int
-from .._files import is_left_behind, owner_tag
+from .._files import scratch_folder
 from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps, public_name
+from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
+from ..layer_maps import LayerMaps
+from ..maps_io import public_name
 from .collect import collect_layer
 from .layer import check_can_fit, fit_layer
 from .recipe import Recipe
@@ -98,7 +98,7 @@ def train(
     for layer in chosen:
         folder = layer_folder(out, layer)
         spec = config.layer(layer)
-        with _scratch(folder) if data_on_disk else nullcontext() as scratch:
+        with scratch_folder(folder, "data.") if data_on_disk else nullcontext() as scratch:
             if (folder / "maps.safetensors").exists():
                 continue
             data = collect_layer(
@@ -109,20 +109,6 @@ def train(
     if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
         return merge([out], out)
     return None
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder of this process alone, gone in the end, as are those of processes that died."""
-    for left in folder.glob("data.*"):
-        if is_left_behind(left.name.removeprefix("data.")):
-            shutil.rmtree(left, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"data.{owner_tag()}.", dir=folder))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch)
 
 
 def run_settings(

@@ -219,7 +219,9 @@ def main(
     ] = torch.backends.mkldnn.is_available(),
     tiny: Annotated[bool, typer.Option(help="A tiny model, to try the benchmark.")] = False,
     json_file: Annotated[Path, typer.Option("--json", help="Results.")] = RESULTS / "decode.json",
-    png_file: Annotated[Path, typer.Option("--png", help="Plot.")] = RESULTS / "decode.png",
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Plot; default: beside the results.")
+    ] = None,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table in Markdown.")
     ] = False,
@@ -247,7 +249,7 @@ def main(
         report = run(bench, numbers(contexts), numbers(batches), policy, console)
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, png_file)
+    plot(report, png_file or json_file.with_suffix(".png"))
     console.print(table(report))
     if as_markdown:
         print(markdown(report))

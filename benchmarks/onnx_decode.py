@@ -59,7 +59,9 @@ def main(
     genai: Annotated[bool, typer.Option(help="Time onnxruntime-genai too.")] = True,
     tiny: Annotated[bool, typer.Option(help="A tiny model, to try the benchmark.")] = False,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS / "onnx_decode.json",
-    png_file: Annotated[Path, typer.Option("--png")] = RESULTS / "onnx_decode.png",
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Plot; default: beside the results.")
+    ] = None,
 ) -> None:
     """Time decode steps of exported models."""
     lengths = [int(item) for item in contexts.split(",")]
@@ -99,7 +101,7 @@ def main(
         ]
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(report, indent=2) + "\n")
-    _plot(report, png_file)
+    _plot(report, png_file or json_file.with_suffix(".png"))
     console.print(_table(report))
     console.print(f"onnxruntime-genai: {report['genai']}")
 

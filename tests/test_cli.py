@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
+import logging
+import os
 import shlex
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +20,9 @@ from typer.testing import CliRunner
 import less_cache as lc
 from less_cache import cli, reference_model
 from less_cache._checks import check_choice
+from less_cache.cli import telling
 from less_cache.evaluation import demo
+from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY
 from less_cache.feature_maps import FeatureMaps
 from less_cache.policies import POLICIES, register_policy
 from tests.policies import MostSeen
@@ -55,6 +63,8 @@ def test_train_then_distill_then_eval(maps, text, tmp_path):
     data = json.loads((report / "comparison.json").read_text())
     assert [cache["name"] for cache in data["caches"]][3:] == ["LESS", "LESS distilled"]
     assert data["windows"] == 4
+    for out in (maps, distilled):
+        assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_layers_in_parts_are_merged(text, tmp_path):
@@ -80,21 +90,30 @@ def test_info_describes_machine_and_maps(maps):
 
 
 def test_demo_writes_a_page_to_look_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "WINDOWS", 2)
-    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    for name, small in {"WINDOWS": 3, "PROMPTS": 1, "NEW_TOKENS": 4, "CONTEXT": 64}.items():
+        monkeypatch.setattr(demo, name, small)
     result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "index.html").read_text()
-    assert "$" not in page.replace("$(", "")
+    assert "$" not in page
     assert page.count("data:image/png;base64,") == 2
-    assert page.count("<section>") == 3
+    assert page.count("<section>") == 2
     data = json.loads((tmp_path / "demo.json").read_text())
-    assert [item["name"] for item in data["continuations"]] == [
-        "full cache",
-        "policy alone",
-        "LESS",
-    ]
-    assert data["continuations"][0]["agreed"] == 4
+    assert [cache["name"] for cache in data["caches"]] == [FULL, POLICY, BASELINE_PLUS, "LESS"]
+    assert data["policy"][0]["name"] == "SinkWindow"
+    assert data["ahead"] == 3
+    assert len(data["tokens"]) == demo.STRETCH
+    assert {timing["cache"] for timing in data["timings"]} >= {"full cache", "LESS (torch)"}
+    for told in (data["command"], data["date"], data["machine"]["cpu"], torch.__version__):
+        assert html.escape(told) in page
+    for first, second in (("policy", "full"), ("policy", "less")):
+        extreme = max(data["tokens"], key=lambda token: token[first] - token[second])
+        assert f"{np.exp(-extreme['policy']):.1%}" in page
+
+
+def test_the_shown_window_is_the_median_one():
+    assert demo.median_window([0.5, 0.1, 0.3]) == 2
+    assert demo.median_window([0.4, -0.1, 0.2, 0.3]) == 3
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -218,8 +237,6 @@ def test_data_is_looked_at_before_the_model_is_loaded(folder, maps, monkeypatch,
     "text", ["install less_cache[tensorrt]", "[batch, heads]", "a[/b]c", "[bold]x[/]", "x" * 200]
 )
 def test_errors_and_paths_are_told_as_they_are(text, monkeypatch, capsys):
-    from less_cache.cli import telling
-
     def command():
         check_choice(text, 1, [2])
 
@@ -241,8 +258,6 @@ def test_errors_and_paths_are_told_as_they_are(text, monkeypatch, capsys):
     ],
 )
 def test_our_own_defects_keep_their_traceback(broken):
-    from less_cache.cli import telling
-
     with pytest.raises((TypeError, ValueError, RuntimeError, ImportError)):
         telling.plain_errors(broken)
 
@@ -255,6 +270,50 @@ def test_ctrl_c_tells_how_to_go_on(folder, monkeypatch, capsys):
     status, _, told = run(monkeypatch, capsys, *TRAIN, "--length", "96")
     assert status == 130
     assert "The same command goes on from the last checkpoint" in told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_process_that_is_interrupted_tells_how_to_go_on(folder):
+    """Ctrl-C as a terminal sends it, amid the fit; the same command then goes on."""
+    command = [sys.executable, "-m", "less_cache.cli", "--verbose", *TRAIN, "--length", "64"]
+    command += ["--sequences", "6", "--hidden", "4", "--capacity", "16", "--recipe", "fast"]
+    command += ["--layers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [*command, "--epochs", "1000000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    told = ""
+    try:
+        while "step 10:" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        process.send_signal(signal.SIGINT)
+        told += process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Stopped. The same command goes on from the last checkpoint." in told
+    assert "Traceback" not in told
+
+
+def test_verbose_tells_each_step_and_nothing_does_so_unasked(folder, monkeypatch, capsys):
+    arguments = [*TRAIN, "--length", "64", "--sequences", "6", "--hidden", "4", "--epochs", "1"]
+    arguments += ["--capacity", "16", "--layers", "0"]
+    told = run(monkeypatch, capsys, *arguments)[2]
+    assert "less_cache.training" not in told
+    for name in telling.OURS:
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    told = run(monkeypatch, capsys, "--verbose", *arguments)[2]
+    assert "less_cache.cli.loading: model: reference, float32 on cpu" in told
+    assert "less_cache.training.data: data: text.txt: 1 documents" in told
+    assert "less_cache.training.per_layer: layer 0: fitted before" in told
 
 
 def test_divergence_is_an_error_and_no_json_holds_infinity(folder, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..config import CacheConfig
 from ..dtypes import dtype_name
 from ..policies import parse_policy
 from .options import SHIPPED, parse_capacity
+
+logger = logging.getLogger(__name__)
 
 
 def check_machine(device: str, dtype: str) -> None:
@@ -42,6 +45,7 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         If transformers is missing.
     """
     kind = getattr(torch, dtype_name(dtype))
+    logger.info("model: %s, %s on %s", name, dtype, device)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:

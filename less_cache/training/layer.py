@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -23,6 +24,7 @@ from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_
 
 SAVE_EVERY_SECONDS = 60.0
 VALIDATION_ROWS = 128
+logger = logging.getLogger(__name__)
 NUMBERS_A_PARAMETER = 5
 """Kept while a layer is fitted: itself, the best one, its gradient and Adam's two."""
 
@@ -91,6 +93,8 @@ def fit_layer(
     fit = _Fit(spec, data, recipe, layer)
     path = folder / "checkpoint.safetensors"
     step = fit.restore(path)
+    if step:
+        logger.info("layer %d: goes on after step %d", layer, step)
     log = Log(folder / "log.jsonl", step)
     total = recipe.epochs * fit.steps_per_epoch
     saved, diverged = time.monotonic(), False
@@ -108,6 +112,7 @@ def fit_layer(
                 log.write(
                     step=step, epoch=step // fit.steps_per_epoch, train=loss, validation=error
                 )
+                logger.info("layer %d, step %d: validation %.4f", layer, step, error)
                 bar.set_postfix(error=f"{error:.3f}", best=f"{fit.best_error:.3f}")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 fit.save(path, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..integrations.transformers.model_check import attention_modules, check_fit
 from ..layer_maps import LayerMaps
 from ..maps_io import public_name
 from .collect import collect_layer
+from .curves import save_curves
 from .layer import check_can_fit, fit_layer
 from .recipe import Recipe
 from .runs import (
@@ -30,6 +33,8 @@ from .runs import (
     read_settings,
     save_checkpoint,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -62,7 +67,7 @@ def train(
     recipe
         How they are fitted.
     out
-        Folder of the run: checkpoints, logs, and the finished maps.
+        Folder of the run: checkpoints, logs, a picture of them, and the finished maps.
     layers
         Which layers to fit. Default: all.
     data_on_disk
@@ -100,12 +105,17 @@ def train(
         spec = config.layer(layer)
         with scratch_folder(folder, "data.") if data_on_disk else nullcontext() as scratch:
             if (folder / "maps.safetensors").exists():
+                logger.info("layer %d: fitted before", layer)
                 continue
+            started = time.monotonic()
             data = collect_layer(
                 model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
             )
             maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
         save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
+        logger.info("layer %d: fitted in %.0f s", layer, time.monotonic() - started)
+    curves = {f"layer {layer}": log for layer, log in learning_curves(out).items()}
+    save_curves(out, curves, "error, as a share of the policy's")
     if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
         return merge([out], out)
     return None

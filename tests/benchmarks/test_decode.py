@@ -65,6 +65,20 @@ def test_decode_writes_json_and_a_picture(run, tmp_path):
     assert "| batch | context |" in output
 
 
+def test_the_picture_lies_beside_the_results_unless_told_otherwise(tmp_path, monkeypatch):
+    """A run with `--json elsewhere` leaves the tracked pictures alone."""
+    monkeypatch.setattr(decode, "SHORT", 16)
+    monkeypatch.setattr(decode, "LONG", 64)
+    sizes = ["--tiny", "--steps=2", "--hidden=8", "--contexts=32", "--batches=1", "--capacity=8"]
+    result = invoke(decode.main, *sizes, f"--json={tmp_path / 'd.json'}")
+    assert result.exit_code == 0, result.output
+    sizes = ["--tokens=20", "--full-tokens=10", "--capacity=8"]
+    result = invoke(memory.main, *sizes, f"--json={tmp_path / 'm.json'}")
+    assert result.exit_code == 0, result.output
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["d.json", "d.png", "m.json", "m.png"]
+
+
 def test_decode_leaves_out_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda: 200_000)
     report, _ = run("--contexts=32,1k", "--batches=1", "--capacity=0.25")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contestants import Contestant, Dynamic, Less, Static, full_bytes
 from benchmarks.decode_report import markdown, plot, table
 from benchmarks.measuring import free_bytes, interleaved, spread, surroundings
+from benchmarks.options import numbers
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder, Shape
 from less_cache.policies import Policy, parse_policy
@@ -51,17 +52,6 @@ SHORT, LONG = 1024, 65536
 PACKED_ROWS = 8
 """The batch that the packed weights are laid out for."""
 RESULTS = Path(__file__).parent / "results"
-
-
-def numbers(text: str) -> list[int]:
-    """``1024,8k`` -> [1024, 8192]."""
-    values = []
-    for item in text.lower().split(","):
-        count = item.strip().removesuffix("k")
-        if not count.isdecimal() or int(count) == 0:
-            raise typer.BadParameter(f"got {item!r}, expected positive integers such as 1024,8k")
-        values.append(int(count) * (1024 if item.strip().endswith("k") else 1))
-    return sorted(set(values))
 
 
 def slots(capacity: float, context: int) -> int:

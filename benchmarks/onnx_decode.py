@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 
 from benchmarks.measuring import free_bytes, spread, surroundings
 from benchmarks.onnx_contestants import Exported, GenAI, build_genai, export_all, random_llama
+from benchmarks.options import numbers
 from less_cache.policies import parse_policy
 
 mpl.use("Agg")
@@ -48,7 +49,9 @@ console = Console()
 
 def main(
     contexts: Annotated[str, typer.Option(help="Tokens a sequence.")] = "1024,4096,16384,65536",
-    full_up_to: Annotated[int, typer.Option(help="Longest context of the full caches.")] = 16384,
+    full_up_to: Annotated[
+        int, typer.Option(min=0, help="Longest context of the full caches.")
+    ] = 16384,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
     capacity: Annotated[int, typer.Option(min=2, help="Slots of LESS.")] = 205,
     policy: Annotated[str, typer.Option(help="Of LESS.")] = "h2o",
@@ -64,7 +67,7 @@ def main(
     ] = None,
 ) -> None:
     """Time decode steps of exported models."""
-    lengths = [int(item) for item in contexts.split(",")]
+    lengths = numbers(contexts)
     model = random_llama(max(lengths) + ROOM, tiny)
     report: dict[str, Any] = surroundings()
     report["versions"]["onnxruntime"] = ort.__version__

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import less_cache as lc
 from less_cache import cli, reference_model
 from less_cache._checks import check_choice
-from less_cache.cli import telling
+from less_cache.cli import loading, telling
 from less_cache.evaluation import demo
 from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY
 from less_cache.feature_maps import FeatureMaps
@@ -375,6 +375,15 @@ def test_maps_for_something_else_are_told_once_or_refused(maps, folder, monkeypa
         monkeypatch, capsys, "eval", "--maps", "of-another", *more, "--capacity", "16"
     )
     assert told.count("trained for the model other, not less_cache reference model") == 1
+
+
+def test_sequences_longer_than_the_models_positions_are_warned_of(capsys):
+    config = lc.CacheConfig(1, 2, 1, 8, capacity=4, policy=lc.H2O(), max_positions=64)
+    assert loading.length_for(config, 64) == loading.length_for(config, None) == 64
+    assert capsys.readouterr().err == ""
+    assert loading.length_for(config, 65) == 65
+    told = capsys.readouterr().err
+    assert told == "warning: length: 65 is beyond the model's 64 positions\n"
 
 
 def test_eval_takes_the_ids_that_train_takes(maps, folder, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from ..config import CacheConfig
 from ..dtypes import dtype_name
 from ..policies import parse_policy
 from .options import SHIPPED, parse_capacity
+from .telling import warn
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def config_for(model: Any, capacity: str, policy: str, rank: int) -> CacheConfig
 
 
 def length_for(config: CacheConfig, length: int | None) -> int:
-    """Tokens a sequence: what was asked for, or the model's longest.
+    """Tokens a sequence: what was asked for, or the model's longest; longer ones are warned of.
 
     Raises
     ------
@@ -111,6 +112,8 @@ def length_for(config: CacheConfig, length: int | None) -> int:
     length = config.max_positions if length is None else length
     if length is None:
         raise ValueError("length: needed, since the model's configuration names no length")
+    if config.max_positions is not None and length > config.max_positions:
+        warn(f"length: {length} is beyond the model's {config.max_positions} positions")
     return length
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("psutil")
 
 from benchmarks import decode, memory, prompt
 from benchmarks.contestants import Dynamic, Less, Static
+from benchmarks.options import numbers
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder
 
@@ -103,11 +104,11 @@ def test_a_result_is_shown_again_without_measuring(run, monkeypatch):
 @pytest.mark.parametrize("text", ["", "0", "1.5k", "a", "-4"])
 def test_contexts_that_are_no_numbers_are_refused(text):
     with pytest.raises(typer.BadParameter, match="positive integers"):
-        decode.numbers(text)
+        numbers(text)
 
 
 def test_numbers():
-    assert decode.numbers("8k,1024, 16") == [16, 1024, 8192]
+    assert numbers("8k,1024, 16") == [16, 1024, 8192]
 
 
 @pytest.mark.parametrize("kind", [Static, Dynamic])

@@ -106,9 +106,10 @@ def test_demo_writes_a_page_to_look_at(tmp_path, monkeypatch):
     assert {timing["cache"] for timing in data["timings"]} >= {"full cache", "LESS (torch)"}
     for told in (data["command"], data["date"], data["machine"]["cpu"], torch.__version__):
         assert html.escape(told) in page
-    for first, second in (("policy", "full"), ("policy", "less")):
-        extreme = max(data["tokens"], key=lambda token: token[first] - token[second])
-        assert f"{np.exp(-extreme['policy']):.1%}" in page
+    for better in ("full", "less"):
+        extreme = max(data["tokens"], key=lambda t: np.exp(-t[better]) - np.exp(-t["policy"]))
+        shares = (f"<td>{np.exp(-extreme[cache]):.1%}</td>" for cache in ("full", "policy", "less"))
+        assert "".join(shares) in page
 
 
 def test_the_shown_window_is_the_median_one():

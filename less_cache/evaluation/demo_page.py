@@ -92,10 +92,14 @@ def _comparison_rows(demo: Demo) -> str:
 
 def _lost_rows(tokens: list[TokenLoss]) -> str:
     """What LESS remembers best, and what the policy loses most on, whatever LESS makes of it."""
-    won = sorted(tokens, key=lambda token: token.less - token.policy)[:WON_MOST]
-    worst = sorted(
-        (token for token in tokens if token not in won), key=lambda token: token.full - token.policy
-    )[:LOST_MOST]
+
+    def gain(loss: float, of: float) -> float:
+        """In probability: a token that nobody foresees is no example, whatever its ratio."""
+        return math.exp(-loss) - math.exp(-of)
+
+    won = sorted(tokens, key=lambda t: gain(t.less, t.policy), reverse=True)[:WON_MOST]
+    others = [token for token in tokens if token not in won]
+    worst = sorted(others, key=lambda t: gain(t.full, t.policy), reverse=True)[:LOST_MOST]
     numbers = ((token, (token.full, token.policy, token.less)) for token in (*won, *worst))
     return "\n".join(
         _row(

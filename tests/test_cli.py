@@ -159,6 +159,7 @@ MISTAKES = {
     "capacity-object": ((*TRAIN, "--capacity", "object.json"), "object.json holds dict"),
     "capacity-file": ((*TRAIN, "--capacity", "x.json"), "capacity: x.json is no file"),
     "capacity-heads": ((*TRAIN, "--capacity", "[1,2,3,4,5,[6]]"), "capacity: got 1 entries"),
+    "capacity-memory": ((*TRAIN, "--capacity", "5000000000000"), "GB of memory; cpu has"),
     "policy": ((*TRAIN, "--policy", "lru"), "policy"),
     "full-cache": ((*TRAIN, "--policy", "fullcache", "--capacity", "8"), "evicts nothing"),
     "layers": ((*TRAIN, "--length", "64", "--layers", "5:9"), "layers: got '5:9'"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_device
+from .._checks import check_device, check_memory
 from ..config import CacheConfig
 from ..dtypes import dtype_name
 from ..policies import parse_policy
@@ -91,14 +91,22 @@ def check_config(capacity: str, policy: str) -> None:
 
 
 def config_for(model: Any, capacity: str, policy: str, rank: int) -> CacheConfig:
-    """The config of a cache for a model, in its dtype."""
-    return CacheConfig.from_model(
+    """The config of a cache for a model, in its dtype.
+
+    Raises
+    ------
+    ValueError
+        If one sequence's cache is larger than the model's device.
+    """
+    config = CacheConfig.from_model(
         model.config,
         capacity=parse_capacity(capacity),
         policy=parse_policy(policy),
         rank=rank,
         dtype=model.dtype,
     )
+    check_memory("capacity", capacity, config.bytes_per_sequence(), model.device)
+    return config
 
 
 def length_for(config: CacheConfig, length: int | None) -> int:

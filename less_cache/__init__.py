@@ -72,6 +72,6 @@ def __getattr__(name: str) -> Any:
         importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            f"less_cache.{name} needs transformers: pip install 'less_cache[transformers]'"
+            f"less_cache.{name} needs transformers: install less_cache[transformers]"
         ) from error
     return getattr(importlib.import_module(".integrations.transformers", __name__), name)

@@ -22,8 +22,8 @@ from ._checks import check_choice, check_int
 from .arrays import Array, LayerArrays
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
 from .config import CacheConfig
-from .feature_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .layer_config import LayerConfig
+from .layer_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .policies import policy_from_dict
 
 _PLANS: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()

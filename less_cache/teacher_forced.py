@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ._checks import check_choice, check_int
 from .backends import BACKENDS, best_backend, get_backend
 from .config import CacheConfig
-from .feature_maps import LayerMaps
 from .layer_config import LayerConfig
+from .layer_maps import LayerMaps
 
 INFINITY = float("inf")
 

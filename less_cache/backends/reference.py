@@ -16,8 +16,8 @@ import torch
 
 from ..arrays import EMPTY, LayerArrays
 from ..config import CacheConfig
-from ..feature_maps import EXPONENT_LIMIT, LayerMaps
 from ..layer_config import LayerConfig
+from ..layer_maps import EXPONENT_LIMIT, LayerMaps
 from ..policies import Policy
 from . import following
 

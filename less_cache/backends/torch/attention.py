@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...arrays import EMPTY
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from . import prompt
 from .maths import INFINITY, log_mass_of, scaled, with_low_rank
 from .slots import RunSlots

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import CacheConfig
-from ...feature_maps import LayerMaps
+from ...layer_maps import LayerMaps
 from ...teacher_forced import attend_all, eviction_times
 from .interception import intercepted
 

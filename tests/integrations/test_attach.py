@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForCond
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import less_cache as lc
+from less_cache.integrations.transformers import attachment
 from tests.integrations.models import COMMON, FAMILIES, GQA, build, full, less, model_of, prompts
 
 
@@ -56,15 +57,13 @@ def test_detaching_after_an_error():
 
 
 def test_an_error_while_attaching_leaves_no_trace(monkeypatch):
-    from less_cache.integrations import transformers as room
-
     model = build("llama")
     before = traces(model)
 
     def broken(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(room, "wrap_generate", broken)
+    monkeypatch.setattr(attachment, "wrap_generate", broken)
     with pytest.raises(RuntimeError, match="no"):
         lc.attach(model, full(model))
     assert traces(model) == before

@@ -32,6 +32,7 @@ from .policies import (
 from .state import CacheState, LayerState
 
 if TYPE_CHECKING:
+    from .integrations.transformers import FullAttentionWarning as FullAttentionWarning
     from .integrations.transformers import LessCache as LessCache
     from .integrations.transformers import attach as attach
 
@@ -65,8 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers is optional, and slow to import: only who asks for these two pays for it.
-    if name not in ("LessCache", "attach"):
+    # transformers is optional, and slow to import: only who asks for these pays for it.
+    if name not in ("FullAttentionWarning", "LessCache", "attach"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         importlib.import_module("transformers")

@@ -84,6 +84,10 @@ class CacheManager:
         # By device and dtype: states are made often, maps are converted once.
         self._plans: dict[tuple[str, str], _Plan] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold modules, and are made again when a state asks for one.
+        return {**vars(self), "_plans": {}}
+
     def __repr__(self) -> str:
         return f"CacheManager({self.config}, {self.maps}, backend={self.backend!r})"
 
@@ -169,9 +173,21 @@ class CacheManager:
         ------
         ValueError, TypeError
             If anything above is not so, or a `FullCache` has no room; the state is untouched then.
+        RuntimeError
+            If another call on the same state has not ended: a state belongs to one thread at a
+            time. Threads may share a manager, each with a state of its own. A compiled call does
+            not look.
         """
         if not isinstance(state, CacheState):
             raise TypeError(f"state: got {type(state).__name__}, expected a CacheState from init()")
+        if torch.compiler.is_compiling():
+            return self._attend(state, layer, q, k, v, mask)
+        with state.turn():
+            return self._attend(state, layer, q, k, v, mask)
+
+    def _attend(
+        self, state: CacheState, layer: int, q: Array, k: Array, v: Array, mask: Array | None
+    ) -> Array:
         if state.plan is None or state.plan.manager is not self:
             self._adopt(state)
         layers = state.plan.layers

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import call
 from ._checks import check_choice, check_int
+from ._precision import without_autocast
 from .arrays import Array, LayerArrays
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
 from .config import CacheConfig
@@ -67,18 +68,19 @@ class StepPlan:
             if arrays.history is not None:
                 state.append(arrays.history)
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        return self.module.attend(
-            self.layer,
-            arrays,
-            self.maps,
-            q,
-            k,
-            v,
-            lengths=lengths,
-            rows=rows,
-            mask=mask,
-            clean=clean,
-        )
+        with without_autocast(q):
+            return self.module.attend(
+                self.layer,
+                arrays,
+                self.maps,
+                q,
+                k,
+                v,
+                lengths=lengths,
+                rows=rows,
+                mask=mask,
+                clean=clean,
+            )
 
 
 def plan_step(

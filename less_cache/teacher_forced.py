@@ -7,11 +7,15 @@ all outputs in one masked product. The result equals `CacheManager.attend` calle
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._checks import check_choice, check_int
+from ._precision import without_autocast
 from .backends import BACKENDS, best_backend, get_backend
 from .config import CacheConfig
 from .layer_config import LayerConfig
@@ -66,9 +70,14 @@ def eviction_times(
             f"k: {tokens} tokens, but {layer.policy} holds at most capacity = "
             f"{min(layer.capacities)}"
         )
+    if not layer.policy.evicts:
+        own = torch.arange(tokens, dtype=torch.int32, device=k.device)
+        stays = torch.full(k.shape[:3], tokens, dtype=torch.int32, device=k.device)
+        return stays if mask is None else torch.where(mask.unsqueeze(1), stays, own)
     if backend == "auto":
         backend = best_backend(_sparse_config(layer, k), k.device.type)
-    return get_backend(backend).eviction_times(layer, q, k, mask, prompt=prompt)
+    with without_autocast(k):
+        return get_backend(backend).eviction_times(layer, q, k, mask, prompt=prompt)
 
 
 def _sparse_config(layer: LayerConfig, k: Tensor) -> CacheConfig:
@@ -85,6 +94,29 @@ def _sparse_config(layer: LayerConfig, k: Tensor) -> CacheConfig:
     )
 
 
+class Past(NamedTuple):
+    """What heads hold before the known tokens come.
+
+    Attributes
+    ----------
+    keys, values
+        [B, Hkv, P, D]; a column that is no pair may hold any finite numbers.
+    held
+        [B, Hkv, P] booleans, which columns are pairs.
+    times
+        [B, Hkv, P], as from `eviction_times`; 0 for a pair that no query finds, or no pair.
+    H, z
+        [B, Hkv, R, D] and [B, Hkv, R].
+    """
+
+    keys: Tensor
+    values: Tensor
+    held: Tensor
+    times: Tensor
+    H: Tensor
+    z: Tensor
+
+
 def attend(
     layer: LayerConfig,
     maps: LayerMaps | None,
@@ -93,6 +125,8 @@ def attend(
     v: Tensor,
     times: Tensor,
     rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """Every query's output, as the step would give it.
 
@@ -110,38 +144,84 @@ def attend(
         [B, Hkv, N], from `eviction_times`.
     rows
         [n] the queries wanted, in any order. Default: all.
+    mask
+        [B, N] booleans, false at padding, which may hold anything; ``None``: no padding.
+    past
+        What came before; no gradient flows into it. ``None``: nothing.
 
     Returns
     -------
     Tensor
-        [B, Hq, n, D].
+        [B, Hq, n, D], zero at padding.
     """
+    with without_autocast(k):
+        return _attend(layer, maps, q, k, v, times, rows, mask, past)
+
+
+def _attend(
+    layer: LayerConfig,
+    maps: LayerMaps | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    times: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    past: Past | None,
+) -> Tensor:
     batch, kv_heads, tokens, head_dim = k.shape
-    positions = torch.arange(tokens, device=k.device)
-    rows = positions if rows is None else rows
+    columns = torch.arange(tokens, device=k.device)
+    rows = columns if rows is None else rows
+    if mask is not None:
+        q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
     queries = q[:, :, rows]
-    shape = (batch, kv_heads, layer.group, len(rows), tokens)
+    pairs = None if mask is None else mask.unsqueeze(1)
+    if past is not None:
+        new = k.new_ones(times.shape, dtype=torch.bool)
+        pairs = torch.cat([past.held, new if pairs is None else new & pairs], 2)
+        k, v = torch.cat([past.keys.to(k), k], 2), torch.cat([past.values.to(v), v], 2)
+        times = torch.cat([past.times, times], 2)
+        columns = torch.cat([columns.new_full((past.times.shape[2],), -1), columns])
+    shape = (batch, kv_heads, layer.group, len(rows), len(columns))
     wide = torch.promote_types(q.dtype, torch.float32)
 
     gone = times.unsqueeze(2) <= rows.view(-1, 1)
-    ahead = positions > rows.view(-1, 1)
+    hidden = gone | (columns > rows.view(-1, 1))
+    if mask is not None:
+        # Padding sees itself, so that its softmax has something to sum up.
+        hidden = hidden & (columns != rows.view(-1, 1))
+    if pairs is not None:
+        gone = gone & pairs.unsqueeze(2)
     grouped = queries.reshape(batch, kv_heads, -1, head_dim)
     logits = pair_logits(layer, grouped.to(wide), k.to(wide)).view(shape)
-    logits = logits.masked_fill((gone | ahead).unsqueeze(2), -INFINITY)
+    logits = logits.masked_fill(hidden.unsqueeze(2), -INFINITY)
     peak = logits.amax(4, keepdim=True).detach()
+    remembered: Tensor | None = None
     if maps is None:
         weights = torch.exp(logits - peak)
+        total = weights.sum(4, keepdim=True)
     else:
         features = maps.phi(queries).reshape(*grouped.shape[:3], -1)
         kernel = (features @ maps.psi(k).transpose(2, 3)).view(shape)
         kernel = kernel.masked_fill(~gone.unsqueeze(2), 0)
-        low_rank = kernel.sum(4, keepdim=True).detach()
-        peak = torch.maximum(peak, low_rank.log())
-        weights = torch.exp(logits - peak) + kernel * torch.exp(-peak)
-    total = weights.sum(4, keepdim=True)
-    weights = (weights / total).view(batch, kv_heads, -1, tokens)
+        low_rank = kernel.sum(4, keepdim=True)
+        if past is not None:
+            low_rank = low_rank + (features @ past.z.to(wide).unsqueeze(3)).view(*shape[:4], 1)
+        peak = torch.maximum(peak, low_rank.detach().log())
+        # An empty state must not meet an exponential that overflows: 0 * inf is no 0.
+        lift = torch.exp(-peak.clamp_min(math.log(torch.finfo(wide).tiny)))
+        pairs_weights = torch.exp(logits - peak)
+        weights = pairs_weights + kernel * lift
+        total = pairs_weights.sum(4, keepdim=True) + low_rank * lift
+        if past is not None:
+            state = (features @ past.H.to(wide)).view(*shape[:4], head_dim)
+            remembered = (state * (lift / total)).view(batch, kv_heads, -1, head_dim)
+    weights = (weights / total).view(batch, kv_heads, -1, len(columns))
     out = weights.to(v.dtype) @ v
-    return out.view(batch, layer.query_heads, len(rows), head_dim)
+    if remembered is not None:
+        out = out + remembered.to(v.dtype)
+    out = out.view(batch, layer.query_heads, len(rows), head_dim)
+    return out if mask is None else out.masked_fill(~mask[:, rows].view(batch, 1, -1, 1), 0)
 
 
 def attend_all(
@@ -152,6 +232,8 @@ def attend_all(
     v: Tensor,
     times: Tensor,
     *,
+    mask: Tensor | None = None,
+    past: Past | None = None,
     block: int = 256,
     recompute: bool = True,
 ) -> Tensor:
@@ -161,7 +243,7 @@ def attend_all(
 
     Parameters
     ----------
-    layer, maps, q, k, v, times
+    layer, maps, q, k, v, times, mask, past
         As of `attend`.
     block
         Queries at a time.
@@ -180,10 +262,11 @@ def attend_all(
         stop = min(start + block, tokens)
         rows = torch.arange(start, stop, device=k.device)
         before = (q[:, :, :stop], k[:, :, :stop], v[:, :, :stop], times[:, :, :stop])
+        real = None if mask is None else mask[:, :stop]
         if recompute and torch.is_grad_enabled():
-            part = checkpoint(attend, layer, maps, *before, rows, use_reentrant=False)
+            part = checkpoint(attend, layer, maps, *before, rows, real, past, use_reentrant=False)
         else:
-            part = attend(layer, maps, *before, rows)
+            part = attend(layer, maps, *before, rows, real, past)
         parts.append(part)
     return torch.cat(parts, 2)
 

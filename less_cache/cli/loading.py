@@ -105,7 +105,8 @@ def config_for(model: Any, capacity: str, policy: str, rank: int) -> CacheConfig
         rank=rank,
         dtype=model.dtype,
     )
-    check_memory("capacity", capacity, config.bytes_per_sequence(), model.device)
+    needed = config.bytes_per_sequence()
+    check_memory("capacity, rank", f"{capacity}, {rank}", needed, model.device)
     return config
 
 

@@ -18,6 +18,8 @@ from .state import CacheState, LayerState
 from .teacher_forced import Past, attend_all, eviction_times
 
 
+# A compiler would unroll the tokens, and be at it for minutes.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_one_by_one(
     manager: CacheManager,
     state: CacheState,
@@ -85,6 +87,7 @@ def attend_one_by_one(
     return torch.cat(parts, 1).to(q.dtype)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_from_empty(
     layer: LayerConfig,
     maps: LayerMaps | None,

@@ -163,7 +163,10 @@ MISTAKES = {
     "policy": ((*TRAIN, "--policy", "lru"), "policy"),
     "full-cache": ((*TRAIN, "--policy", "fullcache", "--capacity", "8"), "evicts nothing"),
     "layers": ((*TRAIN, "--length", "64", "--layers", "5:9"), "layers: got '5:9'"),
-    "rank": ((*TRAIN, "--length", "96", "--rank", "100000000"), "capacity, rank: got 0.05, 100000000"),
+    "rank": (
+        (*TRAIN, "--length", "96", "--rank", "100000000"),
+        "capacity, rank: got 0.05, 100000000",
+    ),
     "dtype": ((*TRAIN, "--dtype", "int8"), "dtype"),
     "device": ((*TRAIN, "--device", "banana"), "device: got 'banana'"),
     "gpu": ((*TRAIN, "--device", "cuda:77"), "device: got 'cuda:77'"),

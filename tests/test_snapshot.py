@@ -365,7 +365,8 @@ def test_damaged_headers_are_refused(tmp_path, damage):
     state.save(path)
     rewritten(path, change_header=damage)
     with pytest.raises(
-        ValueError, match=r"lacks|field|format|Expecting|unexpected|tokens_bound|deep|recursion|entries"
+        ValueError,
+        match=r"lacks|field|format|Expecting|unexpected|tokens_bound|deep|recursion|entries",
     ):
         manager.load(path)
 

@@ -197,7 +197,7 @@ def attend_head(
         lift = xp.exp(xp.where(low_rank > 0, -peak, xp.full_like(peak, -math.inf)))
     weights = xp.exp(logits - peak)
     pairs_mass = xp.sum(weights, axis=-1, keepdims=True)
-    numerator = weights @ union.values
+    numerator = weigh_visible(xp, weights, union.values, kept)
     denominator = pairs_mass
     if maps is not None:
         numerator = numerator + (features @ union.H) * lift
@@ -215,6 +215,20 @@ def attend_head(
     while union.keys.shape[0] > capacity:
         union = evict(xp, policy, union, maps, seen + new_tokens)
     return out, union
+
+
+def weigh_visible(xp: Any, weights: Array, values: Array, kept: int) -> Array:
+    """[G, S, D], Σ weight · v over the `kept` pairs and the new ones up to each query.
+
+    `weights` [G, S, N] are zero beyond; a value there that is no number must stay there as well.
+    """
+    if bool(xp.all(xp.isfinite(values))):
+        return weights @ values
+    seen = [kept + query + 1 for query in range(weights.shape[1])]
+    return xp.stack(
+        [weights[:, query, :columns] @ values[:columns] for query, columns in enumerate(seen)],
+        axis=1,
+    )
 
 
 def evict(xp: Any, policy: Policy, held: Head, maps: dict[str, Any] | None, seen: int) -> Head:

@@ -1,4 +1,4 @@
-"""Caches are copied for continuations of a prompt; attached models say that they are not."""
+"""Caches are copied for several continuations; attached models say that they are not."""
 
 import copy
 import pickle

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextGenerationPipeline
 
 import less_cache as lc
 from tests.integrations.lm_eval_like import loglikelihoods
@@ -263,6 +263,19 @@ def test_scores_as_lm_eval_takes_them(mixed):
     assert abs(sum(found) - sum(whole)) > 1
 
 
+def test_lm_eval_itself():
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    model = build("llama")
+    config, maps = less(model)
+    requests = [([5, 9, 7, 33, 12, 60, 41, 8, 3], [4, 50, 6]), ([11, 3], [22, 8, 90, 31, 7, 15])]
+    with lc.attach(model, config, maps, scoring=True):
+        expected = loglikelihoods(model, requests, batch=1)
+        judge = huggingface.HFLM(pretrained=model, tokenizer=numbers_tokenizer(), batch_size=1)
+        asked = [(("", ""), *request) for request in requests]
+        found = [score for score, _ in judge._loglikelihood_tokens(asked, disable_tqdm=True)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **CLOSE)
+
+
 def test_the_pipeline():
     tokenizer = numbers_tokenizer()
     model = build("llama")
@@ -336,6 +349,24 @@ def test_nobody_else_is():
     with quiet(), lc.attach(model, config, maps, scoring=True):
         model(ids, labels=ids)
         model(ids, use_cache=False)
+
+
+def test_generate_of_a_model_that_gives_all_logits_does_not_warn():
+    class Wordy(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **given):
+            given.pop("logits_to_keep", None)
+            return super().forward(
+                input_ids, attention_mask, past_key_values=past_key_values, **given
+            )
+
+    model = Wordy(model_of("llama").config).eval()
+    config, maps = less(model)
+    ids, _ = prompts([17])
+    with lc.attach(model, config, maps):
+        with quiet():
+            model.generate(ids, max_new_tokens=4, pad_token_id=0)
+        with pytest.warns(lc.FullAttentionWarning):
+            model(ids)
 
 
 def test_what_is_asked_for_must_be_true_or_false():

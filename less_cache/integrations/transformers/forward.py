@@ -163,6 +163,11 @@ class ModelHooks:
             return
         kwargs["use_cache"] = False
         _check_mask(mask, batch, length)
+        if torch.compiler.is_compiling() and mask is None and kwargs.get("position_ids") is None:
+            # Without a mask transformers asks of positions whether several sequences are packed,
+            # which a graph can't tell.
+            mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
+            kwargs["attention_mask"] = mask
         if self.is_falcon:
             kwargs["attention_mask"] = falcon_mask(mask, batch, length, inputs.device)
 
@@ -215,12 +220,8 @@ class ModelHooks:
                 f"past_key_values: got {type(cache).__name__}, expected a LessCache from the "
                 "new_cache() of what less_cache.attach returned"
             )
-        mine, maps = self.manager, cache.manager.maps
-        same = maps is mine.maps or (maps and mine.maps and maps.digest == mine.maps.digest)
-        if cache.manager.config != mine.config or not same:
-            raise ValueError(
-                "past_key_values: made for another config or other maps than those attached"
-            )
+        if cache.manager is not self.manager:
+            self._adopt(cache)
         if len(cache) != self.layers:
             raise ValueError(
                 f"past_key_values: made for {len(cache)} layers, expected {self.layers}"
@@ -234,6 +235,17 @@ class ModelHooks:
                 "past_key_values: an earlier pass broke off between layers (reset() it, or load it "
                 "from a snapshot), or is under way in another thread"
             )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _adopt(self, cache: LessCache) -> None:
+        """Take over a cache of an earlier attachment, or from a file, where it is of our kind."""
+        mine, maps = self.manager, cache.manager.maps
+        same = maps is mine.maps or (maps and mine.maps and maps.digest == mine.maps.digest)
+        if cache.manager.config != mine.config or not same:
+            raise ValueError(
+                "past_key_values: made for another config or other maps than those attached"
+            )
+        cache.manager = mine
 
 
 def hand_on(alone: ScoringLayer | None) -> Hook:

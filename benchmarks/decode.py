@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contestants import Contestant, Dynamic, Less, Static, full_bytes
 from benchmarks.decode_report import markdown, plot, table
 from benchmarks.measuring import free_bytes, interleaved, spread, surroundings
+from benchmarks.options import numbers
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder, Shape
 from less_cache.policies import Policy, parse_policy
@@ -51,17 +52,6 @@ SHORT, LONG = 1024, 65536
 PACKED_ROWS = 8
 """The batch that the packed weights are laid out for."""
 RESULTS = Path(__file__).parent / "results"
-
-
-def numbers(text: str) -> list[int]:
-    """``1024,8k`` -> [1024, 8192]."""
-    values = []
-    for item in text.lower().split(","):
-        count = item.strip().removesuffix("k")
-        if not count.isdecimal() or int(count) == 0:
-            raise typer.BadParameter(f"got {item!r}, expected positive integers such as 1024,8k")
-        values.append(int(count) * (1024 if item.strip().endswith("k") else 1))
-    return sorted(set(values))
 
 
 def slots(capacity: float, context: int) -> int:
@@ -219,7 +209,9 @@ def main(
     ] = torch.backends.mkldnn.is_available(),
     tiny: Annotated[bool, typer.Option(help="A tiny model, to try the benchmark.")] = False,
     json_file: Annotated[Path, typer.Option("--json", help="Results.")] = RESULTS / "decode.json",
-    png_file: Annotated[Path, typer.Option("--png", help="Plot.")] = RESULTS / "decode.png",
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Plot; default: beside the results.")
+    ] = None,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table in Markdown.")
     ] = False,
@@ -247,7 +239,7 @@ def main(
         report = run(bench, numbers(contexts), numbers(batches), policy, console)
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, png_file)
+    plot(report, png_file or json_file.with_suffix(".png"))
     console.print(table(report))
     if as_markdown:
         print(markdown(report))

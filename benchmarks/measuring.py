@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import shlex
 import statistics
 import sys
@@ -13,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-import transformers
 
-import less_cache as lc
+from less_cache.evaluation import surroundings as evaluation
 
 WARM_UP = 2
 """Untimed calls of each contestant: allocations, thread pools, compilation."""
@@ -67,30 +63,11 @@ def free_bytes() -> int:
 
 def surroundings() -> dict[str, Any]:
     """Machine, versions, date and command line, for the head of a result file."""
-    return {
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": psutil.cpu_count(logical=False),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30),
-            "system": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "load_before": round(psutil.getloadavg()[0], 2),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "less_cache": lc.__version__,
-        },
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    around = evaluation.surroundings()
+    around["machine"] |= {
+        "cores": psutil.cpu_count(logical=False),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "load_before": round(psutil.getloadavg()[0], 2),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    command = shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {**around, "command": command}

@@ -112,7 +112,9 @@ def main(
     policy: Annotated[str, typer.Option(help="Such as h2o or sinkwindow:sinks=4.")] = "h2o",
     threads: Annotated[int, typer.Option(min=1, help="PyTorch's.")] = 1,
     json_file: Annotated[Path, typer.Option("--json", help="Results.")] = RESULTS / "memory.json",
-    png_file: Annotated[Path, typer.Option("--png", help="Plot.")] = RESULTS / "memory.png",
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Plot; default: beside the results.")
+    ] = None,
 ) -> None:
     """Decode a long sequence and watch the process's memory."""
     torch.set_num_threads(threads)
@@ -148,7 +150,7 @@ def main(
     }
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, png_file)
+    plot(report, png_file or json_file.with_suffix(".png"))
     console.print(
         f"From {settled[0]['tokens']:,} to {tokens:,} tokens the process grew by "
         f"{report['growth_bytes'] / 1e6:.2f} MB; the LESS state has {less.nbytes / 1e6:.2f} MB "

@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 
 from benchmarks.measuring import free_bytes, spread, surroundings
 from benchmarks.onnx_contestants import Exported, GenAI, build_genai, export_all, random_llama
+from benchmarks.options import numbers
 from less_cache.policies import parse_policy
 
 mpl.use("Agg")
@@ -48,7 +49,9 @@ console = Console()
 
 def main(
     contexts: Annotated[str, typer.Option(help="Tokens a sequence.")] = "1024,4096,16384,65536",
-    full_up_to: Annotated[int, typer.Option(help="Longest context of the full caches.")] = 16384,
+    full_up_to: Annotated[
+        int, typer.Option(min=0, help="Longest context of the full caches.")
+    ] = 16384,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
     capacity: Annotated[int, typer.Option(min=2, help="Slots of LESS.")] = 205,
     policy: Annotated[str, typer.Option(help="Of LESS.")] = "h2o",
@@ -59,10 +62,12 @@ def main(
     genai: Annotated[bool, typer.Option(help="Time onnxruntime-genai too.")] = True,
     tiny: Annotated[bool, typer.Option(help="A tiny model, to try the benchmark.")] = False,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS / "onnx_decode.json",
-    png_file: Annotated[Path, typer.Option("--png")] = RESULTS / "onnx_decode.png",
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Plot; default: beside the results.")
+    ] = None,
 ) -> None:
     """Time decode steps of exported models."""
-    lengths = [int(item) for item in contexts.split(",")]
+    lengths = numbers(contexts)
     model = random_llama(max(lengths) + ROOM, tiny)
     report: dict[str, Any] = surroundings()
     report["versions"]["onnxruntime"] = ort.__version__
@@ -99,7 +104,7 @@ def main(
         ]
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(report, indent=2) + "\n")
-    _plot(report, png_file)
+    _plot(report, png_file or json_file.with_suffix(".png"))
     console.print(_table(report))
     console.print(f"onnxruntime-genai: {report['genai']}")
 

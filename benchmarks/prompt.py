@@ -29,8 +29,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import less_cache as lc
-from benchmarks.decode import numbers
 from benchmarks.measuring import interleaved, surroundings
+from benchmarks.options import numbers
 from less_cache.policies import parse_policy
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,6 +34,7 @@ from .quantization.transforms import Transforms
 from .state import CacheState, LayerState
 
 if TYPE_CHECKING:
+    from .integrations.transformers import FullAttentionWarning as FullAttentionWarning
     from .integrations.transformers import LessCache as LessCache
     from .integrations.transformers import attach as attach
 
@@ -69,13 +70,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers is optional, and slow to import: only who asks for these two pays for it.
-    if name not in ("LessCache", "attach"):
+    # transformers is optional, and slow to import: only who asks for these pays for it.
+    if name not in ("FullAttentionWarning", "LessCache", "attach"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(
-            f"less_cache.{name} needs transformers: pip install 'less_cache[transformers]'"
+            f"less_cache.{name} needs transformers: install less_cache[transformers]"
         ) from error
     return getattr(importlib.import_module(".integrations.transformers", __name__), name)

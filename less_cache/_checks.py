@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+import os
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,37 @@ def check_choice(name: str, value: Any, allowed: Any) -> Any:
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
     return value
+
+
+def check_memory(name: str, given: Any, needed: float, device: torch.device) -> None:
+    """Refuse what takes more bytes than a device has at all.
+
+    Parameters
+    ----------
+    name, given
+        The argument that asks for so much, and its value.
+    needed
+        Bytes.
+    device
+        Where.
+
+    Raises
+    ------
+    ValueError
+        If the device has less memory.
+    """
+    has = math.inf
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu":
+        # Where the system does not say, what is asked for is tried.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            has = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    if needed > has:
+        raise ValueError(
+            f"{name}: got {given}, which takes {needed / 1e9:,.0f} GB of memory; "
+            f"{device} has {has / 1e9:,.0f} GB"
+        )
 
 
 def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import re
-import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,22 +21,44 @@ OWNER = re.compile(r"(?P<host>[0-9a-z]+)-(?P<process>\d+)")
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block ends without an error.
+    """A temporary path, renamed to `path` if the block ends without an error.
+
+    It lies in a folder of its own beside `path`, so that what a library writes next to it, too,
+    goes away with it, or after a kill with the next write of that name.
+    """
+    # A name may be as long as the system takes: its beginning tells enough.
+    with scratch_folder(path.parent, f".{path.name[:40]}.") as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        # Libraries make files that only their owner may read; this one is as any new file.
+        temporary.chmod(mode)
+        temporary.replace(path)
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder of this process alone inside `parent`, gone in the end.
 
     What processes that were killed left behind under such names goes away, too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if is_left_behind(left.name.removeprefix(f".{path.name}.")):
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{owner_tag()}.{secrets.token_hex(4)}.part")
-    # O_EXCL: nobody else's file; the mode is cut by the umask, as that of any new file.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        if is_left_behind(left.name.removeprefix(prefix)):
+            _remove(left)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{prefix}{owner_tag()}.", suffix=".part", dir=parent))
     try:
-        yield temporary
-        temporary.replace(path)
+        yield scratch
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def owner_tag() -> str:
@@ -67,6 +90,22 @@ def write_text(path: Path, text: str) -> None:
 def json_text(data: Any, *, indent: int | None = None) -> str:
     """`data` as JSON; numbers that JSON does not have, NaN and infinity, become null."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def parse_json(where: str, text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or nested so deeply that reading it would take the stack.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: no valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: its JSON is nested too deeply") from None
 
 
 def _host() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ._files import replaced
@@ -23,8 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = digest_of(whole, header)
     with replaced(path) as temporary:
-        # `save_file` would write to a temporary name of its own, which a killed process leaves.
-        temporary.write_bytes(save(whole, metadata={**header, DIGEST: digest}))
+        save_file(whole, str(temporary), metadata={**header, DIGEST: digest})
     return digest
 
 

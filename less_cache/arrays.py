@@ -77,6 +77,10 @@ class LayerArrays:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The copies of views would be no views of the copies.
+        return {**vars(self), "_views": {}}
+
     def of_run(self, run: Run) -> LayerArrays:
         """The arrays of heads of equal capacity as dense views [P, heads, C, ...] of these."""
         own = [getattr(self, name) for name in ARRAYS]

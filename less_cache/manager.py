@@ -17,7 +17,7 @@ from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
 from .ops import StepPlan, plan_step
-from .quantization.transforms import Transforms
+from .quantization.transforms import LayerTransforms, Transforms
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
 
@@ -94,6 +94,10 @@ class CacheManager:
         # By device and dtype: states are made often, maps are converted once.
         self._plans: dict[tuple[str, str], _Plan] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold modules, and are made again when a state asks for one.
+        return {**vars(self), "_plans": {}}
+
     def __repr__(self) -> str:
         return f"CacheManager({self.config}, {self.maps}, backend={self.backend!r})"
 
@@ -108,6 +112,10 @@ class CacheManager:
         if self.backend != "auto":
             return self.backend
         return best_backend(self.config, device.partition(":")[0])
+
+    def transforms_of(self, layer: int) -> LayerTransforms | None:
+        """The calibrated bases of one layer's codes; ``None`` where there are none."""
+        return None if self.transforms is None else self.transforms[layer]
 
     def init(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> CacheState:
         """An empty cache for `batch_size` sequences.
@@ -179,9 +187,21 @@ class CacheManager:
         ------
         ValueError, TypeError
             If anything above is not so, or a `FullCache` has no room; the state is untouched then.
+        RuntimeError
+            If another call on the same state has not ended: a state belongs to one thread at a
+            time. Threads may share a manager, each with a state of its own. A compiled call does
+            not look.
         """
         if not isinstance(state, CacheState):
             raise TypeError(f"state: got {type(state).__name__}, expected a CacheState from init()")
+        if torch.compiler.is_compiling():
+            return self._attend(state, layer, q, k, v, mask)
+        with state.turn():
+            return self._attend(state, layer, q, k, v, mask)
+
+    def _attend(
+        self, state: CacheState, layer: int, q: Array, k: Array, v: Array, mask: Array | None
+    ) -> Array:
         if state.plan is None or state.plan.manager is not self:
             self._adopt(state)
         layers = state.plan.layers
@@ -249,10 +269,9 @@ class CacheManager:
             )
         get_backend(name).check_config(config)
         maps = self.maps if self.maps is not None else [None] * config.num_layers
-        transforms = self.transforms if self.transforms is not None else [None] * config.num_layers
         layers = tuple(
-            plan_step(layer, own, basis, device=where, backend=name)
-            for layer, own, basis in zip(config.layers, maps, transforms, strict=True)
+            plan_step(layer, own, self.transforms_of(index), device=where, backend=name)
+            for index, (layer, own) in enumerate(zip(config.layers, maps, strict=True))
         )
         self._plans[key] = _Plan(self, name, layers)
         return self._plans[key]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._files import json_text
+from ._files import json_text, parse_json
 from ._tensor_files import DIGEST, read_tensors, write_tensors
 
 WEIGHTS = "less_maps.safetensors"
@@ -20,7 +20,12 @@ WEIGHTS = "less_maps.safetensors"
 CARD = "less_maps.json"
 """Where format 1 had its card."""
 FORMAT_VERSION = 2
-CARD_FIELDS = ("kind", "num_layers", "model_id", "training")
+CARD_FIELDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "num_layers": (int,),
+    "model_id": (str, NoneType),
+    "training": (dict,),
+}
 
 
 def save_folder(
@@ -86,16 +91,26 @@ def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     return layers, card
 
 
+def public_name(model_id: str | None) -> str | None:
+    """A model's name as it may be published: of an absolute path its last part alone."""
+    if model_id is None:
+        return None
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(model_id).is_absolute():
+            return kind(model_id).name
+    return model_id
+
+
 def _card(path: Path, text: str | bytes, version: int) -> dict[str, Any]:
-    try:
-        card = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: its card is not valid JSON: {error}") from None
+    card = parse_json(f"{path}: card", text)
     if not isinstance(card, dict) or card.get("format") != version:
         found = card.get("format") if isinstance(card, dict) else card
         raise ValueError(f"{path}: format {found!r}, expected {version}")
     if missing := [name for name in CARD_FIELDS if name not in card]:
         raise ValueError(f"{path}: its card lacks {missing}")
+    for name, kinds in CARD_FIELDS.items():
+        if type(card[name]) not in kinds:
+            raise ValueError(f"{path}: its card has {name} = {card[name]!r:.60}")
     return card
 
 
@@ -116,7 +131,13 @@ def locate(name: str | Path, subfolder: str, revision: str | None) -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
     # A repository of format 1 has a card beside its weights.
     patterns = [prefix + WEIGHTS, prefix + CARD]
-    fetched = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
+    try:
+        fetched = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
+    except Exception as error:  # Network, hub, rights: whatever it is, the name led to it.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(
+            f"{name}: no such folder, and the hub gave no such repository: {reason}"
+        ) from error
     return Path(fetched) / subfolder
 
 

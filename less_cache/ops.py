@@ -19,11 +19,12 @@ from torch import Tensor
 
 from . import call
 from ._checks import check_choice, check_int
+from ._precision import without_autocast
 from .arrays import Array, LayerArrays, array_shapes
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
 from .config import CacheConfig
-from .feature_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .layer_config import LayerConfig
+from .layer_maps import FIRST_LAYERS, LAST_LAYERS, LayerMaps
 from .policies import policy_from_dict
 from .quantization import Quantization
 from .quantization.transforms import LayerTransforms, layer_transforms
@@ -73,20 +74,23 @@ class StepPlan:
         if torch.compiler.is_compiling():
             state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        if self.transforms is not None:
-            return self._run_inside(self.transforms, arrays, q, k, v, lengths, rows, mask, clean)
-        return self.module.attend(
-            self.layer,
-            arrays,
-            self.maps,
-            q,
-            k,
-            v,
-            lengths=lengths,
-            rows=rows,
-            mask=mask,
-            clean=clean,
-        )
+        with without_autocast(q):
+            if self.transforms is not None:
+                return self._run_inside(
+                    self.transforms, arrays, q, k, v, lengths, rows, mask, clean
+                )
+            return self.module.attend(
+                self.layer,
+                arrays,
+                self.maps,
+                q,
+                k,
+                v,
+                lengths=lengths,
+                rows=rows,
+                mask=mask,
+                clean=clean,
+            )
 
     def _run_inside(
         self,

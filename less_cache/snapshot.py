@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._files import parse_json
 from ._tensor_files import DIGEST, read_tensors, write_tensors
 from .arrays import EMPTY, array_shapes
 from .config import PARAMETERS, CacheConfig
@@ -99,7 +100,7 @@ def read(path: Path) -> Snapshot:
         raise ValueError(f"{path}: its header lacks {missing}")
     if header["library"] not in LIBRARIES:
         raise ValueError(f"{path}: library: {header['library']!r}, expected one of {LIBRARIES}")
-    config = _config(path, _json(path, header, "config"), tensors)
+    config = _config(path, parse_json(f"{path}: config", header["config"]), tensors)
     layers = [
         _layer(f"{path}: layers.{i}", f"layers.{i}", layer, tensors)
         for i, layer in enumerate(config.layers)
@@ -109,7 +110,7 @@ def read(path: Path) -> Snapshot:
     sizes = [len(layer["length"]) for layer in layers]
     if set(sizes) != {max(sizes)}:
         raise ValueError(f"{path}: layers.{sizes.index(min(sizes))} has another number of rows")
-    bounds = _json(path, header, "tokens_bound")
+    bounds = parse_json(f"{path}: tokens_bound", header["tokens_bound"])
     _check_bounds(path, bounds, config, layers)
     for i, (layer, arrays) in enumerate(zip(config.layers, layers, strict=True)):
         _check_contents(f"{path}: layers.{i}", layer, arrays)
@@ -134,13 +135,6 @@ def differences(saved: CacheConfig, wanted: CacheConfig) -> str:
     )
 
 
-def _json(path: Path, header: Mapping[str, str], name: str) -> Any:
-    try:
-        return json.loads(header[name])
-    except ValueError as error:
-        raise ValueError(f"{path}: {name}: unexpected text, no JSON: {error}") from None
-
-
 def _config(path: Path, data: Any, tensors: Mapping[str, Tensor]) -> CacheConfig:
     """The config, once the tensors bear out that it is no larger than they are."""
     if not isinstance(data, dict):
@@ -154,7 +148,7 @@ def _config(path: Path, data: Any, tensors: Mapping[str, Tensor]) -> CacheConfig
             raise ValueError(f"{path}: config: {name} = {data[name]}, but found tensors of {found}")
     try:
         return CacheConfig.from_dict(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: config: {error}") from None
 
 

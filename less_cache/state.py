@@ -46,8 +46,30 @@ class LayerState(LayerArrays):
         return sum(int(array.nbytes) for array in self.arrays().values())
 
 
+class _Turn:
+    """Who holds it may change a state; whoever comes meanwhile is refused."""
+
+    def __init__(self) -> None:
+        # Taking the last item off a list is one step that no other thread divides.
+        self._free = [True]
+
+    def __enter__(self) -> None:
+        try:
+            self._free.pop()
+        except IndexError:
+            raise RuntimeError(
+                "state: another call of attend() on it has not ended; a CacheState belongs to one "
+                "thread at a time, so give each thread one of its own (state.clone())"
+            ) from None
+
+    def __exit__(self, *error: object) -> None:
+        self._free.append(True)
+
+
 class CacheState:
     """All layers' caches of one batch of sequences. Made by `CacheManager.init`.
+
+    It belongs to one thread at a time.
 
     Attributes
     ----------
@@ -76,6 +98,22 @@ class CacheState:
         self._maps_digest = maps_digest
         # What the manager that the state was last handed to has made ready for it.
         self.plan: Any = None
+        self._turn = _Turn()
+
+    def turn(self) -> _Turn:
+        """A context in which no other call changes the state.
+
+        Raises
+        ------
+        RuntimeError
+            On entering, if another call has not left it yet.
+        """
+        return self._turn
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = vars(self).copy()
+        # A plan holds modules, and the managers make it again; a turn is nobody else's.
+        return {**own, "plan": None, "_turn": _Turn()}
 
     @property
     def maps_digest(self) -> str:

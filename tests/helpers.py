@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import less_cache as lc
-from less_cache.feature_maps import tensor_shapes
 from less_cache.layer_config import LayerConfig
+from less_cache.layer_maps import tensor_shapes
 
 POLICIES = (
     lc.FullCache(),
@@ -175,3 +175,13 @@ def assert_same_state(actual: Held, expected: Held, bound: float) -> None:
     assert_close(actual.scores, expected.scores, bound, "scores")
     assert_close(actual.H, expected.H, bound, "H")
     assert_close(actual.z, expected.z, bound, "z")
+
+
+def tensors_of(kind="paper", **sizes):
+    """One layer's parameters by name, random."""
+    shapes = {"query_heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 6, "rank": 2, **sizes}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in tensor_shapes(kind, **shapes).items()
+    }

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
+import logging
+import os
 import shlex
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +20,9 @@ from typer.testing import CliRunner
 import less_cache as lc
 from less_cache import cli, reference_model
 from less_cache._checks import check_choice
+from less_cache.cli import loading, telling
 from less_cache.evaluation import demo
+from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY
 from less_cache.feature_maps import FeatureMaps
 from less_cache.policies import POLICIES, register_policy
 from tests.policies import MostSeen
@@ -55,6 +63,8 @@ def test_train_then_distill_then_eval(maps, text, tmp_path):
     data = json.loads((report / "comparison.json").read_text())
     assert [cache["name"] for cache in data["caches"]][3:] == ["LESS", "LESS distilled"]
     assert data["windows"] == 4
+    for out in (maps, distilled):
+        assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_layers_in_parts_are_merged(text, tmp_path):
@@ -80,21 +90,31 @@ def test_info_describes_machine_and_maps(maps):
 
 
 def test_demo_writes_a_page_to_look_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "WINDOWS", 2)
-    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    for name, small in {"WINDOWS": 3, "PROMPTS": 1, "NEW_TOKENS": 4, "CONTEXT": 64}.items():
+        monkeypatch.setattr(demo, name, small)
     result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "index.html").read_text()
-    assert "$" not in page.replace("$(", "")
+    assert "$" not in page
     assert page.count("data:image/png;base64,") == 2
-    assert page.count("<section>") == 3
+    assert page.count("<section>") == 2
     data = json.loads((tmp_path / "demo.json").read_text())
-    assert [item["name"] for item in data["continuations"]] == [
-        "full cache",
-        "policy alone",
-        "LESS",
-    ]
-    assert data["continuations"][0]["agreed"] == 4
+    assert [cache["name"] for cache in data["caches"]] == [FULL, POLICY, BASELINE_PLUS, "LESS"]
+    assert data["policy"][0]["name"] == "SinkWindow"
+    assert data["ahead"] == 3
+    assert len(data["tokens"]) == demo.STRETCH
+    assert {timing["cache"] for timing in data["timings"]} >= {"full cache", "LESS (torch)"}
+    for told in (data["command"], data["date"], data["machine"]["cpu"], torch.__version__):
+        assert html.escape(told) in page
+    for better in ("full", "less"):
+        extreme = max(data["tokens"], key=lambda t: np.exp(-t[better]) - np.exp(-t["policy"]))
+        shares = (f"<td>{np.exp(-extreme[cache]):.1%}</td>" for cache in ("full", "policy", "less"))
+        assert "".join(shares) in page
+
+
+def test_the_shown_window_is_the_median_one():
+    assert demo.median_window([0.5, 0.1, 0.3]) == 2
+    assert demo.median_window([0.4, -0.1, 0.2, 0.3]) == 3
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -116,6 +136,8 @@ def folder(text, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "text.txt").write_text(text.read_text())
     (tmp_path / "a-file").write_text("no folder")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "object.json").write_text('{"capacity": 52}')
     (tmp_path / "ids.npy").mkdir()
     (tmp_path / "no-model").mkdir()
     (tmp_path / "half-a-model").mkdir()
@@ -130,18 +152,27 @@ MISTAKES = {
     "npy-folder": (("train", "--data", "ids.npy", "--out", "out"), "data: ids.npy is no file"),
     "recipe": ((*TRAIN, "--recipe", "best"), "recipe"),
     "capacity": ((*TRAIN, "--capacity", "many"), "capacity"),
-    "capacity-json": ((*TRAIN, "--capacity", "[52, [16,"), "capacity: [52, [16, is no JSON"),
+    "capacity-json": ((*TRAIN, "--capacity", "[52, [16,"), "capacity: [52, [16,: no valid JSON"),
+    "capacity-deep": ((*TRAIN, "--capacity", "deep.json"), "deep.json: its JSON is nested too"),
+    "capacity-nested": ((*TRAIN, "--capacity", "[[[52]]]"), "capacity: layer 0 has [52]"),
+    "capacity-bool": ((*TRAIN, "--capacity", "[true]"), "capacity: layer 0 has True"),
+    "capacity-object": ((*TRAIN, "--capacity", "object.json"), "object.json holds dict"),
     "capacity-file": ((*TRAIN, "--capacity", "x.json"), "capacity: x.json is no file"),
     "capacity-heads": ((*TRAIN, "--capacity", "[1,2,3,4,5,[6]]"), "capacity: got 1 entries"),
+    "capacity-memory": ((*TRAIN, "--capacity", "5000000000000"), "GB of memory; cpu has"),
     "policy": ((*TRAIN, "--policy", "lru"), "policy"),
     "full-cache": ((*TRAIN, "--policy", "fullcache", "--capacity", "8"), "evicts nothing"),
     "layers": ((*TRAIN, "--length", "64", "--layers", "5:9"), "layers: got '5:9'"),
-    "rank": ((*TRAIN, "--length", "96", "--rank", "100000000"), "rank, hidden: got 100000000"),
+    "rank": (
+        (*TRAIN, "--length", "96", "--rank", "100000000"),
+        "capacity, rank: got 0.05, 100000000",
+    ),
     "dtype": ((*TRAIN, "--dtype", "int8"), "dtype"),
     "device": ((*TRAIN, "--device", "banana"), "device: got 'banana'"),
     "gpu": ((*TRAIN, "--device", "cuda:77"), "device: got 'cuda:77'"),
     "meta": ((*TRAIN, "--device", "meta"), "device: got 'meta', which does not work"),
     "out": (("train", "--data", "text.txt", "--out", "a-file"), "out: a-file is a file"),
+    "hpu": ((*TRAIN, "--device", "hpu"), "device: got 'hpu', which does not work"),
     "out-below": (("train", "--data", "text.txt", "--out", "a-file/x"), "out: a-file is a file"),
     "model-id": ((*TRAIN, "--model", "nobody/nothing-at-all"), "model: 'nobody/nothing-at-all'"),
     "model-file": ((*TRAIN, "--model", "a-file"), "model: 'a-file' cannot be loaded"),
@@ -151,11 +182,14 @@ MISTAKES = {
     "eval-out": (("eval", "--maps", "{maps}", "--out", "a-file"), "out: a-file is a file"),
     "eval-data": (("eval", "--maps", "{maps}", "--data", "nowhere"), "no file or folder"),
     "maps": (("eval", "--maps", "a=nowhere"), "nowhere"),
+    "maps-hub": (("eval", "--maps", "nobody/nothing-at-all"), "no such folder, and the hub gave"),
     "maps-twice": (("eval", "--maps", "a={maps}", "--maps", "a={maps}"), "each name once"),
     "maps-name": (("eval", "--maps", "Baseline+={maps}"), "the name 'Baseline+'"),
     "new-tokens": (("eval", "--maps", "{maps}", "--length", "64"), "new_tokens: got 64"),
     "merge": (("merge", "nowhere", "--out", "out"), "run.json"),
     "bench": (("bench", "--capacity", "0"), "capacity"),
+    "bench-memory": (("bench", "--context", "1000000000000"), "head_dim: got 1000000000000, 8"),
+    "bench-maps": (("bench", "--head-dim", "10000000", "--context", "1"), "of memory; cpu has"),
 }
 
 
@@ -187,6 +221,13 @@ def test_numbers_out_of_range_are_told(arguments, folder, monkeypatch, capsys):
     assert "than or equal to" in told
 
 
+def test_a_folder_that_may_not_be_written_to_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    status, _, told = run(monkeypatch, capsys, *TRAIN)
+    assert status == 2
+    assert "out: . may not be written to" in told
+
+
 def test_data_is_looked_at_before_the_model_is_loaded(folder, maps, monkeypatch, capsys):
     monkeypatch.setattr(reference_model, "load", lambda **_: pytest.fail("the model was loaded"))
     for command in ("train", "eval", "distill"):
@@ -201,8 +242,6 @@ def test_data_is_looked_at_before_the_model_is_loaded(folder, maps, monkeypatch,
     "text", ["install less_cache[tensorrt]", "[batch, heads]", "a[/b]c", "[bold]x[/]", "x" * 200]
 )
 def test_errors_and_paths_are_told_as_they_are(text, monkeypatch, capsys):
-    from less_cache.cli import telling
-
     def command():
         check_choice(text, 1, [2])
 
@@ -224,8 +263,6 @@ def test_errors_and_paths_are_told_as_they_are(text, monkeypatch, capsys):
     ],
 )
 def test_our_own_defects_keep_their_traceback(broken):
-    from less_cache.cli import telling
-
     with pytest.raises((TypeError, ValueError, RuntimeError, ImportError)):
         telling.plain_errors(broken)
 
@@ -238,6 +275,50 @@ def test_ctrl_c_tells_how_to_go_on(folder, monkeypatch, capsys):
     status, _, told = run(monkeypatch, capsys, *TRAIN, "--length", "96")
     assert status == 130
     assert "The same command goes on from the last checkpoint" in told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_process_that_is_interrupted_tells_how_to_go_on(folder):
+    """Ctrl-C as a terminal sends it, amid the fit; the same command then goes on."""
+    command = [sys.executable, "-m", "less_cache.cli", "--verbose", *TRAIN, "--length", "64"]
+    command += ["--sequences", "6", "--hidden", "4", "--capacity", "16", "--recipe", "fast"]
+    command += ["--layers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [*command, "--epochs", "1000000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    told = ""
+    try:
+        while "step 10:" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        process.send_signal(signal.SIGINT)
+        told += process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Stopped. The same command goes on from the last checkpoint." in told
+    assert "Traceback" not in told
+
+
+def test_verbose_tells_each_step_and_nothing_does_so_unasked(folder, monkeypatch, capsys):
+    arguments = [*TRAIN, "--length", "64", "--sequences", "6", "--hidden", "4", "--epochs", "1"]
+    arguments += ["--capacity", "16", "--layers", "0"]
+    told = run(monkeypatch, capsys, *arguments)[2]
+    assert "less_cache.training" not in told
+    for name in telling.OURS:
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    told = run(monkeypatch, capsys, "--verbose", *arguments)[2]
+    assert "less_cache.cli.loading: model: reference, float32 on cpu" in told
+    assert "less_cache.training.data: data: text.txt: 1 documents" in told
+    assert "less_cache.training.per_layer: layer 0: fitted before" in told
 
 
 def test_divergence_is_an_error_and_no_json_holds_infinity(folder, monkeypatch, capsys):
@@ -299,6 +380,15 @@ def test_maps_for_something_else_are_told_once_or_refused(maps, folder, monkeypa
         monkeypatch, capsys, "eval", "--maps", "of-another", *more, "--capacity", "16"
     )
     assert told.count("trained for the model other, not less_cache reference model") == 1
+
+
+def test_sequences_longer_than_the_models_positions_are_warned_of(capsys):
+    config = lc.CacheConfig(1, 2, 1, 8, capacity=4, policy=lc.H2O(), max_positions=64)
+    assert loading.length_for(config, 64) == loading.length_for(config, None) == 64
+    assert capsys.readouterr().err == ""
+    assert loading.length_for(config, 65) == 65
+    told = capsys.readouterr().err
+    assert told == "warning: length: 65 is beyond the model's 64 positions\n"
 
 
 def test_eval_takes_the_ids_that_train_takes(maps, folder, monkeypatch, capsys):

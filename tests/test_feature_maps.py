@@ -1,4 +1,4 @@
-"""Feature maps: the formulas, their files, the hub, and the official code's checkpoints."""
+"""Feature maps: how they are made, their files, the hub, and the official code's checkpoints."""
 
 import argparse
 import io
@@ -16,19 +16,8 @@ from safetensors.torch import load_file, save_file
 import less_cache as lc
 from less_cache import _tensor_files
 from less_cache._tensor_files import read_tensors
-from less_cache.backends import reference
-from less_cache.feature_maps import tensor_shapes
 from less_cache.maps_io import CARD, WEIGHTS
-from tests.helpers import random_maps, small_config
-
-
-def tensors_of(kind="paper", **sizes):
-    shapes = {"query_heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 6, "rank": 2, **sizes}
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(shape, generator=generator)
-        for name, shape in tensor_shapes(kind, **shapes).items()
-    }
+from tests.helpers import random_maps, small_config, tensors_of
 
 
 def without(name):
@@ -89,39 +78,6 @@ def test_arrays_of_numpy_will_do():
 
 
 @pytest.mark.parametrize("kind", ["paper", "exp"])
-def test_the_formulas_are_the_papers_and_ours(kind):
-    tensors = {name: tensor.double() for name, tensor in tensors_of(kind).items()}
-    maps = lc.FeatureMaps.from_tensors([tensors])[0]
-    gelu = torch.nn.functional.gelu
-    q, k = torch.randn(3, 4, 5, 4).double(), torch.randn(3, 2, 5, 4).double()
-    t = tensors
-    for head in range(4):
-        inner = gelu(q[:, head] @ t["phi_w1"][head]) @ t["phi_w2"][head]
-        expected = inner.exp() if kind == "exp" else gelu(inner).abs()
-        torch.testing.assert_close(maps.phi(q)[:, head], expected)
-    for head in range(2):
-        inner = gelu(k[:, head] @ t["psi_w1"][head]) @ t["psi_w2"][head]
-        if kind == "exp":
-            expected = (inner + t["psi_b"][head]).exp()
-        else:
-            u = t["psi_s1"][head].abs() * gelu(inner)
-            expected = (u + (u @ t["psi_w3"][head]) * t["psi_s2"][head]).abs()
-        torch.testing.assert_close(maps.psi(k)[:, head], expected)
-        weights = {"kind": kind, **{n: a.numpy()[head] for n, a in t.items() if n[:3] == "psi"}}
-        oracle = reference.psi(np, weights, k[0, head].numpy())
-        np.testing.assert_allclose(maps.psi(k)[0, head].numpy(), oracle, rtol=1e-12, atol=1e-12)
-
-
-def test_exponents_are_limited():
-    tensors = {name: tensor * 100 for name, tensor in tensors_of("exp").items()}
-    maps = lc.FeatureMaps.from_tensors([tensors])[0]
-    for features in (maps.phi(torch.randn(1, 4, 9, 4)), maps.psi(torch.randn(1, 2, 9, 4))):
-        assert features.isfinite().all()
-        assert features.max() <= np.exp(30) * 1.001
-        assert features.min() >= np.exp(-30) * 0.999
-
-
-@pytest.mark.parametrize("kind", ["paper", "exp"])
 def test_untrained_maps_have_the_shapes_and_start_close_to_nothing(kind):
     config = small_config()
     maps = lc.FeatureMaps.initialise(config, kind=kind, hidden=16)
@@ -149,14 +105,6 @@ def test_maps_without_a_rank_are_not_made():
         lc.FeatureMaps.initialise(small_config(rank=0))
     with pytest.raises(ValueError, match=r"^kind: "):
         lc.FeatureMaps.initialise(small_config(), kind="tanh")
-
-
-def test_the_last_layers_stay_wide_when_the_matrices_narrow():
-    maps = lc.FeatureMaps.from_tensors([tensors_of()]).to(dtype=torch.bfloat16)
-    assert maps[0].tensors["phi_w1"].dtype == torch.bfloat16
-    assert maps[0].tensors["psi_w3"].dtype == maps[0].tensors["psi_s1"].dtype == torch.float32
-    assert maps[0].phi(torch.randn(1, 4, 2, 4).bfloat16()).dtype == torch.float32
-    assert maps.to("meta")[0].tensors["phi_w1"].device.type == "meta"
 
 
 def test_a_digest_tells_maps_apart():
@@ -311,6 +259,11 @@ DAMAGES = {
     "card-cut": cut(CARD, 0.5),
     "card-no-json": write(CARD, b"\x00\x01"),
     "card-a-list": write(CARD, b"[1]"),
+    "card-too-deep": write(CARD, b"[" * 200_000),
+    "card-of-a-listed-kind": change_card(kind=["paper"]),
+    "card-of-a-numbered-model": change_card(model_id=7),
+    "card-with-text-for-training": change_card(training="long"),
+    "card-of-true-layers": change_card(num_layers=True),
     "card-of-another-format": change_card(format=2),
     "card-without-a-format": drop_from_card("format"),
     "card-without-a-kind": drop_from_card("kind"),
@@ -407,6 +360,16 @@ def test_a_subfolder_of_the_hub_alone_is_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(lc.FeatureMaps.from_pretrained("someone/llama-less", subfolder="h2o")) == 2
     assert asked == [f"h2o/{WEIGHTS}", f"h2o/{CARD}"]
+
+
+def test_a_hub_that_gives_nothing_is_told(tmp_path, monkeypatch):
+    def snapshot_download(*given, **named):
+        raise ConnectionError("no network\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^someone/maps: no such folder.*: no network$"):
+        lc.FeatureMaps.from_pretrained("someone/maps")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/nowhere/at/all", "../x y/z", ""])

@@ -9,8 +9,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from less_cache._files import json_text, owner_tag, replaced, write_text
+from less_cache._tensor_files import write_tensors
 
 KILLED = """
     import os, random, signal, sys, time
@@ -103,7 +105,8 @@ def test_a_killed_save_leaves_one_whole_thing(tmp_path, imports, setup, told):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(told)
-    assert ".part" not in done.stdout
+    for left in (".part", ".tmp"):
+        assert left not in done.stdout
 
 
 def test_the_umask_is_never_touched(tmp_path, monkeypatch):
@@ -118,9 +121,17 @@ def test_files_get_the_permissions_that_new_files_have(tmp_path, mask):
     before = os.umask(mask)
     try:
         write_text(tmp_path / "a.txt", "text")
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, {})
     finally:
         os.umask(before)
-    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ü" * 127])
+def test_names_may_be_as_long_as_the_system_takes(tmp_path, name):
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="asks after processes as POSIX does")
@@ -132,10 +143,15 @@ def test_what_dead_processes_left_behind_goes_away(tmp_path):
     alive = tmp_path / f".a[1].txt.{host}-{os.getpid()}.0123abcd.part"
     elsewhere = tmp_path / f".a[1].txt.other{host}-{gone.pid}.0123abcd.part"
     of_another = tmp_path / f".b.txt.{host}-{gone.pid}.0123abcd.part"
-    for path in (dead, alive, elsewhere, of_another):
+    for path in (alive, elsewhere, of_another):
         path.touch()
+    dead.mkdir()
+    (dead / ".tmp1234").touch()
+    old_style = dead.with_suffix(".tmp")
+    old_style.touch()
     write_text(tmp_path / "a[1].txt", "text")
     assert not dead.exists()
+    assert not old_style.exists()
     assert alive.exists()
     assert elsewhere.exists()
     assert of_another.exists()

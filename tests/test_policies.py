@@ -1,5 +1,7 @@
 """Policies as data, and each one's choice of victim followed by hand on the reference."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,12 @@ def test_the_suite_runs_each_policy_of_the_library():
         name for name, policy in registry.POLICIES.items() if policy.__module__ == builtin.__name__
     }
     assert {policy_id(policy) for policy in POLICIES} == own
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_pages_name_each_policy(page):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    assert [name for name in map(policy_id, POLICIES) if f"`{name}`" not in text] == []
 
 
 def test_unknown_names_and_fields_are_refused():

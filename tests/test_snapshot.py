@@ -339,6 +339,13 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 HEADERS = {
+    "deep-config": lambda header: header.update(config="[" * 200_000),
+    "deep-capacity": lambda header: header.update(
+        config=header["config"].replace(
+            '"capacity": 6', '"capacity": [6, ' + "[" * 900 + "]" * 900 + "]"
+        )
+    ),
+    "deep-bounds": lambda header: header.update(tokens_bound="[" * 200_000),
     "no-config": lambda header: header.pop("config"),
     "config-of-another-format": lambda header: header.update(
         config=json.dumps({**json.loads(header["config"]), "format": 99})
@@ -357,7 +364,10 @@ def test_damaged_headers_are_refused(tmp_path, damage):
     path = tmp_path / "cache"
     state.save(path)
     rewritten(path, change_header=damage)
-    with pytest.raises(ValueError, match=r"lacks|field|format|Expecting|unexpected|tokens_bound"):
+    with pytest.raises(
+        ValueError,
+        match=r"lacks|field|format|Expecting|unexpected|tokens_bound|deep|recursion|entries",
+    ):
         manager.load(path)
 
 

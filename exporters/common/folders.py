@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from less_cache._files import scratch_folder
+
 from .fields import check_fields
+
+SCRATCH = ".export."
+"""How the names of temporary folders begin."""
 
 
 @contextlib.contextmanager
@@ -23,11 +26,8 @@ def replaced_files(folder: Path, last: str, gone: Sequence[str] = ()) -> Iterato
     notices a mixture. Old files named in `gone` are removed unless there is a new one.
     """
     existed = folder.exists()
-    parent = folder if existed else folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=".export.", dir=parent))
-    new, old = room / "new", room / "old"
-    try:
+    with scratch_folder(folder if existed else folder.parent, SCRATCH) as room:
+        new, old = room / "new", room / "old"
         new.mkdir()
         old.mkdir()
         yield new
@@ -39,8 +39,6 @@ def replaced_files(folder: Path, last: str, gone: Sequence[str] = ()) -> Iterato
                 _replace(path, folder / path.name, old / path.name)
         else:
             new.replace(folder)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def _replace(path: Path, target: Path, aside: Path) -> None:
@@ -71,7 +69,7 @@ def check_target(folder: Path, indices: Sequence[str], force: bool) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"out_dir: {folder} is a file, expected a folder")
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(SCRATCH)}
     if names and not force and names.isdisjoint(indices):
         raise ValueError(
             f"out_dir: {folder} is not empty and holds no earlier export; name another folder, or "

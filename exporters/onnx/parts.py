@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from less_cache.arrays import EMPTY
-from less_cache.feature_maps import EXPONENT_LIMIT
 from less_cache.layer_config import LayerConfig
+from less_cache.layer_maps import EXPONENT_LIMIT
 from less_cache.policies import Gain, Start
 
 from .building import Builder, Value

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from .._checks import check_choice
 from ..arrays import LayerArrays
 from ..config import CacheConfig
-from ..feature_maps import LayerMaps
 from ..layer_config import LayerConfig
+from ..layer_maps import LayerMaps
 
 Array = Any
 

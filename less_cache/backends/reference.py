@@ -16,8 +16,8 @@ import torch
 
 from ..arrays import EMPTY, LayerArrays
 from ..config import CacheConfig
-from ..feature_maps import EXPONENT_LIMIT, LayerMaps
 from ..layer_config import LayerConfig
+from ..layer_maps import EXPONENT_LIMIT, LayerMaps
 from ..policies import Policy
 from ..quantization import codes
 from . import following
@@ -212,7 +212,7 @@ def attend_head(
         lift = xp.exp(xp.where(low_rank > 0, -peak, xp.full_like(peak, -math.inf)))
     weights = xp.exp(logits - peak)
     pairs_mass = xp.sum(weights, axis=-1, keepdims=True)
-    numerator = weights @ union.values
+    numerator = weigh_visible(xp, weights, union.values, kept)
     denominator = pairs_mass
     if maps is not None:
         numerator = numerator + (features @ union.H) * lift
@@ -258,6 +258,20 @@ def _as_read(
     return (
         codes.decode(layer.key_layout, keys, stored["key_scales"], dtype),
         codes.decode(layer.value_layout, values, stored["value_scales"], dtype),
+    )
+
+
+def weigh_visible(xp: Any, weights: Array, values: Array, kept: int) -> Array:
+    """[G, S, D], Σ weight · v over the `kept` pairs and the new ones up to each query.
+
+    `weights` [G, S, N] are zero beyond; a value there that is no number must stay there as well.
+    """
+    if bool(xp.all(xp.isfinite(values))):
+        return weights @ values
+    seen = [kept + query + 1 for query in range(weights.shape[1])]
+    return xp.stack(
+        [weights[:, query, :columns] @ values[:columns] for query, columns in enumerate(seen)],
+        axis=1,
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .options import parse_capacity
+
+if TYPE_CHECKING:
+    from ..evaluation.bench import Timing
 
 
 def bench(
@@ -41,6 +45,11 @@ def bench(
     title = (
         f"One layer, one step: {context} tokens, batch {batch}, {torch.get_num_threads()} threads"
     )
+    Console().print(timings_table(timings, title))
+
+
+def timings_table(timings: Sequence[Timing], title: str) -> Table:
+    """What each cache's step took, for the terminal."""
     table = Table(title=title, title_justify="left")
     table.add_column("device")
     table.add_column("cache")
@@ -55,4 +64,4 @@ def bench(
             f"{full[timing.device] / timing.milliseconds:.1f}",
             f"{timing.bytes_per_sequence:,}",
         )
-    Console().print(table)
+    return table

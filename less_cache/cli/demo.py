@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from .bench import timings_table
 from .options import check_out
 from .telling import say
 
@@ -18,24 +18,17 @@ def demo(
 ) -> None:
     """Run the main job on the shipped model, and write a report to look at."""
     check_out(out)
-    from ..evaluation.demo import run_demo, write_demo
+    from ..evaluation.demo import CONTEXT, run_demo
+    from ..evaluation.demo_page import write_demo
     from ..evaluation.report import as_table, check_can_draw
 
     check_can_draw()
     result = run_demo()
     page = write_demo(result, out)
     console = Console()
-    console.print(as_table(result.comparison, "Held-out modules of the standard library"))
-    table = Table(title=f"Continuing {result.document}", title_justify="left")
-    for column in ("cache", "bytes", "tokens/s", "first tokens as under the full cache"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    for item in result.continuations:
-        table.add_row(
-            item.name,
-            f"{item.bytes_per_sequence:,}",
-            f"{item.tokens_per_second:.0f}",
-            str(item.agreed),
-        )
-    console.print(table)
+    console.print(as_table(result.comparison, "Held-out modules, SinkWindow at 5%"))
+    console.print(
+        timings_table(result.timings, f"One layer's step after {CONTEXT:,} tokens, on this machine")
+    )
     say(f"Report: {page}")
     say("Next: less-cache eval --help (your model and text), less-cache train --help")

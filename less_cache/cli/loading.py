@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._checks import check_device
+from .._checks import check_device, check_memory
 from ..config import CacheConfig
 from ..dtypes import dtype_name
 from ..policies import parse_policy
 from .options import SHIPPED, parse_capacity
+from .telling import warn
+
+logger = logging.getLogger(__name__)
 
 
 def check_machine(device: str, dtype: str) -> None:
@@ -26,7 +30,7 @@ def check_machine(device: str, dtype: str) -> None:
     found = check_device("device", device)
     try:
         torch.empty(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # Devices of other vendors miss modules, drivers, kernels.
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: got {device!r}, which does not work here: {reason}") from None
 
@@ -42,6 +46,7 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         If transformers is missing.
     """
     kind = getattr(torch, dtype_name(dtype))
+    logger.info("model: %s, %s on %s", name, dtype, device)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -86,18 +91,27 @@ def check_config(capacity: str, policy: str) -> None:
 
 
 def config_for(model: Any, capacity: str, policy: str, rank: int) -> CacheConfig:
-    """The config of a cache for a model, in its dtype."""
-    return CacheConfig.from_model(
+    """The config of a cache for a model, in its dtype.
+
+    Raises
+    ------
+    ValueError
+        If one sequence's cache is larger than the model's device.
+    """
+    config = CacheConfig.from_model(
         model.config,
         capacity=parse_capacity(capacity),
         policy=parse_policy(policy),
         rank=rank,
         dtype=model.dtype,
     )
+    needed = config.bytes_per_sequence()
+    check_memory("capacity, rank", f"{capacity}, {rank}", needed, model.device)
+    return config
 
 
 def length_for(config: CacheConfig, length: int | None) -> int:
-    """Tokens a sequence: what was asked for, or the model's longest.
+    """Tokens a sequence: what was asked for, or the model's longest; longer ones are warned of.
 
     Raises
     ------
@@ -107,6 +121,8 @@ def length_for(config: CacheConfig, length: int | None) -> int:
     length = config.max_positions if length is None else length
     if length is None:
         raise ValueError("length: needed, since the model's configuration names no length")
+    if config.max_positions is not None and length > config.max_positions:
+        warn(f"length: {length} is beyond the model's {config.max_positions} positions")
     return length
 
 

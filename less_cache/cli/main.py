@@ -12,7 +12,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .info import info
-from .telling import plain_errors
+from .telling import log_to_stderr, plain_errors
 from .train import distill, merge, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -37,8 +37,13 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell it and exit.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell each step, with its time.")
+    ] = False,
 ) -> None:
     """A KV cache of small and constant size that keeps most of what it forgets."""
+    if verbose:
+        log_to_stderr()
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .._files import parse_json
 from ..feature_maps import FeatureMaps
 from ..policies import POLICIES
 
@@ -58,9 +59,9 @@ def parse_capacity(text: str) -> Any:
     if text.endswith(".json"):
         if not Path(text).is_file():
             raise FileNotFoundError(f"capacity: {text} is no file")
-        return _json(text, Path(text).read_text(encoding="utf-8"))
+        return _listed(text, Path(text).read_bytes())
     if text.startswith("["):
-        return _json(text, text)
+        return _listed(text, text)
     if text.endswith("%"):
         return text
     try:
@@ -71,11 +72,19 @@ def parse_capacity(text: str) -> Any:
         ) from None
 
 
-def _json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"capacity: {name} is no JSON: {error}") from None
+def _listed(name: str, text: str | bytes) -> list[Any]:
+    """A JSON list of what a layer has: one number, or a list of one a KV head."""
+    found = parse_json(f"capacity: {name:.60}", text)
+    if not isinstance(found, list):
+        raise ValueError(f"capacity: {name:.60} holds {type(found).__name__}, expected a list")
+    for layer, entry in enumerate(found):
+        for value in entry if isinstance(entry, list) else [entry]:
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                raise ValueError(
+                    f"capacity: layer {layer} has {value!r:.60}, expected slots or a share, or a "
+                    "list of one a KV head"
+                )
+    return found
 
 
 def parse_layers(text: str | None, num_layers: int) -> range | None:
@@ -127,8 +136,10 @@ def check_out(out: Path) -> None:
     Raises
     ------
     ValueError
-        If a file has that name.
+        If a file has that name, or nothing may be written there.
     """
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out: {path} is a file, expected a folder")
+    there = next(path for path in (out, *out.parents, Path()) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"out: {there} may not be written to")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 
 OURS = ("less_cache", "exporters")
 STOPPED = 130
@@ -29,6 +31,23 @@ def warn(text: str) -> None:
 
 def _complain(kind: str, style: str, text: str) -> None:
     Console(stderr=True).print(Text.assemble((f"{kind}:", style), f" {text}"), soft_wrap=True)
+
+
+class _BesideBars(logging.Handler):
+    """Writes lines above progress bars rather than into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Show what our loggers tell, from INFO on."""
+    handler = _BesideBars()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
 
 
 def plain_errors(command: Callable[[], Any]) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from .._checks import check_int
+from .._checks import check_int, check_memory
 from ..backends import BACKENDS, get_backend
 from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
@@ -77,7 +77,7 @@ def bench_layer(
     Raises
     ------
     ValueError, TypeError
-        If a number is out of range.
+        If a number is out of range, or the caches are larger than a device's memory.
     """
     check_int("batch", batch, minimum=1)
     check_int("context", context, minimum=1)
@@ -99,6 +99,20 @@ def bench_layer(
             raise ValueError(
                 f"capacity: got {small.capacity}, expected at most the context = {context}"
             )
+        backends = _backends(small, device.type)
+        needed = (
+            full.bytes_per_sequence(dtype)
+            # Alone and with LESS.
+            + 2 * len(backends) * small.bytes_per_sequence()
+        )
+        given = f"{context}, {batch}, {query_heads}, {kv_heads}, {head_dim}"
+        weights = (query_heads + kv_heads) * hidden * (head_dim + small.rank) * 4
+        check_memory(
+            "context, batch, query_heads, kv_heads, head_dim",
+            given,
+            batch * needed + weights,
+            device,
+        )
         maps = FeatureMaps.initialise(small, hidden=hidden)
         shape = (batch, kv_heads, 1, head_dim)
         q = torch.randn(batch, query_heads, 1, head_dim, device=device, dtype=dtype)
@@ -116,7 +130,7 @@ def bench_layer(
         contestants: list[tuple[str, int, Callable[[], object]]] = [
             ("full cache", 2 * keys[0].nbytes, attend_over_everything)
         ]
-        for name in _backends(small, device.type):
+        for name in backends:
             for config, used in ((small.replace(rank=0), None), (small, maps)):
                 manager = CacheManager(config, used, backend=name)
                 state = manager.init(batch, device=device)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import platform
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import __version__
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..provenance import slots_text
 from .generation import agreement
 from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
+from .surroundings import surroundings
 
 FULL, POLICY, BASELINE_PLUS = "full cache", "policy alone", "Baseline+"
 BINS = 16
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All lines, and what they were measured on."""
+    """All lines, and what they were measured on.
+
+    Parameters
+    ----------
+    rows
+        One a contestant.
+    facts
+        What was measured and with what, JSON-ready.
+    scores
+        By a line's name, its loss on every token of every window.
+    """
 
     rows: list[Row]
     facts: dict[str, Any]
+    scores: dict[str, Scores] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The line of that name."""
@@ -156,7 +167,9 @@ def compare(
     contestants = contestants_for(config, maps, length)
     scores: dict[str, Scores] = {}
     for contestant in contestants:
-        scores[contestant.name] = score(model, windows, contestant, batch=batch, progress=progress)
+        found = score(model, windows, contestant, batch=batch, progress=progress)
+        scores[contestant.name] = found
+        logger.info("%s: perplexity %.4f", contestant.name, found.perplexity())
     accepted: dict[str, float] = {}
     if prompts is not None:
         accepted = agreement(model, prompts, contestants[1:], new_tokens=new_tokens)
@@ -199,10 +212,6 @@ def compare(
         "tokens_scored": sum(len(losses) for losses in scores[FULL].losses),
         "new_tokens": new_tokens if prompts is not None else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {
-            "less_cache": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        **surroundings(),
     }
-    return Comparison(rows, facts)
+    return Comparison(rows, facts, scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -115,7 +116,7 @@ class Recovery:
     share
         ``(policy - less) / (policy - full)``.
     low, high
-        Its 95 % interval: documents drawn with replacement.
+        Its 95 % interval: documents drawn with replacement. NaN where there is but one.
     """
 
     share: float
@@ -218,5 +219,5 @@ def recovery(full: Scores, policy: Scores, other: Scores, *, seed: int = 0) -> R
         return None
     # The few resamples without a gap say nothing of its share.
     shares = won[1:][gap[1:] > 0] / gap[1:][gap[1:] > 0]
-    low, high = np.quantile(shares, [0.025, 0.975])
+    low, high = np.quantile(shares, [0.025, 0.975]) if count > 1 else (math.nan, math.nan)
     return Recovery(float(won[0] / gap[0]), float(low), float(high))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +59,8 @@ def gap_text(row: Row) -> str:
     if row.recovery is None:
         return "no gap"
     share = row.recovery
+    if math.isnan(share.low):
+        return f"{share.share:.0%} (one document)"
     return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
 
 
@@ -128,7 +132,9 @@ def draw_recovery(comparison: Comparison, title: str) -> Any:
             continue
         axes.barh(place, share.share, color=_colour(row.name), height=0.6)
         axes.plot([share.low, share.high], [place, place], color="black", lw=1.5)
-        axes.text(max(share.high, 0) + 0.01, place, f"{share.share:.0%}", va="center")
+        axes.text(
+            np.nanmax([share.high, share.share, 0]) + 0.01, place, f"{share.share:.0%}", va="center"
+        )
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
     axes.axvline(0, color=COLOURS["muted"], lw=1)

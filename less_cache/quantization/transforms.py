@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .._tensor_files import digest_of, read_tensors, write_tensors
-from ..feature_maps import LayerMaps
 from ..layer_config import LayerConfig
+from ..layer_maps import LayerMaps
 
 FORMAT = "less_cache.transforms.1"
 TENSORS = ("key_in", "key_out", "key_mean", "value_in", "value_out", "value_mean")

@@ -133,7 +133,7 @@ def store(maps: "FeatureMaps", folder: Path) -> None:
     import torch
 
     from less_cache import FeatureMaps
-    from less_cache.feature_maps import FIRST_LAYERS, LayerMaps
+    from less_cache.layer_maps import FIRST_LAYERS, LayerMaps
 
     layers = [
         LayerMaps(

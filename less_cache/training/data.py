@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +15,8 @@ from .._checks import check_int
 
 Document: TypeAlias = "tuple[str, str | Tensor]"
 """A name, and a text or its token ids [n]."""
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".html", ".csv", ".tex")
 TOKEN_SUFFIX = ".npy"
@@ -62,6 +65,7 @@ def read_documents(source: str) -> list[Document]:
         raise ValueError(
             f"data: {source!r} holds no text, expected at least one non-empty document"
         )
+    logger.info("data: %s: %d documents", source, len(documents))
     return documents
 
 
@@ -187,6 +191,8 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"data: {path} cannot be read: {error.strerror}") from None
 
 
 def _read_dataset(source: str) -> Iterator[tuple[str, str]]:

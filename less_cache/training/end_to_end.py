@@ -7,6 +7,7 @@ from that under the full one, over positions past the budget.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from .._checks import check_int, check_real
 from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps
+from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..integrations.transformers.teacher_forcing import small_cache_logits
+from ..layer_maps import LayerMaps
+from .curves import save_curves
 from .recipe import generator
 from .runs import (
     Log,
@@ -36,6 +39,7 @@ from .runs import (
 )
 
 SAVE_EVERY_SECONDS = 60.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def distill(
     recipe
         The numbers.
     out
-        Folder of the run: checkpoint, log, and the finished maps.
+        Folder of the run: checkpoint, log, a picture of it, and the finished maps.
     progress
         Show a bar.
 
@@ -162,6 +166,8 @@ def distill(
     run = _Distillation(model, tokens, config, maps, recipe)
     path = out / "checkpoint.safetensors"
     step = run.restore(path)
+    if step:
+        logger.info("goes on after step %d", step)
     log = Log(out / "log.jsonl", step)
     saved, diverged = time.monotonic(), False
     bar = tqdm(total=recipe.steps, initial=step, desc="distill", unit="step", disable=not progress)
@@ -175,7 +181,9 @@ def distill(
             bar.set_postfix(loss=f"{loss:.4f}", best=f"{run.best_loss:.4f}")
             diverged = not math.isfinite(loss)
             if step % recipe.validate_every == 0 or step == recipe.steps:
-                log.write(step=step, train=loss, validation=run.validate())
+                validation = run.validate()
+                log.write(step=step, train=loss, validation=validation)
+                logger.info("step %d: validation %.4f", step, validation)
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 run.save(path, step)
                 saved = time.monotonic()
@@ -194,6 +202,7 @@ def distill(
     best = [LayerMaps(maps.kind, tensors) for tensors in run.best]
     fitted = FeatureMaps(best, model_id=maps.model_id, record=record)
     fitted.save_pretrained(out)
+    save_curves(out, {"end to end": log.read()}, "validation loss, nats a token")
     return fitted
 
 

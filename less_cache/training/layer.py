@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..feature_maps import LayerMaps, tensor_shapes, untrained_layer
+from .._checks import check_memory
 from ..layer_config import LayerConfig
+from ..layer_maps import LayerMaps, tensor_shapes, untrained_layer
 from ..teacher_forced import attend
 from .collect import LayerData
 from .recipe import Recipe, generator
@@ -23,6 +24,7 @@ from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_
 
 SAVE_EVERY_SECONDS = 60.0
 VALIDATION_ROWS = 128
+logger = logging.getLogger(__name__)
 NUMBERS_A_PARAMETER = 5
 """Kept while a layer is fitted: itself, the best one, its gradient and Adam's two."""
 
@@ -91,6 +93,8 @@ def fit_layer(
     fit = _Fit(spec, data, recipe, layer)
     path = folder / "checkpoint.safetensors"
     step = fit.restore(path)
+    if step:
+        logger.info("layer %d: goes on after step %d", layer, step)
     log = Log(folder / "log.jsonl", step)
     total = recipe.epochs * fit.steps_per_epoch
     saved, diverged = time.monotonic(), False
@@ -108,6 +112,7 @@ def fit_layer(
                 log.write(
                     step=step, epoch=step // fit.steps_per_epoch, train=loss, validation=error
                 )
+                logger.info("layer %d, step %d: validation %.4f", layer, step, error)
                 bar.set_postfix(error=f"{error:.3f}", best=f"{fit.best_error:.3f}")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 fit.save(path, step)
@@ -162,11 +167,8 @@ def check_can_fit(
         )
     shapes = _shapes(spec, recipe)
     needed = 4 * NUMBERS_A_PARAMETER * sum(math.prod(shape) for shape in shapes.values())
-    if needed > (available := _memory()):
-        raise ValueError(
-            f"rank, hidden: got {spec.rank} and {recipe.hidden}, with which a layer takes "
-            f"{needed / 1e9:,.0f} GB while it is fitted; this machine has {available / 1e9:,.0f} GB"
-        )
+    given = f"{spec.rank} and {recipe.hidden}"
+    check_memory("rank, hidden", given, needed, torch.device("cpu"))
 
 
 def _shapes(spec: LayerConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -178,14 +180,6 @@ def _shapes(spec: LayerConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         hidden=recipe.hidden,
         rank=spec.rank,
     )
-
-
-def _memory() -> float:
-    """Bytes of memory that the machine has; infinity where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 class _Fit:

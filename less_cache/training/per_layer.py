@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int
-from .._files import is_left_behind, owner_tag
+from .._files import scratch_folder
 from ..config import CacheConfig
-from ..feature_maps import FeatureMaps, LayerMaps, public_name
+from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
+from ..layer_maps import LayerMaps
+from ..maps_io import public_name
 from .collect import collect_layer
+from .curves import save_curves
 from .layer import check_can_fit, fit_layer
 from .recipe import Recipe
 from .runs import (
@@ -30,6 +33,8 @@ from .runs import (
     read_settings,
     save_checkpoint,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -62,7 +67,7 @@ def train(
     recipe
         How they are fitted.
     out
-        Folder of the run: checkpoints, logs, and the finished maps.
+        Folder of the run: checkpoints, logs, a picture of them, and the finished maps.
     layers
         Which layers to fit. Default: all.
     data_on_disk
@@ -98,31 +103,22 @@ def train(
     for layer in chosen:
         folder = layer_folder(out, layer)
         spec = config.layer(layer)
-        with _scratch(folder) if data_on_disk else nullcontext() as scratch:
+        with scratch_folder(folder, "data.") if data_on_disk else nullcontext() as scratch:
             if (folder / "maps.safetensors").exists():
+                logger.info("layer %d: fitted before", layer)
                 continue
+            started = time.monotonic()
             data = collect_layer(
                 model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
             )
             maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
         save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
+        logger.info("layer %d: fitted in %.0f s", layer, time.monotonic() - started)
+    curves = {f"layer {layer}": log for layer, log in learning_curves(out).items()}
+    save_curves(out, curves, "error, as a share of the policy's")
     if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
         return merge([out], out)
     return None
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder of this process alone, gone in the end, as are those of processes that died."""
-    for left in folder.glob("data.*"):
-        if is_left_behind(left.name.removeprefix("data.")):
-            shutil.rmtree(left, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"data.{owner_tag()}.", dir=folder))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch)
 
 
 def run_settings(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .._checks import check_choice, check_int, check_real
-from ..feature_maps import LAST_LAYERS
+from ..layer_maps import LAST_LAYERS
 
 SCHEDULES = ("halving", "cosine")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import json_text, write_text
+from .._files import json_text, parse_json, write_text
 from .._tensor_files import read_tensors, write_tensors
 
 SAMPLED = 1024
@@ -65,10 +65,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     ValueError
         If the file is damaged.
     """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, no JSON: {error}") from None
+    settings = parse_json(str(path), path.read_bytes())
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: damaged, holds no settings")
     return settings
@@ -113,7 +110,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     header, tensors = read_tensors(path)
     if "facts" not in header:
         raise ValueError(f"{path}: damaged or no checkpoint: its header has no facts")
-    return tensors, json.loads(header["facts"])
+    return tensors, parse_json(f"{path}: facts", header["facts"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ pytest.importorskip("psutil")
 
 from benchmarks import decode, host_cost, memory, prompt
 from benchmarks.contestants import Dynamic, Less, Static
+from benchmarks.options import numbers
 from benchmarks.packing import pack
 from examples.custom_loop import Decoder
 from less_cache.backends import BACKENDS
@@ -66,6 +67,20 @@ def test_decode_writes_json_and_a_picture(run, tmp_path):
     assert "| batch | context |" in output
 
 
+def test_the_picture_lies_beside_the_results_unless_told_otherwise(tmp_path, monkeypatch):
+    """A run with `--json elsewhere` leaves the tracked pictures alone."""
+    monkeypatch.setattr(decode, "SHORT", 16)
+    monkeypatch.setattr(decode, "LONG", 64)
+    sizes = ["--tiny", "--steps=2", "--hidden=8", "--contexts=32", "--batches=1", "--capacity=8"]
+    result = invoke(decode.main, *sizes, f"--json={tmp_path / 'd.json'}")
+    assert result.exit_code == 0, result.output
+    sizes = ["--tokens=20", "--full-tokens=10", "--capacity=8"]
+    result = invoke(memory.main, *sizes, f"--json={tmp_path / 'm.json'}")
+    assert result.exit_code == 0, result.output
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["d.json", "d.png", "m.json", "m.png"]
+
+
 def test_decode_leaves_out_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda: 200_000)
     report, _ = run("--contexts=32,1k", "--batches=1", "--capacity=0.25")
@@ -90,11 +105,11 @@ def test_a_result_is_shown_again_without_measuring(run, monkeypatch):
 @pytest.mark.parametrize("text", ["", "0", "1.5k", "a", "-4"])
 def test_contexts_that_are_no_numbers_are_refused(text):
     with pytest.raises(typer.BadParameter, match="positive integers"):
-        decode.numbers(text)
+        numbers(text)
 
 
 def test_numbers():
-    assert decode.numbers("8k,1024, 16") == [16, 1024, 8192]
+    assert numbers("8k,1024, 16") == [16, 1024, 8192]
 
 
 @pytest.mark.parametrize("kind", [Static, Dynamic])

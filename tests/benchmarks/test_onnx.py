@@ -62,3 +62,11 @@ def test_profile_accounts_for_every_product():
     # Logits, weighted values, the merge into H, φH and φz.
     assert nodes["products with keys and values, H and z"] == 2 * 5
     assert "One step:" in output
+
+
+def test_contexts_that_are_no_numbers_are_refused():
+    app = typer.Typer()
+    app.command()(onnx_decode.main)
+    result = CliRunner().invoke(app, [*SIZES, "--contexts=1.5k"])
+    assert result.exit_code == 2
+    assert "positive integers" in result.output

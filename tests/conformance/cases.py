@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import less_cache as lc
-from less_cache.feature_maps import FIRST_LAYERS
+from less_cache.layer_maps import FIRST_LAYERS
 from less_cache.policies import POLICIES
 from tests.helpers import Held, as_numpy, held_by
 

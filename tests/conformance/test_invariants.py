@@ -32,7 +32,7 @@ def check_layer(
     held: Held,
     ledger: Ledger,
     layer: lc.config.LayerConfig,
-    maps: lc.feature_maps.LayerMaps | None,
+    maps: lc.layer_maps.LayerMaps | None,
     bound: float,
 ) -> None:
     """Every token seen is in exactly one place: a slot, or the low-rank state."""

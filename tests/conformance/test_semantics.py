@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import less_cache as lc
-from less_cache.feature_maps import EXPONENT_LIMIT
+from less_cache.layer_maps import EXPONENT_LIMIT
 from tests.conformance.cases import Runner, each_case
 from tests.helpers import (
     POLICIES,

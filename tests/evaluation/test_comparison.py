@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from less_cache.evaluation.comparison import (
     compare,
 )
 from less_cache.evaluation.generation import accepted_prefix, agreement
-from less_cache.evaluation.perplexity import Contestant, Recovery, Window
-from less_cache.evaluation.report import as_table, save_report
+from less_cache.evaluation.perplexity import Contestant, Recovery, Window, recovery
+from less_cache.evaluation.report import as_table, gap_text, save_report
 from tests.integrations.models import build
 from tests.policies import MostSeen, MostSeenOneByOne
 
@@ -122,6 +124,22 @@ def test_maps_of_another_model_are_refused(model, config):
         compare(model, windows_of(1, 24), config, maps, progress=False)
     with pytest.raises(ValueError, match="evicts nothing"):
         compare(model, windows_of(1, 24), config.replace(policy=lc.FullCache()), {}, progress=False)
+
+
+def test_one_document_has_no_interval(model, config, tmp_path):
+    """Drawn with replacement it is always itself: that is no certainty."""
+    windows = [Window("d", window.ids) for window in windows_of(2, 32)]
+    maps = {"LESS": lc.FeatureMaps.initialise(config, hidden=8)}
+    found = compare(model, windows, config, maps, progress=False)
+    row = dataclasses.replace(found.row("LESS"), recovery=Recovery(0.2, math.nan, math.nan))
+    assert gap_text(row) == "20% (one document)"
+    scores = [found.scores[name] for name in (FULL, POLICY, "LESS")]
+    scores[0].losses = [losses - 1 for losses in scores[0].losses]
+    regained = recovery(*scores)
+    assert math.isfinite(regained.share)
+    assert math.isnan(regained.low)
+    save_report(Comparison([found.row(FULL), found.row(POLICY), row], {}), tmp_path, "title")
+    assert '"low": null' in (tmp_path / "comparison.json").read_text()
 
 
 def test_a_name_of_the_table_is_taken(model, config):

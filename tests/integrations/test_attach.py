@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForCond
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import less_cache as lc
+from less_cache.integrations.transformers import attachment
 from tests.integrations.models import COMMON, FAMILIES, GQA, build, full, less, model_of, prompts
 
 
@@ -56,8 +57,6 @@ def test_detaching_after_an_error():
 
 
 def test_an_error_while_attaching_leaves_no_trace(monkeypatch):
-    from less_cache.integrations.transformers import attachment
-
     model = build("llama")
     before = traces(model)
 
@@ -153,6 +152,10 @@ def test_arguments_of_the_wrong_kind():
         lc.attach(other, less(other)[0], maps)
 
 
+LLAMA4 = {
+    **GQA, "head_dim": 12, "intermediate_size_mlp": 64, "num_local_experts": 2, "moe_layers": [],
+    "no_rope_layers": [1, 0], "attention_chunk_size": 64, "floor_scale": 4,
+}  # fmt: skip
 REFUSED = {
     "falcon": {"alibi": True},
     "gpt2": {"n_embd": 48},
@@ -172,6 +175,7 @@ REFUSED = {
         "layer_types": ["linear_attention", "full_attention"],
     },
     "mistral": {**GQA, "sliding_window": 5},
+    "llama4_text": LLAMA4,
 }  # fmt: skip
 
 
@@ -183,6 +187,23 @@ def test_other_kinds_of_model(kind):
     with pytest.raises(ValueError, match="sliding window" if kind == "mistral" else kind):
         lc.attach(model, config)
     assert traces(model) == before
+
+
+def test_llama_4_says_why_and_is_right_without_what_makes_it_wrong():
+    kind = CONFIG_MAPPING["llama4_text"]
+    model = AutoModelForCausalLM.from_config(kind(**{**COMMON, **LLAMA4})).eval()
+    with pytest.raises(ValueError, match="temperature of its attention depends on the past"):
+        lc.attach(model, full(model))
+    parameters = {**COMMON, **LLAMA4, "attn_temperature_tuning": False}
+    model = AutoModelForCausalLM.from_config(kind(**parameters)).eval()
+    ids, _ = prompts([14])
+    with torch.no_grad():
+        expected = model(ids).logits
+        with lc.attach(model, full(model)) as handle:
+            cache, found = handle.new_cache(), []
+            for start, stop in [(0, 5), (5, 6), (6, 14)]:
+                found.append(model(ids[:, start:stop], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_scale_that_the_modules_do_not_show():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import less_cache as lc
+from less_cache.scoring import attend_from_empty, attend_one_by_one
 from less_cache.teacher_forced import attend_all, eviction_times, stored_pairs
 from tests.helpers import POLICIES, held_by, policy_id, random_maps
 from tests.quantization.fitted import fitted, some_tokens
@@ -97,7 +98,7 @@ def test_teacher_forcing_says_what_decoding_says(policy, kind):
     maps = run.maps.to(dtype=torch.float64)[0]
     times = eviction_times(spec, *tokens[:2], transforms=basis)
     stored = stored_pairs(spec, *tokens[1:], basis)
-    found = attend_all(spec, maps, *tokens, times, stored, block=7)
+    found = attend_all(spec, maps, *tokens, times, stored=stored, block=7)
     torch.testing.assert_close(found, torch.cat(steps, 2), rtol=1e-5, atol=1e-5)
 
 
@@ -204,3 +205,28 @@ def test_a_snapshot_of_other_bases_is_refused(tmp_path):
         manager(config, "torch", seed=50).load(tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="other transforms"):
         manager(config, "torch", seed=50).attend(state, 0, *some_tokens(config, 1, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("known", [0, 9])
+def test_scoring_says_what_decoding_says_and_gives_gradients(kind, known):
+    config = coded_config(kind=kind)
+    run = manager(config, "torch")
+    q, k, v = some_tokens(config, 2, 25)
+    state = run.init(2)
+    steps = [run.attend(state, 0, *(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(25)]
+    wanted = torch.cat(steps, 2)[:, :, known:]
+    scored = run.init(2)
+    if known:
+        attend_one_by_one(run, scored, 0, *(x[:, :, :known] for x in (q, k, v)))
+    queries = q[:, :, known:].clone().requires_grad_()
+    found = attend_one_by_one(run, scored, 0, queries, k[:, :, known:], v[:, :, known:])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    assert queries.grad.abs().max() > 0
+    held = [x.layers[0].arrays() for x in (scored, state)]
+    assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
+    if not known:
+        basis = run.transforms_of(0)
+        alone = attend_from_empty(config.layer(0), run.maps[0], q, k, v, transforms=basis)
+        torch.testing.assert_close(alone, wanted, rtol=1e-5, atol=1e-5)

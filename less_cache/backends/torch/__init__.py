@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...arrays import LayerArrays
 from ...config import CacheConfig
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from .. import following
 from . import chunk, step
 from .maps import JoinedMaps, join

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...arrays import EMPTY
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from . import prompt
 from .maths import INFINITY, log_mass_of, scaled, with_low_rank
 from .slots import RunSlots
@@ -126,6 +127,12 @@ def in_blocks(
     out = torch.empty_like(q)
     gained = torch.zeros(positions.shape, dtype=wide, device=q.device)
     keys, values = keys.to(wide), values.to(wide)
+    # A masked probability is 0, and 0 * NaN is no 0: a pair that is not finite is left out, and
+    # spoils afterwards the queries that see it.
+    finite = (keys.isfinite() & values.isfinite()).all(3)
+    keys, values = (x.masked_fill(~finite.unsqueeze(3), 0) for x in (keys, values))
+    old, new = (~finite & (positions != EMPTY)).split([capacity, new_tokens], 2)
+    spoilt = new.cumsum(2, dtype=torch.int32).add_(old.sum(2, keepdim=True)) > 0
     # The lowest number, not -inf, so that padding which sees nothing has a softmax all the same.
     lowest = torch.finfo(wide).min
     bias = torch.zeros_like(gained).masked_fill_(positions == EMPTY, lowest).unsqueeze(2)
@@ -149,6 +156,8 @@ def in_blocks(
                 # Common to all pairs of a query, it only tells against the low-rank state.
                 log_mass.add_(shift[:, :, start:stop].reshape(log_mass.shape), alpha=layer.scale)
             part = with_low_rank(slots, features, part, log_mass)
+        marred = spoilt[:, :, start:stop].unsqueeze(2).unsqueeze(4)
+        part = part.view(*shape, head_dim).masked_fill_(marred, math.nan)
         out[:, :, start:stop] = part.view(batch, query_heads, stop - start, head_dim)
         if weight is not None:
             share = weight[:, None, None, start:stop].expand(shape).reshape(*shape[:2], 1, -1)

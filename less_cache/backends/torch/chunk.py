@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...arrays import EMPTY
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from ...policies import Gain
 from . import attention
 from .maths import (

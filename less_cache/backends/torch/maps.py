@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...feature_maps import EXPONENT_LIMIT, FIRST_LAYERS, LayerMaps
+from ...layer_maps import EXPONENT_LIMIT, FIRST_LAYERS, LayerMaps
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ is as fast: many of them, each head with keys of its own.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Past(NamedTuple):
     Attributes
     ----------
     keys, values
-        [B, Hkv, C, D]. Slots that hold no pair may hold any finite numbers.
+        [B, Hkv, C, D]. Slots that hold no pair may hold anything.
     held
         [B, Hkv, C] bool, which slots hold a pair.
     """
@@ -80,7 +81,8 @@ def causal_attention(
 ) -> Attended:
     """Attend over all pairs of the past and the new ones up to each query.
 
-    Products are formed in float32 for 16-bit inputs too; their logits are never rounded.
+    Products are formed in float32 for 16-bit inputs too; their logits are never rounded. NaN or
+    infinity in a key or value reaches no query before it.
 
     Parameters
     ----------
@@ -98,6 +100,33 @@ def causal_attention(
         [S] or [B, S], what each query's probabilities count for; ``None`` for nothing. Sums are
         made from the first query on whose weight is not 0 in some row.
     """
+    found = _attend(q, k, v, scale, softcap, past, weight, cuts=None)
+    if math.isfinite(found.mean.sum(dtype=found.log_mass.dtype)):
+        return found
+    # A masked probability is 0, and 0 * NaN is no 0: blocks of queries must not reach beyond what
+    # is not finite. So much only where an output shows that there may be some.
+    finite = (k.isfinite() & v.isfinite()).all(3).all(1)
+    if past is not None:
+        empty = ~past.held.unsqueeze(3)
+        keys, values = (x.masked_fill(empty, 0) for x in (past.keys, past.values))
+        past = Past(keys, values, past.held)
+    return _attend(q, k, v, scale, softcap, past, weight, cuts=~finite)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    past: Past | None,
+    weight: Tensor | None,
+    cuts: Tensor | None,
+) -> Attended:
+    """`causal_attention` in blocks of which none begins before a cut and ends after it.
+
+    `cuts` is [B, S] booleans; ``None``: there are none.
+    """
     batch, query_heads, tokens, _ = q.shape
     kv_heads = k.shape[1]
     group = query_heads // kv_heads
@@ -111,7 +140,8 @@ def causal_attention(
     counted = _first_counted(weight, tokens)
 
     start = 0
-    if past is None and softcap is None and counted >= FLASH_FROM and _flash_is_as_fast(q, group):
+    plain = past is None and softcap is None and cuts is None
+    if plain and counted >= FLASH_FROM and _flash_is_as_fast(q, group):
         start = counted
         mean[:, :, :start], log_mass[:, :, :start] = _flash(
             q[:, :, :start], k[:, :, :start], v[:, :, :start], scale
@@ -119,6 +149,9 @@ def causal_attention(
     if start < tokens:
         block = _block_shape(tokens - start, kept + tokens, group, kv_heads)
         for row in range(batch):
+            starts = [*range(start, tokens, block.queries)]
+            if cuts is not None:
+                starts = sorted({*starts, *cuts[row].nonzero().flatten().tolist()})
             for first in range(0, kv_heads, block.heads):
                 heads = slice(first, first + block.heads)
                 grouped = slice(first * group, (first + block.heads) * group)
@@ -134,7 +167,8 @@ def causal_attention(
                     values,
                     empty,
                     None if weight is None else weight[row],
-                    range(start, tokens, block.queries),
+                    starts,
+                    block.queries,
                     counted,
                     scale,
                     softcap,
@@ -223,7 +257,8 @@ def _attend_in_blocks(
     values: Tensor,
     empty: Tensor | None,
     weight: Tensor | None,
-    starts: range,
+    starts: list[int],
+    largest: int,
     counted: int,
     scale: float,
     softcap: float | None,
@@ -244,7 +279,9 @@ def _attend_in_blocks(
     weight
         [S].
     starts
-        Where each block of queries starts.
+        Where each block of queries starts; it ends where the next one does.
+    largest
+        Queries in a block, at most.
     counted
         The first query whose weight counts.
     scale, softcap
@@ -259,13 +296,12 @@ def _attend_in_blocks(
     kept = columns - tokens
     log2_e = math.log2(math.e)
     factor = scale * log2_e if softcap is None else scale / softcap
-    buffer = keys.new_empty(heads * group * starts.step * columns)
-    future = keys.new_full((starts.step, starts.step), -INFINITY).triu_(1)
+    buffer = keys.new_empty(heads * group * largest * columns)
+    future = keys.new_full((largest, largest), -INFINITY).triu_(1)
     bias = None
     if empty is not None:
         bias = torch.zeros_like(empty, dtype=wide).masked_fill_(empty, -INFINITY).unsqueeze(1)
-    for start in starts:
-        stop = min(start + starts.step, tokens)
+    for start, stop in pairwise([*starts, tokens]):
         size, seen = stop - start, kept + stop
         rows = (q[:, :, start:stop].to(wide) * factor).reshape(heads, group * size, head_dim)
         logits = buffer[: heads * group * size * seen].view(heads, group * size, seen)

@@ -1,6 +1,6 @@
 """The GPU backend: a decode step is two kernels a layer, the arrays updated in place.
 
-Needs Triton (``pip install less_cache[triton]``) and a CUDA device; the same kernels run on the
+Needs Triton (the extra ``triton``) and a CUDA device; the same kernels run on the
 CPU under Triton's interpreter, which is how they are tested without one. What Triton compiles is in
 `kernels`, the tools that compile it ahead of time in `aot`.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...arrays import LayerArrays
 from ...config import CacheConfig
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 
 try:
     import triton  # noqa: F401

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from ...arrays import LayerArrays
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from ..torch import chunk as torch_chunk
 from ..torch.slots import RunSlots, open_run
 from .kernels.chunk import attend_chunk, sum_columns

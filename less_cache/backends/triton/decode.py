@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from ...arrays import PAGE_ALIGNMENT, LayerArrays
-from ...feature_maps import LayerMaps
 from ...layer_config import LayerConfig
+from ...layer_maps import LayerMaps
 from ...policies import Gain
 from . import launch as launching
 from .heads import head_table

@@ -16,10 +16,18 @@ from ...manager import CacheManager
 from ...quantization.transforms import Transforms
 from .cache import LessCache
 from .falcon import cached_layer, check_falcon, falcon_forward
-from .forward import ModelHooks, before_attention
+from .forward import ModelHooks, hand_on
 from .generation import wrap_generate
 from .interface import register
-from .model_check import attention_modules, check_fit, check_model, decoder_of, model_device
+from .model_check import (
+    attention_modules,
+    check_fit,
+    check_model,
+    decoder_of,
+    model_device,
+    unwrapped,
+)
+from .scoring import ScoringLayer
 
 __all__ = ["Attachment", "LessCache", "attach"]
 
@@ -33,14 +41,17 @@ class Attachment:
     Attributes
     ----------
     model
-        The transformers model.
+        The transformers model, without what `attach` was given it in.
     manager : CacheManager
         Config, maps and backend of all its caches.
+    scoring : bool
+        Whether tokens of one pass attend as if they came one by one.
     """
 
-    def __init__(self, model: Any, manager: CacheManager) -> None:
+    def __init__(self, model: Any, manager: CacheManager, *, scoring: bool = False) -> None:
         self.model = model
         self.manager = manager
+        self.scoring = scoring
         self._undo = contextlib.ExitStack()
         self._attached = False
 
@@ -93,7 +104,11 @@ class Attachment:
 
     def _apply(self, modules: list[Any]) -> None:
         decoder = decoder_of(self.model, modules)
-        hooks = ModelHooks(decoder, self.new_cache)
+        alone: list[Any] = [None] * len(modules)
+        if self.scoring:
+            alone = [ScoringLayer(self.manager, index) for index in range(len(modules))]
+        scoring = alone if self.scoring else None
+        hooks = ModelHooks(decoder, self.manager, self.new_cache, scoring)
         with contextlib.ExitStack() as undo:
             _ATTACHED.add(decoder)
             undo.callback(_ATTACHED.discard, decoder)
@@ -103,15 +118,19 @@ class Attachment:
             ):
                 undo.callback(handle.remove)
             if hooks.is_falcon:
-                for module in modules:
-                    _override(undo, module, "forward", falcon_forward(module, cached_layer(module)))
+                for module, layer in zip(modules, alone, strict=True):
+                    forward = falcon_forward(module, cached_layer(module, layer))
+                    _override(undo, module, "forward", forward)
             else:
-                for module in modules:
-                    hook = module.register_forward_pre_hook(before_attention, with_kwargs=True)
+                for module, layer in zip(modules, alone, strict=True):
+                    hook = module.register_forward_pre_hook(hand_on(layer), with_kwargs=True)
                     undo.callback(hook.remove)
                 original = decoder.config._attn_implementation
                 undo.callback(setattr, decoder.config, "_attn_implementation", original)
                 decoder.config._attn_implementation = register(original)
+            head = self.model.get_output_embeddings()
+            if head is not None:
+                undo.callback(head.register_forward_pre_hook(hooks.before_head).remove)
             if callable(getattr(self.model, "generate", None)):
                 _override(undo, self.model, "generate", wrap_generate(self.model, self.new_cache))
             self._attached = True
@@ -126,6 +145,7 @@ def attach(
     maps: FeatureMaps | None = None,
     backend: str = "auto",
     *,
+    scoring: bool = False,
     transforms: Transforms | None = None,
 ) -> Attachment:
     """Let a transformers model run with a less_cache, until it is detached.
@@ -133,21 +153,35 @@ def attach(
     ``with attach(model, config, maps):`` detaches at the end of the block, also after an error;
     without ``with``, call `Attachment.detach`. Every call of generate(), and every forward pass
     that is given no cache, gets a fresh `LessCache`; pass one of `Attachment.new_cache` as
-    ``past_key_values`` to keep it for a second turn. A forward pass with ``use_cache=False`` is the
-    model's own.
+    ``past_key_values`` to keep it for a second turn.
+
+    The tokens of one pass see each other, and the cache evicts at its end. What such a pass says of
+    any position but its last is therefore what the full cache says: to score text, attach with
+    ``scoring=True``. Without it a pass that is asked for such logits warns once
+    (`FullAttentionWarning`), and one with ``use_cache=False`` is the model's own.
 
     Parameters
     ----------
     model
         A causal language model whose attention is built as Llama's is (Llama, Mistral, Qwen2,
         Qwen3, Phi-3, Gemma 2 and 3 and their like), or Falcon without ALiBi. Sliding-window layers
-        keep their own cache.
+        keep their own cache. It may come in a PEFT model or from ``torch.compile(model)``.
     config
         For its full-attention layers; ``CacheConfig.from_model(model.config, ...)`` makes it.
     maps
         φ and ψ; needed where ``config.rank`` is above 0.
     backend
         As of `CacheManager`.
+    scoring
+        Let every pass compute what decoding its tokens one by one would, evictions included, and
+        leave its cache as that would: what perplexity and lm-eval are to measure. Differentiable
+        in the model, its inputs and the maps, though not through an earlier pass's cache, nor
+        through the choice of what leaves. The prompt of generate() is fed so too.
+
+        It costs a decode step a token in each full-attention layer, of the attention alone; with
+        ``use_cache=False`` only the policy's part of it, or what a backend has for that. Memory
+        is a decode step's; where gradients flow, or with ``use_cache=False``, also the weights of
+        256 queries over all tokens.
     transforms
         The bases of codes; needed where ``config.quantization`` has calibrated ones.
 
@@ -159,11 +193,14 @@ def attach(
     Raises
     ------
     TypeError
-        If `model` is no transformers model, or `config` no `CacheConfig`.
+        If `model` is no transformers model, `config` no `CacheConfig`, or `scoring` no bool.
     ValueError
         If the model's kind is not supported, its layers are on several devices, it is attached
         already, or config or maps do not fit it. The model is unchanged then.
     """
+    if not isinstance(scoring, bool):
+        raise TypeError(f"scoring: got {scoring!r} of type {type(scoring).__name__}, expected bool")
+    model = unwrapped(model)
     if isinstance(model, nn.Module) and any(part in _ATTACHED for part in model.modules()):
         raise ValueError("model: already attached; detach it first")
     check_model(model)
@@ -171,9 +208,8 @@ def attach(
         check_falcon(model.config)
     modules = attention_modules(model)
     check_fit(model, modules, config)
-    attachment = Attachment(
-        model, CacheManager(config, maps, backend=backend, transforms=transforms)
-    )
+    manager = CacheManager(config, maps, backend=backend, transforms=transforms)
+    attachment = Attachment(model, manager, scoring=scoring)
     attachment._apply(modules)
     return attachment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..._checks import check_int
 from ...config import CacheConfig
 from ...manager import CacheManager
+from ...scoring import attend_one_by_one
 from ...state import CacheState
 from ..introspection import full_attention_layers
+from .counting import TokensSeen
 from .saving import load_cache, save_cache
 
 ROLLBACK = (
@@ -32,7 +35,6 @@ class LessLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.cache = cache
         self.index = index
-        self.seen = 0
 
     @property
     def config(self) -> CacheConfig:
@@ -73,31 +75,36 @@ class LessLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        state = self.cache.state
-        if state is None:
+        cache = self.cache
+        if cache.state is None:
             raise AssertionError("lazy_initialization makes the state")
-        dtype = state.layers[self.index].keys.dtype
-        with torch.no_grad():
-            out = self.cache.manager.attend(
-                state, self.index, q.to(dtype), k.to(dtype), v.to(dtype), mask
-            ).to(q.dtype)
+        dtype = cache.state.layers[self.index].keys.dtype
+        inputs = (q.to(dtype), k.to(dtype), v.to(dtype), mask)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if cache.scoring and (learns or k.shape[2] > 1):
+            out = attend_one_by_one(cache.manager, cache.state, self.index, *inputs).to(q.dtype)
+        else:
+            with torch.no_grad():
+                out = cache.manager.attend(cache.state, self.index, *inputs).to(q.dtype)
+            if learns:
+                out = _NoBackward.apply(out, q, k, v)
         # Counted only once nothing can fail any more.
-        self.seen += k.shape[2]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            out = _NoBackward.apply(out, q, k, v)
+        if cache.attended is not None:
+            cache.attended += 1
         return out
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.cache.seen.value
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.cache.seen.value + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.seen = 0
+        # The cache resets what all its layers share.
+        pass
 
 
 class _NoBackward(torch.autograd.Function):
@@ -110,7 +117,8 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise NotImplementedError(
-            "backward: LessCache has no gradients; train with use_cache=False, or detach first"
+            "backward: LessCache has no gradients; attach with scoring=True, which has, train with "
+            "use_cache=False, which is the model without it, or detach first"
         )
 
 
@@ -159,12 +167,42 @@ class LessCache(Cache):  # type: ignore[misc]
         self.manager = manager
         self.model_config = model_config
         self.state: CacheState | None = None
+        self.seen = TokensSeen()
+        """Padding included."""
+        self.attended: int | None = None
+        """How many layers have taken in the tokens of the pass that is under way, if one is."""
+        self.scoring = False
+        """Whether tokens of one pass attend as if they came one by one."""
+        self.generating = False
+        """Whether generate() runs."""
         self.follow_mask = False
         """Whether positions come from the attention mask: inside generate(), where padding may
         stand to the right of a prompt."""
-        self.expected = 0
-        """Tokens seen after the pass that is under way, padding included."""
         self._batch_size = batch_size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LessCache:
+        return self.clone()
+
+    def clone(self) -> LessCache:
+        """A copy that goes on by itself, such as one for each continuation of a prompt.
+
+        ``copy.deepcopy(cache)`` is the same. Config and maps are shared, tokens are not.
+
+        Raises
+        ------
+        RuntimeError
+            If a pass is under way, or broke off between layers.
+        """
+        if self.attended:
+            raise RuntimeError("cache: a pass is under way, or broke off between layers")
+        other = LessCache(self.manager, self.model_config, batch_size=self._batch_size)
+        other.seen.set(self.seen.number)
+        other.scoring = self.scoring
+        for i, layer in self.sliding_layers.items():
+            other.layers[i] = copy.deepcopy(layer)
+        if self.state is not None:
+            other.adopt(self.state.clone())
+        return other
 
     @property
     def less_layers(self) -> list[LessLayer]:
@@ -206,6 +244,7 @@ class LessCache(Cache):  # type: ignore[misc]
     def adopt(self, state: CacheState) -> None:
         """Go on with another state of the same config."""
         self.state = state
+        self.seen.place(state.layers[0].keys.device)
         self._batch_size = state.batch_size
         for layer in self.less_layers:
             layer.is_initialized = True
@@ -217,6 +256,8 @@ class LessCache(Cache):  # type: ignore[misc]
             layer.keys = layer.values = None
             layer.is_initialized = False
         super().reset()
+        self.seen.set(0)
+        self.attended = None
         if self.state is not None:
             self.state.reset()
 
@@ -328,8 +369,6 @@ class LessCache(Cache):  # type: ignore[misc]
             keys, values = (saved.sliding[f"{i}.{name}"].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values, layer.cumulative_length = keys, values, saved.seen[i]
-        for layer, count in zip(cache.layers, saved.seen, strict=True):
-            if isinstance(layer, LessLayer):
-                layer.seen = count
+        cache.seen.set(saved.seen[cache.layers.index(cache.less_layers[0])])
         cache.adopt(state)
         return cache

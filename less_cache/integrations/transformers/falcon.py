@@ -29,7 +29,7 @@ def check_falcon(model_config: Any) -> None:
 
 
 def falcon_mask(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """[B, 1, 1, total]: a mask that Falcon hands on to its layers as it is.
+    """[B, 1, 1, `length` or more]: a mask that Falcon hands on to its layers as it is.
 
     From any other it would draw a [B, 1, S, total] one, which nobody would read.
     """
@@ -42,15 +42,16 @@ Find = Callable[[Any, Tensor | None, int], tuple[AttentionLayer, Tensor | None] 
 """(layer_past, attention_mask, new tokens) -> who attends, and its mask [B, S]; or nobody."""
 
 
-def cached_layer(module: Any) -> Find:
-    """The layer of the `LessCache` that `module` is given, where it is given one."""
+def cached_layer(module: Any, alone: AttentionLayer | None) -> Find:
+    """The layer of the `LessCache` that `module` is given; where it is given none, `alone`."""
 
     def find(
         past: Any, mask: Tensor | None, length: int
     ) -> tuple[AttentionLayer, Tensor | None] | None:
-        if not isinstance(past, LessCache) or mask is None:
+        layer = past.layers[module.layer_idx] if isinstance(past, LessCache) else alone
+        if layer is None or mask is None:
             return None
-        return past.layers[module.layer_idx], mask[:, 0, 0, -length:].to(torch.bool)
+        return layer, mask[:, 0, 0, -length:].to(torch.bool)
 
     return find
 

@@ -61,11 +61,12 @@ def wrap_generate(model: Any, new_cache: Callable[[], LessCache]) -> Callable[..
         if not isinstance(cache, LessCache):
             raise TypeError(f"past_key_values: got {type(cache).__name__}, expected a LessCache")
         _check_coverage(cache, given, asked)
+        cache.generating = True
         cache.follow_mask = asked.get("position_ids") is None
         try:
             return original(*args, **kwargs)
         finally:
-            cache.follow_mask = False
+            cache.generating = cache.follow_mask = False
 
     return generate
 

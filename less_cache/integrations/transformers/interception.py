@@ -14,7 +14,7 @@ from ...policies import FullCache
 from ..introspection import full_attention_layers
 from .falcon import check_falcon, falcon_forward
 from .interface import LAYER, register
-from .model_check import attention_modules, check_model, decoder_of
+from .model_check import attention_modules, check_model, decoder_of, unwrapped
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, Hq, N, D], k [B, Hkv, N, D], v [B, Hkv, N, D]) -> [B, Hq, N, D]."""
@@ -67,6 +67,7 @@ def intercepted(
     TypeError, ValueError
         If the model is not one that `attach` takes, or a sliding layer is not built as Llama's.
     """
+    model = unwrapped(model)
     check_model(model)
     full = attention_modules(model)
     if config is None:

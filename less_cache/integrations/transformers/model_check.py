@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -13,6 +15,19 @@ from ..introspection import full_attention_layers, model_shapes
 from .interface import PREFIX
 
 SHAPES = ("num_layers", "query_heads", "kv_heads", "head_dim")
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in a PEFT model or in what ``torch.compile`` made of it."""
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+            continue
+        base: Any = getattr(model, "get_base_model", None)
+        if not isinstance(model, nn.Module) or not callable(base):
+            return model
+        model = base()
+    return model
 
 
 def check_model(model: Any) -> None:
@@ -24,10 +39,14 @@ def check_model(model: Any) -> None:
         If it is no transformers model.
     ValueError
         If it is an encoder-decoder or multimodal model, has layers that are neither full nor
-        sliding-window attention, or shares its configuration with an attached model.
+        sliding-window attention or a temperature that depends on the past (Llama 4), or shares its
+        configuration with an attached model.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {type(model).__name__}, expected a transformers model")
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a transformers model, alone, in a PEFT "
+            "model or compiled by torch.compile"
+        )
     config = model.config
     kind = config.model_type
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
@@ -36,6 +55,11 @@ def check_model(model: Any) -> None:
         )
     if not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"model: {kind} has no num_hidden_layers; LessCache needs a decoder")
+    if getattr(config, "attn_temperature_tuning", False):
+        raise ValueError(
+            f"model: {kind} is not supported: the temperature of its attention depends on the past "
+            "length, for which it asks its cache in the midst of a layer"
+        )
     layers = DynamicCache(config=config).layers
     for i, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import CacheConfig
-from ...feature_maps import LayerMaps
+from ...layer_maps import LayerMaps
 from ...quantization.transforms import LayerTransforms
 from ...teacher_forced import attend_all, eviction_times, stored_pairs
 from .interception import intercepted
@@ -52,7 +52,7 @@ def small_cache_logits(
         times = eviction_times(spec, q.detach(), k.detach(), transforms=basis)
         used = None if maps is None else maps[layer]
         stored = stored_pairs(spec, k, v, basis)
-        return attend_all(spec, used, q, k, v, times, stored, recompute=recompute)
+        return attend_all(spec, used, q, k, v, times, stored=stored, recompute=recompute)
 
     with intercepted(model, attend):
         return model(ids, use_cache=False).logits  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ from less_cache.arrays import empty_arrays
 from less_cache.backends import triton as backend
 from less_cache.backends.triton.aot.on_meta import meta_maps
 from less_cache.backends.triton.launch import recording
-from less_cache.feature_maps import LayerMaps
+from less_cache.layer_maps import LayerMaps
 
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 HEADS, ROWS = 4, 100

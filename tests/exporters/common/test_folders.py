@@ -1,8 +1,13 @@
 """Folders are replaced as a whole or not at all, and nobody else's by accident."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from exporters.common.folders import check_target, listed, replaced_files
+from less_cache._files import owner_tag
 
 INDEX = "index.json"
 
@@ -60,6 +65,25 @@ def test_an_error_leaves_everything_as_it_was(tmp_path):
         fail()
     assert contents(tmp_path) == {"model": "old"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks after processes as POSIX does")
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_killed_export_left_behind_goes_away(tmp_path, there):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    parent = out if there else tmp_path
+    host = owner_tag().rpartition("-")[0]
+    write(parent / f".export.{host}-{gone.pid}.abc" / "new", model="half")
+    write(parent / f".export.{host}-{os.getpid()}.abc" / "new", model="of a living one")
+    check_target(out, [INDEX], force=False)
+    with replaced_files(out, INDEX) as folder:
+        write(folder, model="new")
+    left = {path.name for path in parent.iterdir()} - {"out", "model"}
+    assert left == {f".export.{host}-{os.getpid()}.abc"}
 
 
 def test_old_files_go_unless_they_are_new(tmp_path):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ....arrays import LayerArrays, empty_arrays
-from ....feature_maps import LayerMaps, tensor_shapes
 from ....layer_config import LayerConfig
+from ....layer_maps import LayerMaps, tensor_shapes
 from ..decode import step
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 
-from ....feature_maps import LAST_LAYERS
+from ....layer_maps import LAST_LAYERS
 from ....policies import Gain, Start
 from ..decode import KINDS
 from ..launch import Launch, recording

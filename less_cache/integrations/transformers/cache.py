@@ -78,7 +78,7 @@ class LessLayer(CacheLayerMixin):  # type: ignore[misc]
         cache = self.cache
         if cache.state is None:
             raise AssertionError("lazy_initialization makes the state")
-        dtype = cache.state.layers[self.index].keys.dtype
+        dtype = getattr(torch, cache.state.config.dtype)
         inputs = (q.to(dtype), k.to(dtype), v.to(dtype), mask)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if cache.scoring and (learns or k.shape[2] > 1):

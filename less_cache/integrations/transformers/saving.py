@@ -50,7 +50,11 @@ def save_cache(
         digest = read_tensors(temporary)[0][DIGEST]
         beside = layers_file(folder, digest)
         header = {"format": FORMAT, "state": digest, "seen": json.dumps([*seen])}
-        write_tensors(beside, sliding, header)
+        # Drawn up in the snapshot's own temporary folder: its name is a new one at each save, so
+        # that nobody would ever clear away what a kill leaves of it.
+        drawn = layers_file(temporary.parent, digest)
+        write_tensors(drawn, sliding, header)
+        drawn.replace(beside)
     for old in folder.glob(LAYERS_FILES):
         if old != beside:
             old.unlink(missing_ok=True)

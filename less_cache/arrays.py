@@ -20,6 +20,10 @@ Array = Any
 EMPTY = -1
 """The position of a slot that holds no pair."""
 
+MAX_TOKENS = 2**31 - 128
+"""The most tokens that a sequence may have: positions are 32-bit numbers, and this, the largest
+that float32 holds exactly, comes after every one of them."""
+
 ARRAYS = ("keys", "values", "scores", "positions", "H", "z", "history")
 """What a layer's cache consists of, in this order; `history` only for some policies."""
 

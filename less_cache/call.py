@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Array, LayerArrays, array_shapes
+from .arrays import MAX_TOKENS, Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 
 
@@ -207,28 +207,38 @@ def check_packed(
             )
         for index, (start, stop) in enumerate(pairwise(numbers)):
             total = int(lengths[index]) + stop - start
-            if not layer.policy.evicts and total > min(layer.capacities):
+            if total > most_tokens(layer):
                 raise _no_room(layer, total)
 
 
+def most_tokens(layer: LayerConfig) -> int:
+    """How many tokens a sequence may have in all."""
+    return MAX_TOKENS if layer.policy.evicts else min(layer.capacities)
+
+
 def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_tokens: int) -> None:
-    """Refuse tokens that a cache which never evicts has no room for; on a GPU nobody looks.
+    """Refuse more tokens than `most_tokens`; on a GPU nobody looks.
 
     Raises
     ------
     ValueError
-        If there is no room.
+        If there are more.
     """
-    if layer.policy.evicts or not len(lengths):
+    if not len(lengths) or not _on_host(lengths):
         return
-    if _on_host(lengths):
-        incoming = new_tokens if mask is None else mask.sum(1)
-        total = int((lengths + incoming).max())
-        if total > min(layer.capacities):
-            raise _no_room(layer, total)
+    # In 64 bits, which do not wrap where lengths of 32 bits would.
+    longest = lengths if mask is None else lengths + mask.sum(1)
+    total = int(longest.max()) + (new_tokens if mask is None else 0)
+    if total > most_tokens(layer):
+        raise _no_room(layer, total)
 
 
 def _no_room(layer: LayerConfig, total: int) -> ValueError:
+    if layer.policy.evicts:
+        return ValueError(
+            f"k: {total} tokens in all, but a sequence has at most {MAX_TOKENS}: positions are "
+            "32-bit numbers"
+        )
     return ValueError(
         f"k: {total} tokens in all, but {layer.policy} holds at most capacity = "
         f"{min(layer.capacities)}"

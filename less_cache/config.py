@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ._checks import check_int, check_real
 from .arrays import Page, page_of
-from .dtypes import default_state_dtype, dtype_name
+from .dtypes import default_state_dtype, dtype_name, state_dtype_name
 from .layer_config import LayerConfig
 from .policies import Policy, check_registered, policy_from_dict
 
@@ -53,8 +53,8 @@ class CacheConfig:
     dtype
         Of keys and values: float64, float32, float16 or bfloat16, or a dtype of torch or NumPy.
     state_dtype
-        Of H and z, likewise. Sums are formed in float32 and rounded when stored.
-        Default: float32 (float64 where `dtype` is).
+        Of H and z: float32 or float64. They are sums over the whole past, for which 16 bits do
+        not do. Default: float32 (float64 where `dtype` is).
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ class CacheConfig:
                 asked[name] = check_real(name, asked[name], above=0.0)
         asked["dtype"] = dtype_name(self.dtype)
         if self.state_dtype is not None:
-            asked["state_dtype"] = dtype_name(self.state_dtype)
+            asked["state_dtype"] = state_dtype_name(self.state_dtype)
         asked["capacity"] = _plain(self.capacity)
         asked["policy"] = _plain(self.policy)
         layers = tuple(_resolve_layers(asked))

@@ -27,6 +27,24 @@ def dtype_name(dtype: Any) -> str:
     return str(check_choice("dtype", name.removeprefix("torch."), DTYPE_BYTES))
 
 
+def state_dtype_name(dtype: Any) -> str:
+    """The plain name of a dtype that H and z may have.
+
+    Raises
+    ------
+    ValueError
+        If it is no dtype, or one of 16 bits.
+    """
+    name = dtype_name(dtype)
+    if DTYPE_BYTES[name] < 4:
+        raise ValueError(
+            f"state_dtype: got {name!r}, but H and z are running sums of all that is ever evicted: "
+            "float16 overflows, and bfloat16 soon takes in nothing more; expected 'float32' or "
+            "'float64'"
+        )
+    return name
+
+
 def default_state_dtype(dtype: str) -> str:
     """What H and z are kept in unless the user says otherwise: float32, float64 for float64."""
     return "float64" if dtype == "float64" else "float32"

@@ -28,8 +28,8 @@ class LayerState(LayerArrays):
     length
         [B] int32, tokens seen.
     tokens_bound
-        Where the policy is `FullCache`: no row has seen more tokens than this, so that the device
-        need not be asked whether there is room. Other policies leave it at 0.
+        No row has seen more tokens than this, so that the device need not be asked whether there
+        is room for more.
     """
 
     length: Array = None
@@ -290,7 +290,9 @@ class CacheState:
                 arrays: dict[str, Array] = {n: t.numpy().copy() for n, t in tensors.items()}
             else:
                 arrays = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-            layers.append(LayerState(**arrays, tokens_bound=bound))
+            # Who wrote the file may not have counted.
+            seen = int(tensors["length"].max())
+            layers.append(LayerState(**arrays, tokens_bound=max(bound, seen)))
         return cls(found.config, layers, maps if found.config.rank else None)
 
     def _like(self, layers: list[LayerState]) -> CacheState:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import check_dense
 from .arrays import Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 
@@ -60,9 +61,7 @@ def _check_kind(name: str, array: Any, keys: Array, library: Any) -> None:
         raise TypeError(
             f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
         )
-    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
-        kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
+    check_dense(name, array)
     if array.dtype != keys.dtype:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected {keys.dtype}")
     if isinstance(array, Tensor) and array.device != keys.device:
@@ -85,6 +84,7 @@ def checked_mask(k: Array, mask: Any) -> Any:
     if not isinstance(mask, np.ndarray if numpy else Tensor):
         expected = "ndarray" if numpy else "Tensor"
         raise TypeError(f"mask: got {type(mask).__name__}, expected {expected}")
+    check_dense("mask", mask)
     expected_shape = (k.shape[0], k.shape[2])
     if tuple(mask.shape) != expected_shape:
         raise ValueError(
@@ -128,12 +128,33 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
     pool = arrays.keys.shape[0]
     for name, (shape, dtype) in shapes.items():
         array = named[name]
+        if not isinstance(array, (np.ndarray, Tensor)):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__}, expected a tensor or an array"
+            )
+        check_dense(f"arrays.{name}", array)
         if tuple(array.shape) != (pool, *shape):
             raise ValueError(
                 f"arrays.{name}: got shape {tuple(array.shape)}, expected {(pool, *shape)}"
             )
         if str(array.dtype).removeprefix("torch.") != dtype:
             raise TypeError(f"arrays.{name}: got dtype {array.dtype}, expected {dtype}")
+        if isinstance(array, np.ndarray) != isinstance(arrays.keys, np.ndarray):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__} beside {type(arrays.keys).__name__}s"
+            )
+        if isinstance(array, Tensor):
+            _check_tensor(f"arrays.{name}", array, arrays.keys)
+
+
+def _check_tensor(name: str, array: Tensor, keys: Tensor) -> None:
+    """Refuse what is on another device than the keys, or may not be written to."""
+    if array.device != keys.device:
+        raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
+    if array.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: made under torch.inference_mode(), outside of which nobody may write to it"
+        )
 
 
 def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
@@ -147,6 +168,7 @@ def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
     library = np.ndarray if isinstance(k, np.ndarray) else Tensor
     if not isinstance(array, library):
         raise TypeError(f"{name}: got {type(array).__name__}, expected {library.__name__}")
+    check_dense(name, array)
     if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
     if array.ndim != 1 or (size is not None and array.shape[0] != size):

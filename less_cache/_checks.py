@@ -6,6 +6,7 @@ import contextlib
 import math
 import numbers
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def check_choice(name: str, value: Any, allowed: Any) -> Any:
     ValueError
         If it is not.
     """
-    if value not in allowed:
+    # Whatever else it is, it may not even be comparable.
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
     return value
 
@@ -146,6 +148,19 @@ def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
             f"{name}: got rows {given.min()} to {given.max()}, expected 0 to {batch_size - 1}"
         )
     return given
+
+
+def check_path(name: str, path: Any) -> Path:
+    """`path` as one.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a text nor a path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{name}: got {type(path).__name__}, expected a text or a pathlib.Path")
+    return Path(path)
 
 
 def check_device(name: str, device: Any) -> torch.device:

@@ -146,6 +146,8 @@ def empty_arrays(
     ValueError, TypeError
         If `rows` is no number of rows, the device has no room for them, or there is no such device.
     """
+    if not isinstance(layer, LayerConfig):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected CacheConfig.layer(i)")
     check_int("rows", rows, minimum=0, maximum=MOST_ROWS)
     if device is not None:
         device = check_device("device", device)

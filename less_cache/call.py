@@ -125,14 +125,15 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
     shapes = array_shapes(layer)
     if set(named) != set(shapes):
         raise ValueError(f"arrays: got {sorted(named)}, expected {sorted(shapes)}")
-    pool = arrays.keys.shape[0]
-    for name, (shape, dtype) in shapes.items():
-        array = named[name]
+    for name, array in named.items():
         if not isinstance(array, (np.ndarray, Tensor)):
             raise TypeError(
                 f"arrays.{name}: got {type(array).__name__}, expected a tensor or an array"
             )
         check_dense(f"arrays.{name}", array)
+    pool = arrays.keys.shape[0] if arrays.keys.ndim else 0
+    for name, (shape, dtype) in shapes.items():
+        array = named[name]
         if tuple(array.shape) != (pool, *shape):
             raise ValueError(
                 f"arrays.{name}: got shape {tuple(array.shape)}, expected {(pool, *shape)}"
@@ -213,6 +214,7 @@ def check_packed(
         That names the argument. On a GPU the numbers themselves are not looked at.
     """
     for name, array in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, array)
         if getattr(array, "ndim", None) != 3:
             raise ValueError(
                 f"{name}: got shape {tuple(getattr(array, 'shape', ()))}, expected packed tokens "

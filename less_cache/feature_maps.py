@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_choice, check_device, check_int, check_memory
+from ._checks import check_choice, check_device, check_int, check_memory, check_path
 from .config import CacheConfig, kv_shard
 from .layer_maps import LAST_LAYERS, LayerMaps, checked_layer, tensor_shapes, untrained_layer
 from .maps_io import load_folder, load_official, locate, public_name, save_folder, upload
@@ -102,6 +102,10 @@ class FeatureMaps:
         """
         if kind is not None:
             check_choice("kind", kind, LAST_LAYERS)
+        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"layers: got {type(layers).__name__}, expected a list of one dict a layer"
+            )
         return cls(
             [checked_layer(i, tensors, kind) for i, tensors in enumerate(layers)],
             model_id=model_id,
@@ -201,9 +205,11 @@ class FeatureMaps:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If the number of layers, or any size of any layer, differs.
         """
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
         if len(self) != config.num_layers:
             raise ValueError(
                 f"maps: made for {len(self)} layers, expected num_layers = {config.num_layers}"
@@ -219,7 +225,9 @@ class FeatureMaps:
 
         Whoever reads meanwhile, or after a crash, finds the old maps or the new ones.
         """
-        save_folder(Path(folder), [layer.tensors for layer in self.layers], self._card())
+        save_folder(
+            check_path("folder", folder), [layer.tensors for layer in self.layers], self._card()
+        )
 
     @classmethod
     def from_pretrained(
@@ -243,6 +251,7 @@ class FeatureMaps:
         ValueError
             If a file is damaged, or tensors and description disagree.
         """
+        check_path("name", name)
         folder = locate(name, subfolder, revision)
         layers, card = load_folder(folder)
         maps = cls.from_tensors(
@@ -281,7 +290,9 @@ class FeatureMaps:
             If a file is damaged or not such a checkpoint.
         """
         record = {"source": "official LESS checkpoint"}
-        return cls.from_tensors(load_official(Path(folder)), kind="paper", record=record)
+        return cls.from_tensors(
+            load_official(check_path("folder", folder)), kind="paper", record=record
+        )
 
     def _card(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import snapshot
-from ._checks import check_device, check_int, check_memory, check_rows
+from ._checks import check_device, check_int, check_memory, check_path, check_rows
 from .arrays import EMPTY, MOST_ROWS, Array, LayerArrays, empty_arrays, lasting
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
@@ -239,7 +239,7 @@ class CacheState:
             If a policy is a user's own that nobody registered: it could not be read back.
         """
         snapshot.write(
-            Path(path),
+            check_path("path", path),
             self.config,
             [layer.arrays() for layer in self.layers],
             tokens_bounds=[layer.tokens_bound for layer in self.layers],
@@ -276,7 +276,9 @@ class CacheState:
             If the file is damaged, no snapshot, holds what no cache can hold, or was made with
             another config or other maps.
         """
-        found = snapshot.read(Path(path))
+        if device is not None:
+            device = check_device("device", device)
+        found = snapshot.read(check_path("path", path))
         found.check_config(config)
         if found.config.rank:
             if maps is None:
@@ -285,8 +287,6 @@ class CacheState:
                 )
             if maps.digest != found.maps_digest:
                 raise ValueError(f"{path}: made with other feature maps than those given")
-        if device is not None:
-            device = check_device("device", device)
         layers = []
         for tensors, bound in zip(found.layers, found.tokens_bounds, strict=True):
             if found.library == "numpy":

@@ -415,9 +415,10 @@ def test_length_counts_tokens_of_each_row():
     assert this.state.length.tolist() == [9, 7, 6]
 
 
-def test_autograd_does_not_reach_into_the_state():
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autograd_does_not_reach_into_the_state(backend):
     config = small_config()
-    manager = lc.CacheManager(config, random_maps(config), backend="torch")
+    manager = lc.CacheManager(config, random_maps(config), backend=backend)
     state = manager.init(1)
     for tokens in (9, 1, 1):
         inputs = [x.requires_grad_() for x in torch_inputs(config, 1, tokens)]

@@ -158,7 +158,7 @@ def check_path(name: str, path: Any) -> Path:
     TypeError
         If it is neither a text nor a path.
     """
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name}: got {type(path).__name__}, expected a text or a pathlib.Path")
     return Path(path)
 

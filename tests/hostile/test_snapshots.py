@@ -128,6 +128,30 @@ def test_headers_that_were_signed_anew(policy, value, data):
             assert found.config == state.config
 
 
+BOUNDS = (
+    "3",
+    "[]",
+    "[9]",
+    "[9, null]",
+    '["9", 9]',
+    "[9.5, 9]",
+    "[true, 9]",
+    "[-1, 9]",
+    "{}",
+    "[9, 9, 9]",
+)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_bounds_that_are_no_counts(tmp_path, bounds):
+    manager, _, whole = saved()
+    path = tmp_path / "state"
+    path.write_bytes(whole)
+    header, tensors = contents(path)
+    sign(path, {**header, "tokens_bound": bounds}, tensors)
+    refused(lambda: manager.load(path), str(path), unchanged=lambda: files_below(tmp_path))
+
+
 @given(data=st.data(), extra=st.booleans())
 def test_tensors_too_few_or_too_many(data, extra):
     manager, _, whole = saved()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import check_dense
 from .arrays import MAX_TOKENS, Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 
@@ -60,9 +61,7 @@ def _check_kind(name: str, array: Any, keys: Array, library: Any) -> None:
         raise TypeError(
             f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
         )
-    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
-        kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
+    check_dense(name, array)
     if array.dtype != keys.dtype:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected {keys.dtype}")
     if isinstance(array, Tensor) and array.device != keys.device:
@@ -85,6 +84,7 @@ def checked_mask(k: Array, mask: Any) -> Any:
     if not isinstance(mask, np.ndarray if numpy else Tensor):
         expected = "ndarray" if numpy else "Tensor"
         raise TypeError(f"mask: got {type(mask).__name__}, expected {expected}")
+    check_dense("mask", mask)
     expected_shape = (k.shape[0], k.shape[2])
     if tuple(mask.shape) != expected_shape:
         raise ValueError(
@@ -125,7 +125,13 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
     shapes = array_shapes(layer)
     if set(named) != set(shapes):
         raise ValueError(f"arrays: got {sorted(named)}, expected {sorted(shapes)}")
-    pool = arrays.keys.shape[0]
+    for name, array in named.items():
+        if not isinstance(array, (np.ndarray, Tensor)):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__}, expected a tensor or an array"
+            )
+        check_dense(f"arrays.{name}", array)
+    pool = arrays.keys.shape[0] if arrays.keys.ndim else 0
     for name, (shape, dtype) in shapes.items():
         array = named[name]
         if tuple(array.shape) != (pool, *shape):
@@ -134,6 +140,22 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
             )
         if str(array.dtype).removeprefix("torch.") != dtype:
             raise TypeError(f"arrays.{name}: got dtype {array.dtype}, expected {dtype}")
+        if isinstance(array, np.ndarray) != isinstance(arrays.keys, np.ndarray):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__} beside {type(arrays.keys).__name__}s"
+            )
+        if isinstance(array, Tensor):
+            _check_tensor(f"arrays.{name}", array, arrays.keys)
+
+
+def _check_tensor(name: str, array: Tensor, keys: Tensor) -> None:
+    """Refuse what is on another device than the keys, or may not be written to."""
+    if array.device != keys.device:
+        raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
+    if array.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: made under torch.inference_mode(), outside of which nobody may write to it"
+        )
 
 
 def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
@@ -147,6 +169,7 @@ def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
     library = np.ndarray if isinstance(k, np.ndarray) else Tensor
     if not isinstance(array, library):
         raise TypeError(f"{name}: got {type(array).__name__}, expected {library.__name__}")
+    check_dense(name, array)
     if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
     if array.ndim != 1 or (size is not None and array.shape[0] != size):
@@ -191,6 +214,7 @@ def check_packed(
         That names the argument. On a GPU the numbers themselves are not looked at.
     """
     for name, array in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, array)
         if getattr(array, "ndim", None) != 3:
             raise ValueError(
                 f"{name}: got shape {tuple(getattr(array, 'shape', ()))}, expected packed tokens "

@@ -18,6 +18,9 @@ from .policies import Policy, check_registered, policy_from_dict
 
 FORMAT_VERSION = 1
 
+MOST_PARTS = 2**16
+"""Layers, and heads of a layer: each takes memory in the config itself."""
+
 Slots: TypeAlias = "int | float | str"
 """A number of slots; or a share of the model's longest sequence, 0.05 or "5%"."""
 
@@ -93,8 +96,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         asked = {name: getattr(self, name) for name in PARAMETERS}
-        for name in ("num_layers", "query_heads", "kv_heads", "head_dim"):
-            asked[name] = check_int(name, asked[name], minimum=1)
+        for name in ("num_layers", "query_heads", "kv_heads"):
+            asked[name] = check_int(name, asked[name], minimum=1, maximum=MOST_PARTS)
+        asked["head_dim"] = check_int("head_dim", self.head_dim, minimum=1)
         asked["rank"] = check_int("rank", self.rank, minimum=0)
         for name in ("hidden", "max_positions"):
             if asked[name] is not None:
@@ -330,14 +334,20 @@ class CacheConfig:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If the data is of another format, or has unknown or missing fields.
         """
+        if not isinstance(data, dict):
+            raise TypeError(f"config: got {type(data).__name__}, expected a dict of its fields")
         fields = dict(data)
-        if fields.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(f"format: got {data.get('format')!r}, expected {FORMAT_VERSION}")
+        version = fields.pop("format", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"config: format: got {version!r}, expected {FORMAT_VERSION}")
         if wrong := sorted(set(fields) ^ set(PARAMETERS)):
             raise ValueError(f"config: unknown or missing field(s) {wrong}")
+        if not isinstance(fields["policy"], list):
+            found = type(fields["policy"]).__name__
+            raise TypeError(f"config: policy: got {found}, expected a list of one a layer")
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
         return cls(**fields)
 

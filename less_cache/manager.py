@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._checks import check_choice, check_device, check_int
-from .arrays import Array
+from ._checks import check_choice, check_device, check_int, check_memory
+from .arrays import MOST_ROWS, Array
 from .backends import BACKENDS, best_backend, get_backend
 from .call import check_room, check_tokens, checked_mask, most_tokens
 from .config import CacheConfig
@@ -98,7 +98,14 @@ class CacheManager:
         ----------
         device
             ``"cpu"``, ``"cuda"``, ..., or ``"numpy"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no text, or no backend has arrays there.
         """
+        if not isinstance(device, str):
+            raise TypeError(f"device: got {device!r}, expected a text such as 'cpu' or 'cuda'")
         if self.backend != "auto":
             return self.backend
         return best_backend(self.config, device.partition(":")[0])
@@ -119,10 +126,10 @@ class CacheManager:
         Raises
         ------
         ValueError, TypeError
-            If the size is no positive integer, the dtype not one that the backend takes, or there
-            is no such device.
+            If the size is no positive integer or more than there is memory for, the dtype not one
+            that the backend takes, or there is no such device.
         """
-        check_int("batch_size", batch_size, minimum=1)
+        check_int("batch_size", batch_size, minimum=1, maximum=MOST_ROWS)
         numpy = isinstance(dtype, (type, np.dtype))
         config = self.config if dtype is None else self.config.with_dtype(dtype)
         if numpy and self.backend != "auto" and "numpy" not in BACKENDS[self.backend].devices:
@@ -134,6 +141,8 @@ class CacheManager:
             raise ValueError(f"device: got {device!r}, but NumPy arrays have none; leave it out")
         if device is not None:
             device = check_device("device", device)
+        where = torch.device("cpu") if numpy else device or torch.get_default_device()
+        check_memory("batch_size", batch_size, batch_size * config.bytes_per_sequence(), where)
         layers = [allocate(x, batch_size, numpy=numpy, device=device) for x in config.layers]
         state = CacheState(config, layers, self.maps)
         state.plan = self._plan_for(state)

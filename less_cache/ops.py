@@ -11,14 +11,16 @@ import functools
 import itertools
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import call
-from ._checks import check_choice, check_int
+from ._checks import check_choice, check_device, check_int
 from ._precision import without_autocast
 from .arrays import Array, LayerArrays
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
@@ -68,7 +70,7 @@ class StepPlan:
             if arrays.history is not None:
                 state.append(arrays.history)
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        with without_autocast(q):
+        with without_autocast(q), _undone_by_errors(self.layer, arrays, rows):
             return self.module.attend(
                 self.layer,
                 arrays,
@@ -81,6 +83,26 @@ class StepPlan:
                 mask=mask,
                 clean=clean,
             )
+
+
+@contextmanager
+def _undone_by_errors(layer: LayerConfig, arrays: LayerArrays, rows: Any) -> Iterator[None]:
+    """Where a user's own policy may raise in the midst of a step, it takes back what was done."""
+    if not layer.policy.custom:
+        yield
+        return
+    own = slice(None) if rows is None else rows
+    before = {name: _copy(array[own]) for name, array in arrays.named().items()}
+    try:
+        yield
+    except BaseException:
+        for name, array in arrays.named().items():
+            array[own] = before[name]
+        raise
+
+
+def _copy(array: Array) -> Array:
+    return array.copy() if isinstance(array, np.ndarray) else array.clone()
 
 
 def plan_step(
@@ -117,15 +139,16 @@ def plan_step(
             f"maps: got {'none' if maps is None else 'some'}, but the layer's rank is {layer.rank}"
         )
     check_choice("backend", backend, ("auto", *BACKENDS))
-    numpy = device == "numpy"
+    numpy = isinstance(device, str) and device == "numpy"
+    where = None if numpy else check_device("device", device)
     config = _config_of(layer)
     if backend == "auto":
-        backend = best_backend(config, "numpy" if numpy else torch.device(device).type)
+        backend = best_backend(config, "numpy" if where is None else where.type)
     module = get_backend(backend)
     module.check_config(config)
     prepared = None
     if maps is not None:
-        prepared = module.prepare_maps(maps, layer, None if numpy else torch.device(device))
+        prepared = module.prepare_maps(maps, layer, where)
     return StepPlan(layer, backend, prepared)
 
 

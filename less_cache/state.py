@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from . import snapshot
-from ._checks import check_device, check_int, check_rows
-from .arrays import EMPTY, Array, LayerArrays, empty_arrays
+from ._checks import check_device, check_int, check_memory, check_path, check_rows
+from .arrays import EMPTY, MOST_ROWS, Array, LayerArrays, empty_arrays, lasting
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .layer_config import LayerConfig
@@ -191,7 +191,8 @@ class CacheState:
         index = self._row_index("rows", rows)
         layers = []
         for layer in self.layers:
-            arrays = {name: array[index] for name, array in layer.arrays().items()}
+            with lasting():
+                arrays = {name: array[index] for name, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
         return self._like(layers)
 
@@ -207,7 +208,8 @@ class CacheState:
         ValueError, TypeError
             If `count` is not an integer of at least 1.
         """
-        check_int("count", count, minimum=1)
+        check_int("count", count, minimum=1, maximum=MOST_ROWS // self.batch_size)
+        check_memory("count", count, count * self.nbytes, self._device)
         return self.select(np.repeat(np.arange(self.batch_size), count))
 
     def to(self, device: Any) -> CacheState:
@@ -223,7 +225,8 @@ class CacheState:
         device = check_device("device", device)
         layers = []
         for layer in self.layers:
-            arrays = {name: array.to(device, copy=True) for name, array in layer.arrays().items()}
+            with lasting():
+                arrays = {n: array.to(device, copy=True) for n, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
         return self._like(layers)
 
@@ -236,7 +239,7 @@ class CacheState:
             If a policy is a user's own that nobody registered: it could not be read back.
         """
         snapshot.write(
-            Path(path),
+            check_path("path", path),
             self.config,
             [layer.arrays() for layer in self.layers],
             tokens_bounds=[layer.tokens_bound for layer in self.layers],
@@ -273,7 +276,9 @@ class CacheState:
             If the file is damaged, no snapshot, holds what no cache can hold, or was made with
             another config or other maps.
         """
-        found = snapshot.read(Path(path))
+        if device is not None:
+            device = check_device("device", device)
+        found = snapshot.read(check_path("path", path))
         found.check_config(config)
         if found.config.rank:
             if maps is None:
@@ -282,14 +287,13 @@ class CacheState:
                 )
             if maps.digest != found.maps_digest:
                 raise ValueError(f"{path}: made with other feature maps than those given")
-        if device is not None:
-            device = check_device("device", device)
         layers = []
         for tensors, bound in zip(found.layers, found.tokens_bounds, strict=True):
             if found.library == "numpy":
                 arrays: dict[str, Array] = {n: t.numpy().copy() for n, t in tensors.items()}
             else:
-                arrays = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+                with lasting():
+                    arrays = {n: tensor.to(device, copy=True) for n, tensor in tensors.items()}
             # Who wrote the file may not have counted.
             seen = int(tensors["length"].max())
             layers.append(LayerState(**arrays, tokens_bound=max(bound, seen)))
@@ -299,12 +303,13 @@ class CacheState:
         return CacheState(self.config, layers, self.maps, maps_digest=self._maps_digest)
 
     def _row_index(self, name: str, rows: Any) -> Array:
-        if isinstance(rows, torch.Tensor):
-            rows = rows.detach().cpu().numpy()
-        given = check_rows(name, rows, self.batch_size)
-        if self.is_numpy:
-            return given
-        return torch.as_tensor(given, dtype=torch.int64, device=self.layers[0].keys.device)
+        # A copy: torch takes no reversed view.
+        given = check_rows(name, rows, self.batch_size).astype(np.int64)
+        return given if self.is_numpy else torch.as_tensor(given, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.is_numpy else self.layers[0].keys.device
 
 
 def allocate(
@@ -327,5 +332,6 @@ def allocate(
     if numpy:
         length: Array = np.zeros(batch_size, dtype="int32")
     else:
-        length = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        with lasting():
+            length = torch.zeros(batch_size, dtype=torch.int32, device=device)
     return LayerState(**arrays.named(), length=length)

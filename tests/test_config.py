@@ -53,7 +53,7 @@ BAD = {
     "softcap-as-text": ("softcap", TypeError, {"softcap": "50"}),
     "dtype-integer": ("dtype", ValueError, {"dtype": torch.int32}),
     "dtype-unknown": ("dtype", ValueError, {"dtype": "float8"}),
-    "state-dtype-bool": ("dtype", ValueError, {"state_dtype": "bool"}),
+    "state-dtype-bool": ("state_dtype", ValueError, {"state_dtype": "bool"}),
     "no-positions": ("max_positions", ValueError, {"max_positions": 0}),
 }
 

@@ -233,7 +233,10 @@ def test_what_does_not_go_together_makes_no_manager(argument, error, change):
 INITS = {
     "batch-of-none": ("batch_size", ValueError, {"batch_size": 0}),
     "batch-negative": ("batch_size", ValueError, {"batch_size": -1}),
+    "batch-beyond-memory": ("batch_size", ValueError, {"batch_size": 10**9}),
+    "batch-beyond-counting": ("batch_size", ValueError, {"batch_size": 2**31, "device": "meta"}),
     "batch-is-a-float": ("batch_size", TypeError, {"batch_size": 2.0}),
+    "device-without-a-driver": ("device", ValueError, {"batch_size": 1, "device": "hpu"}),
     "batch-is-a-bool": ("batch_size", TypeError, {"batch_size": True}),
     "dtype-is-an-integer-dtype": ("dtype", ValueError, {"dtype": torch.int32}),
     "dtype-is-a-word": ("dtype", ValueError, {"dtype": "double"}),
@@ -429,9 +432,10 @@ def test_length_counts_tokens_of_each_row():
     assert this.state.length.tolist() == [9, 7, 6]
 
 
-def test_autograd_does_not_reach_into_the_state():
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autograd_does_not_reach_into_the_state(backend):
     config = small_config()
-    manager = lc.CacheManager(config, random_maps(config), backend="torch")
+    manager = lc.CacheManager(config, random_maps(config), backend=backend)
     state = manager.init(1)
     for tokens in (9, 1, 1):
         inputs = [x.requires_grad_() for x in torch_inputs(config, 1, tokens)]

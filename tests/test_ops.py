@@ -42,6 +42,7 @@ BAD = {
         "arrays",
         given(arrays=lc.empty_arrays(CONFIG.with_dtype("float64").layer(0), 5)),
     ),
+    "lengths-sparse": (TypeError, "lengths", given(lengths=torch.zeros(2).int().to_sparse())),
     "rows-too-many": (ValueError, "rows", given(rows=torch.tensor([0, 1, 2]))),
     "rows-too-high": (ValueError, "rows", given(rows=torch.tensor([0, 5]))),
     "rows-negative": (ValueError, "rows", given(rows=torch.tensor([-1, 0]))),
@@ -91,6 +92,7 @@ PLANS = {
     "maps-missing": (ValueError, "maps", {"maps": None}),
     "maps-of-all": (TypeError, "maps", {"maps": MAPS}),
     "backend": (ValueError, "backend", {"backend": "cuda"}),
+    "device": (ValueError, "device", {"device": "banana"}),
 }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import numbers
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def check_choice(name: str, value: Any, allowed: Any) -> Any:
     ValueError
         If it is not.
     """
-    if value not in allowed:
+    # Whatever else it is, it may not even be comparable.
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
     return value
 
@@ -98,6 +100,24 @@ def check_memory(name: str, given: Any, needed: float, device: torch.device) -> 
         )
 
 
+def check_dense(name: str, array: Any) -> None:
+    """Refuse tensors and arrays whose numbers do not simply lie in memory; others pass.
+
+    Raises
+    ------
+    TypeError
+        If a tensor is sparse, nested, quantised or in oneDNN's layout, or an array is NumPy's
+        masked one or a matrix.
+    """
+    if isinstance(array, torch.Tensor):
+        kind = str(array.layout).removeprefix("torch.").removeprefix("_")
+        if array.layout is not torch.strided or array.is_nested or array.is_quantized:
+            kind = "nested" if array.is_nested else "quantised" if array.is_quantized else kind
+            raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
+    elif isinstance(array, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"{name}: got a {type(array).__name__}, expected a plain array")
+
+
 def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
     """`rows` as an array [N] of row numbers, N at least 1.
 
@@ -108,7 +128,17 @@ def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
     ValueError
         If it is not one-dimensional, empty, or a number lies outside ``0 .. batch_size - 1``.
     """
-    given = np.asarray(rows)
+    check_dense(name, rows)
+    if isinstance(rows, torch.Tensor):
+        if rows.device.type == "meta":
+            raise ValueError(f"{name}: on device meta, which holds no numbers")
+        if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+            raise TypeError(f"{name}: got dtype {rows.dtype}, expected integers")
+        rows = rows.detach().cpu().numpy()
+    try:
+        given = np.asarray(rows)
+    except ValueError:
+        raise TypeError(f"{name}: got {rows!r:.80}, expected integers") from None
     if given.dtype.kind not in "iu" and given.size:
         raise TypeError(f"{name}: got dtype {given.dtype}, expected integers")
     if given.ndim != 1 or given.size == 0:
@@ -118,6 +148,19 @@ def check_rows(name: str, rows: Any, batch_size: int) -> np.ndarray:
             f"{name}: got rows {given.min()} to {given.max()}, expected 0 to {batch_size - 1}"
         )
     return given
+
+
+def check_path(name: str, path: Any) -> Path:
+    """`path` as one.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a text nor a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: got {type(path).__name__}, expected a text or a pathlib.Path")
+    return Path(path)
 
 
 def check_device(name: str, device: Any) -> torch.device:
@@ -147,4 +190,12 @@ def check_device(name: str, device: Any) -> torch.device:
         raise ValueError(
             f"{name}: got {device!r}, but torch finds {torch.cuda.device_count()} CUDA GPU(s) here"
         )
+    if found.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(1, device=found)
+        except Exception as error:  # Devices of other vendors miss modules, drivers, kernels.
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{name}: got {device!r}, which does not work here: {reason}"
+            ) from None
     return found

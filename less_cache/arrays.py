@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import check_device, check_int, check_memory
 from .layer_config import LayerConfig, Run
 
 Array = Any
@@ -32,6 +34,13 @@ ARRAYS = (
     "value_scales",
 )
 """What a layer's cache consists of, in this order; the last three only for some configs."""
+
+MAX_TOKENS = 2**31 - 128
+"""The most tokens that a sequence may have: positions are 32-bit numbers, and this, the largest
+that float32 holds exactly, comes after every one of them."""
+
+MOST_ROWS = 2**31 - 1
+"""Rows are counted with 32 bits."""
 
 PAGE_ALIGNMENT = 16
 """Each array of a page begins at a multiple of so many bytes, and so does the next page."""
@@ -158,16 +167,35 @@ def empty_arrays(
         NumPy arrays instead of torch tensors.
     device
         Of torch tensors.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `rows` is no number of rows, the device has no room for them, or there is no such device.
     """
+    if not isinstance(layer, LayerConfig):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected CacheConfig.layer(i)")
+    check_int("rows", rows, minimum=0, maximum=MOST_ROWS)
+    if device is not None:
+        device = check_device("device", device)
+    where = torch.device("cpu") if numpy else device or torch.get_default_device()
+    check_memory("rows", rows, rows * layer.bytes_per_sequence, where)
 
     def filled(name: str, shape: Sequence[int], dtype: str) -> Array:
         value = EMPTY if name == "positions" else 0
         if numpy:
             return np.full((rows, *shape), value, dtype=dtype)
-        return torch.full((rows, *shape), value, dtype=getattr(torch, dtype), device=device)
+        with lasting():
+            return torch.full((rows, *shape), value, dtype=getattr(torch, dtype), device=device)
 
     shapes = array_shapes(layer)
     return LayerArrays(**{name: filled(name, *shapes[name]) for name in shapes})
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """A block whose new tensors may be written to later, in ``torch.inference_mode()`` or not."""
+    entered = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if entered else nullcontext()
 
 
 @dataclass(frozen=True)

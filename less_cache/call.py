@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Array, LayerArrays, array_shapes
+from ._checks import check_dense
+from .arrays import MAX_TOKENS, Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 
 
@@ -64,9 +65,7 @@ def _check_kind(name: str, array: Any, keys: Array, library: Any, dtype: Any) ->
         raise TypeError(
             f"{name}: got {type(array).__name__}, but the state's arrays are {library.__name__}"
         )
-    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
-        kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
+    check_dense(name, array)
     if array.dtype != dtype:
         raise TypeError(f"{name}: got dtype {array.dtype}, expected {dtype}")
     if isinstance(array, Tensor) and array.device != keys.device:
@@ -89,6 +88,7 @@ def checked_mask(k: Array, mask: Any) -> Any:
     if not isinstance(mask, np.ndarray if numpy else Tensor):
         expected = "ndarray" if numpy else "Tensor"
         raise TypeError(f"mask: got {type(mask).__name__}, expected {expected}")
+    check_dense("mask", mask)
     expected_shape = (k.shape[0], k.shape[2])
     if tuple(mask.shape) != expected_shape:
         raise ValueError(
@@ -129,7 +129,13 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
     shapes = array_shapes(layer)
     if set(named) != set(shapes):
         raise ValueError(f"arrays: got {sorted(named)}, expected {sorted(shapes)}")
-    pool = arrays.keys.shape[0]
+    for name, array in named.items():
+        if not isinstance(array, (np.ndarray, Tensor)):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__}, expected a tensor or an array"
+            )
+        check_dense(f"arrays.{name}", array)
+    pool = arrays.keys.shape[0] if arrays.keys.ndim else 0
     for name, (shape, dtype) in shapes.items():
         array = named[name]
         if tuple(array.shape) != (pool, *shape):
@@ -138,6 +144,22 @@ def check_arrays(layer: LayerConfig, arrays: LayerArrays) -> None:
             )
         if str(array.dtype).removeprefix("torch.") != dtype:
             raise TypeError(f"arrays.{name}: got dtype {array.dtype}, expected {dtype}")
+        if isinstance(array, np.ndarray) != isinstance(arrays.keys, np.ndarray):
+            raise TypeError(
+                f"arrays.{name}: got {type(array).__name__} beside {type(arrays.keys).__name__}s"
+            )
+        if isinstance(array, Tensor):
+            _check_tensor(f"arrays.{name}", array, arrays.keys)
+
+
+def _check_tensor(name: str, array: Tensor, keys: Tensor) -> None:
+    """Refuse what is on another device than the keys, or may not be written to."""
+    if array.device != keys.device:
+        raise ValueError(f"{name}: on device {array.device}, expected {keys.device}")
+    if array.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: made under torch.inference_mode(), outside of which nobody may write to it"
+        )
 
 
 def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
@@ -151,6 +173,7 @@ def _check_numbers(name: str, array: Any, size: int | None, k: Array) -> None:
     library = np.ndarray if isinstance(k, np.ndarray) else Tensor
     if not isinstance(array, library):
         raise TypeError(f"{name}: got {type(array).__name__}, expected {library.__name__}")
+    check_dense(name, array)
     if str(array.dtype).removeprefix("torch.") not in ("int32", "int64"):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected int32 or int64")
     if array.ndim != 1 or (size is not None and array.shape[0] != size):
@@ -195,6 +218,7 @@ def check_packed(
         That names the argument. On a GPU the numbers themselves are not looked at.
     """
     for name, array in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, array)
         if getattr(array, "ndim", None) != 3:
             raise ValueError(
                 f"{name}: got shape {tuple(getattr(array, 'shape', ()))}, expected packed tokens "
@@ -211,28 +235,38 @@ def check_packed(
             )
         for index, (start, stop) in enumerate(pairwise(numbers)):
             total = int(lengths[index]) + stop - start
-            if not layer.policy.evicts and total > min(layer.capacities):
+            if total > most_tokens(layer):
                 raise _no_room(layer, total)
 
 
+def most_tokens(layer: LayerConfig) -> int:
+    """How many tokens a sequence may have in all."""
+    return MAX_TOKENS if layer.policy.evicts else min(layer.capacities)
+
+
 def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_tokens: int) -> None:
-    """Refuse tokens that a cache which never evicts has no room for; on a GPU nobody looks.
+    """Refuse more tokens than `most_tokens`; on a GPU nobody looks.
 
     Raises
     ------
     ValueError
-        If there is no room.
+        If there are more.
     """
-    if layer.policy.evicts or not len(lengths):
+    if not len(lengths) or not _on_host(lengths):
         return
-    if _on_host(lengths):
-        incoming = new_tokens if mask is None else mask.sum(1)
-        total = int((lengths + incoming).max())
-        if total > min(layer.capacities):
-            raise _no_room(layer, total)
+    # In 64 bits, which do not wrap where lengths of 32 bits would.
+    longest = lengths if mask is None else lengths + mask.sum(1)
+    total = int(longest.max()) + (new_tokens if mask is None else 0)
+    if total > most_tokens(layer):
+        raise _no_room(layer, total)
 
 
 def _no_room(layer: LayerConfig, total: int) -> ValueError:
+    if layer.policy.evicts:
+        return ValueError(
+            f"k: {total} tokens in all, but a sequence has at most {MAX_TOKENS}: positions are "
+            "32-bit numbers"
+        )
     return ValueError(
         f"k: {total} tokens in all, but {layer.policy} holds at most capacity = "
         f"{min(layer.capacities)}"

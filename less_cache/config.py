@@ -12,12 +12,15 @@ from typing import Any, TypeAlias
 
 from ._checks import check_int, check_real
 from .arrays import Page, page_of
-from .dtypes import default_state_dtype, dtype_name
+from .dtypes import default_state_dtype, dtype_name, state_dtype_name
 from .layer_config import LayerConfig
 from .policies import Policy, Start, check_registered, policy_from_dict
 from .quantization import Quantization
 
 FORMAT_VERSION = 1
+
+MOST_PARTS = 2**16
+"""Layers, and heads of a layer: each takes memory in the config itself."""
 
 Slots: TypeAlias = "int | float | str"
 """A number of slots; or a share of the model's longest sequence, 0.05 or "5%"."""
@@ -54,8 +57,8 @@ class CacheConfig:
     dtype
         Of keys and values: float64, float32, float16 or bfloat16, or a dtype of torch or NumPy.
     state_dtype
-        Of H and z, likewise. Sums are formed in float32 and rounded when stored.
-        Default: float32 (float64 where `dtype` is).
+        Of H and z: float32 or float64. They are sums over the whole past, for which 16 bits do
+        not do. Default: float32 (float64 where `dtype` is).
     quantization
         In how many bits pairs are stored; ``None``: in `dtype`.
 
@@ -97,8 +100,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         asked = {name: getattr(self, name) for name in PARAMETERS}
-        for name in ("num_layers", "query_heads", "kv_heads", "head_dim"):
-            asked[name] = check_int(name, asked[name], minimum=1)
+        for name in ("num_layers", "query_heads", "kv_heads"):
+            asked[name] = check_int(name, asked[name], minimum=1, maximum=MOST_PARTS)
+        asked["head_dim"] = check_int("head_dim", self.head_dim, minimum=1)
         asked["rank"] = check_int("rank", self.rank, minimum=0)
         for name in ("hidden", "max_positions"):
             if asked[name] is not None:
@@ -113,7 +117,7 @@ class CacheConfig:
                 asked[name] = check_real(name, asked[name], above=0.0)
         asked["dtype"] = dtype_name(self.dtype)
         if self.state_dtype is not None:
-            asked["state_dtype"] = dtype_name(self.state_dtype)
+            asked["state_dtype"] = state_dtype_name(self.state_dtype)
         if self.quantization is not None and not isinstance(self.quantization, Quantization):
             raise TypeError(
                 f"quantization: got {self.quantization!r}, expected a Quantization or None"
@@ -340,16 +344,22 @@ class CacheConfig:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If the data is of another format, or has unknown or missing fields.
         """
+        if not isinstance(data, dict):
+            raise TypeError(f"config: got {type(data).__name__}, expected a dict of its fields")
         fields = dict(data)
-        if fields.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(f"format: got {data.get('format')!r}, expected {FORMAT_VERSION}")
+        version = fields.pop("format", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"config: format: got {version!r}, expected {FORMAT_VERSION}")
         # Older files know of no codes.
         fields.setdefault("quantization", None)
         if wrong := sorted(set(fields) ^ set(PARAMETERS)):
             raise ValueError(f"config: unknown or missing field(s) {wrong}")
+        if not isinstance(fields["policy"], list):
+            found = type(fields["policy"]).__name__
+            raise TypeError(f"config: policy: got {found}, expected a list of one a layer")
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
         if fields["quantization"] is not None:
             fields["quantization"] = Quantization.from_dict(fields["quantization"])

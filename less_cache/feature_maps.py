@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_choice, check_int
+from ._checks import check_choice, check_device, check_int, check_memory, check_path
 from .config import CacheConfig, kv_shard
 from .layer_maps import LAST_LAYERS, LayerMaps, checked_layer, tensor_shapes, untrained_layer
 from .maps_io import load_folder, load_official, locate, public_name, save_folder, upload
@@ -101,6 +102,10 @@ class FeatureMaps:
         """
         if kind is not None:
             check_choice("kind", kind, LAST_LAYERS)
+        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"layers: got {type(layers).__name__}, expected a list of one dict a layer"
+            )
         return cls(
             [checked_layer(i, tensors, kind) for i, tensors in enumerate(layers)],
             model_id=model_id,
@@ -134,6 +139,12 @@ class FeatureMaps:
         ValueError, TypeError
             If the rank is 0, the kind unknown, or `hidden` no positive integer.
         """
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: got {type(generator).__name__}, expected a torch.Generator"
+            )
         if config.rank == 0:
             raise ValueError("config: rank is 0, expected a rank above 0 for feature maps")
         if hidden is not None:
@@ -147,10 +158,23 @@ class FeatureMaps:
             hidden=hidden or config.hidden or 512,
             rank=config.rank,
         )
+        numbers = config.num_layers * sum(map(math.prod, shapes.values()))
+        width = shapes["phi_w1"][2]
+        check_memory("hidden, rank", f"{width}, {config.rank}", 4.0 * numbers, torch.device("cpu"))
         return cls([untrained_layer(kind, shapes, generator) for _ in range(config.num_layers)])
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> FeatureMaps:
-        """The maps on another device, the first layers' matrices in `dtype`."""
+        """The maps on another device, the first layers' matrices in `dtype`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such device, or `dtype` is none of floating-point numbers.
+        """
+        if device is not None:
+            device = check_device("device", device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: got {dtype!r}, expected a floating-point dtype of torch")
         layers = [layer.to(device, dtype) for layer in self.layers]
         return FeatureMaps(layers, model_id=self.model_id, record=self.record)
 
@@ -181,9 +205,11 @@ class FeatureMaps:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If the number of layers, or any size of any layer, differs.
         """
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
         if len(self) != config.num_layers:
             raise ValueError(
                 f"maps: made for {len(self)} layers, expected num_layers = {config.num_layers}"
@@ -199,7 +225,9 @@ class FeatureMaps:
 
         Whoever reads meanwhile, or after a crash, finds the old maps or the new ones.
         """
-        save_folder(Path(folder), [layer.tensors for layer in self.layers], self._card())
+        save_folder(
+            check_path("folder", folder), [layer.tensors for layer in self.layers], self._card()
+        )
 
     @classmethod
     def from_pretrained(
@@ -223,6 +251,7 @@ class FeatureMaps:
         ValueError
             If a file is damaged, or tensors and description disagree.
         """
+        check_path("name", name)
         folder = locate(name, subfolder, revision)
         layers, card = load_folder(folder)
         maps = cls.from_tensors(
@@ -261,7 +290,9 @@ class FeatureMaps:
             If a file is damaged or not such a checkpoint.
         """
         record = {"source": "official LESS checkpoint"}
-        return cls.from_tensors(load_official(Path(folder)), kind="paper", record=record)
+        return cls.from_tensors(
+            load_official(check_path("folder", folder)), kind="paper", record=record
+        )
 
     def _card(self) -> dict[str, Any]:
         return {

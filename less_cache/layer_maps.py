@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_choice
+from ._checks import check_choice, check_dense
 
 EXPONENT_LIMIT = 30.0
 """Largest exponent of the ``"exp"`` kind: φ·z then stays finite in float32 for any length."""
@@ -227,9 +227,18 @@ def checked_layer(index: int, tensors: Mapping[str, Any], kind: str | None) -> L
         )
     read = {}
     for name in wanted:
-        tensor = torch.as_tensor(tensors[name])
+        check_dense(f"{where}.{name}", tensors[name])
+        try:
+            tensor = torch.as_tensor(tensors[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{where}.{name}: got {type(tensors[name]).__name__}, expected an array of "
+                f"floating-point numbers: {error}"
+            ) from None
         if not tensor.is_floating_point():
             raise TypeError(f"{where}.{name}: got dtype {tensor.dtype}, expected floating point")
+        if tensor.is_meta:
+            raise ValueError(f"{where}.{name}: on device meta, which holds no numbers")
         read[name] = tensor
     for name in ("phi_w1", "psi_w1", "phi_w2"):
         if read[name].ndim != 3:

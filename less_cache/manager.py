@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._checks import check_choice, check_device, check_int
-from .arrays import Array
+from ._checks import check_choice, check_device, check_int, check_memory
+from .arrays import MOST_ROWS, Array
 from .backends import BACKENDS, best_backend, get_backend
-from .call import check_room, check_tokens, checked_mask
+from .call import check_room, check_tokens, checked_mask, most_tokens
 from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
@@ -108,7 +108,14 @@ class CacheManager:
         ----------
         device
             ``"cpu"``, ``"cuda"``, ..., or ``"numpy"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no text, or no backend has arrays there.
         """
+        if not isinstance(device, str):
+            raise TypeError(f"device: got {device!r}, expected a text such as 'cpu' or 'cuda'")
         if self.backend != "auto":
             return self.backend
         return best_backend(self.config, device.partition(":")[0])
@@ -133,10 +140,10 @@ class CacheManager:
         Raises
         ------
         ValueError, TypeError
-            If the size is no positive integer, the dtype not one that the backend takes, or there
-            is no such device.
+            If the size is no positive integer or more than there is memory for, the dtype not one
+            that the backend takes, or there is no such device.
         """
-        check_int("batch_size", batch_size, minimum=1)
+        check_int("batch_size", batch_size, minimum=1, maximum=MOST_ROWS)
         numpy = isinstance(dtype, (type, np.dtype))
         config = self.config if dtype is None else self.config.with_dtype(dtype)
         if numpy and self.backend != "auto" and "numpy" not in BACKENDS[self.backend].devices:
@@ -148,6 +155,8 @@ class CacheManager:
             raise ValueError(f"device: got {device!r}, but NumPy arrays have none; leave it out")
         if device is not None:
             device = check_device("device", device)
+        where = torch.device("cpu") if numpy else device or torch.get_default_device()
+        check_memory("batch_size", batch_size, batch_size * config.bytes_per_sequence(), where)
         layers = [allocate(x, batch_size, numpy=numpy, device=device) for x in config.layers]
         state = CacheState(config, layers, self.maps, transforms=self.transforms)
         state.plan = self._plan_for(state)
@@ -186,7 +195,9 @@ class CacheManager:
         Raises
         ------
         ValueError, TypeError
-            If anything above is not so, or a `FullCache` has no room; the state is untouched then.
+            If anything above is not so, a `FullCache` has no room, or a sequence would come to
+            more than `MAX_TOKENS` tokens; the state is untouched then. A compiled call does not
+            look for the last.
         RuntimeError
             If another call on the same state has not ended: a state belongs to one thread at a
             time. Threads may share a manager, each with a state of its own. A compiled call does
@@ -212,8 +223,7 @@ class CacheManager:
         check_tokens(plan.layer, held.keys, len(held.length), q, k, v)
         if mask is not None:
             mask = checked_mask(k, mask)
-        if not plan.layer.policy.evicts:
-            _check_room(plan, held, mask, int(k.shape[2]))
+        _check_room(plan, held, mask, int(k.shape[2]))
         out = plan.run(held, q, k, v, held.length, mask=mask, clean=True)
         held.length += k.shape[2] if mask is None else mask.sum(1, dtype=held.length.dtype)
         return out
@@ -289,18 +299,19 @@ def _check_transforms(config: CacheConfig, transforms: Transforms | None) -> Non
 
 
 def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> None:
-    """Refuse tokens that a full cache cannot take, asking the device only when it may matter."""
-    capacity = min(plan.layer.capacities)
+    """Refuse tokens that a cache cannot take, asking the device only when it may matter."""
+    limit = most_tokens(plan.layer)
     if not isinstance(state.length, np.ndarray) and torch.compiler.is_compiling():
-        incoming = new_tokens if mask is None else mask.sum(1)
-        torch._assert_async(
-            ((state.length + incoming) <= capacity).all(),
-            f"FullCache: more tokens than capacity = {capacity}",
-        )
+        if not plan.layer.policy.evicts:
+            incoming = new_tokens if mask is None else mask.sum(1)
+            torch._assert_async(
+                ((state.length + incoming) <= limit).all(),
+                f"FullCache: more tokens than capacity = {limit}",
+            )
         # Nobody counts while compiled: the next call that is not has to ask the device.
-        state.tokens_bound = capacity
+        state.tokens_bound = limit
         return
-    if state.tokens_bound + new_tokens > capacity:
+    if state.tokens_bound + new_tokens > limit:
         length = state.length if isinstance(state.length, np.ndarray) else state.length.cpu()
         padding = mask if mask is None or isinstance(mask, np.ndarray) else mask.cpu()
         state.tokens_bound = int(length.max())

@@ -11,14 +11,16 @@ import functools
 import itertools
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import call
-from ._checks import check_choice, check_int
+from ._checks import check_choice, check_device, check_int
 from ._precision import without_autocast
 from .arrays import Array, LayerArrays, array_shapes
 from .backends import BACKENDS, Backend, PreparedMaps, best_backend, get_backend
@@ -74,7 +76,7 @@ class StepPlan:
         if torch.compiler.is_compiling():
             state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        with without_autocast(q):
+        with without_autocast(q), _undone_by_errors(self.layer, arrays, rows):
             if self.transforms is not None:
                 return self._run_inside(
                     self.transforms, arrays, q, k, v, lengths, rows, mask, clean
@@ -130,6 +132,26 @@ class StepPlan:
             return left.numpy().astype(q.dtype) if numpy else left.to(q.dtype)
 
 
+@contextmanager
+def _undone_by_errors(layer: LayerConfig, arrays: LayerArrays, rows: Any) -> Iterator[None]:
+    """Where a user's own policy may raise in the midst of a step, it takes back what was done."""
+    if not layer.policy.custom:
+        yield
+        return
+    own = slice(None) if rows is None else rows
+    before = {name: _copy(array[own]) for name, array in arrays.named().items()}
+    try:
+        yield
+    except BaseException:
+        for name, array in arrays.named().items():
+            array[own] = before[name]
+        raise
+
+
+def _copy(array: Array) -> Array:
+    return array.copy() if isinstance(array, np.ndarray) else array.clone()
+
+
 def plan_step(
     layer: LayerConfig,
     maps: LayerMaps | None = None,
@@ -167,21 +189,21 @@ def plan_step(
             f"maps: got {'none' if maps is None else 'some'}, but the layer's rank is {layer.rank}"
         )
     check_choice("backend", backend, ("auto", *BACKENDS))
-    numpy = device == "numpy"
+    numpy = isinstance(device, str) and device == "numpy"
+    where = None if numpy else check_device("device", device)
     config = _config_of(layer)
     if backend == "auto":
-        backend = best_backend(config, "numpy" if numpy else torch.device(device).type)
+        backend = best_backend(config, "numpy" if where is None else where.type)
     module = get_backend(backend)
     module.check_config(config)
-    place = None if numpy else torch.device(device)
     transforms = layer_transforms(layer, transforms)
     prepared = None
     if maps is not None:
         if transforms is not None:
             maps = transforms.fold(maps)
-        prepared = module.prepare_maps(maps, layer, place)
+        prepared = module.prepare_maps(maps, layer, where)
     if transforms is not None:
-        transforms = transforms.to(place, getattr(torch, layer.score_dtype))
+        transforms = transforms.to(where, getattr(torch, layer.score_dtype))
     return StepPlan(layer, backend, prepared, transforms)
 
 
@@ -215,7 +237,8 @@ def step(
         [B, Hkv, S, D]; or packed: [T, Hkv, D].
     lengths
         [B] int32 or int64, tokens seen before these. A row of length 0 counts as empty whatever
-        bytes it holds.
+        bytes it holds. With the new ones they must not pass `MAX_TOKENS`, beyond which positions
+        of 32 bits would wrap: a CPU looks, on a GPU it is the caller's to see to.
     rows
         [B] int32 or int64: sequence i lives in row ``rows[i]`` of the arrays. ``None``: in row i.
         Padded calls may name one spare row many times; what it holds then is anything. The numbers

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from . import snapshot
-from ._checks import check_device, check_int, check_rows
-from .arrays import EMPTY, Array, LayerArrays, empty_arrays
+from ._checks import check_device, check_int, check_memory, check_path, check_rows
+from .arrays import EMPTY, MOST_ROWS, Array, LayerArrays, empty_arrays, lasting
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .layer_config import LayerConfig
@@ -29,8 +29,8 @@ class LayerState(LayerArrays):
     length
         [B] int32, tokens seen.
     tokens_bound
-        Where the policy is `FullCache`: no row has seen more tokens than this, so that the device
-        need not be asked whether there is room. Other policies leave it at 0.
+        No row has seen more tokens than this, so that the device need not be asked whether there
+        is room for more.
     """
 
     length: Array = None
@@ -196,7 +196,8 @@ class CacheState:
         index = self._row_index("rows", rows)
         layers = []
         for layer in self.layers:
-            arrays = {name: array[index] for name, array in layer.arrays().items()}
+            with lasting():
+                arrays = {name: array[index] for name, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
         return self._like(layers)
 
@@ -212,7 +213,8 @@ class CacheState:
         ValueError, TypeError
             If `count` is not an integer of at least 1.
         """
-        check_int("count", count, minimum=1)
+        check_int("count", count, minimum=1, maximum=MOST_ROWS // self.batch_size)
+        check_memory("count", count, count * self.nbytes, self._device)
         return self.select(np.repeat(np.arange(self.batch_size), count))
 
     def to(self, device: Any) -> CacheState:
@@ -228,7 +230,8 @@ class CacheState:
         device = check_device("device", device)
         layers = []
         for layer in self.layers:
-            arrays = {name: array.to(device, copy=True) for name, array in layer.arrays().items()}
+            with lasting():
+                arrays = {n: array.to(device, copy=True) for n, array in layer.arrays().items()}
             layers.append(LayerState(**arrays, tokens_bound=layer.tokens_bound))
         return self._like(layers)
 
@@ -241,7 +244,7 @@ class CacheState:
             If a policy is a user's own that nobody registered: it could not be read back.
         """
         snapshot.write(
-            Path(path),
+            check_path("path", path),
             self.config,
             [layer.arrays() for layer in self.layers],
             tokens_bounds=[layer.tokens_bound for layer in self.layers],
@@ -282,7 +285,9 @@ class CacheState:
             If the file is damaged, no snapshot, holds what no cache can hold, or was made with
             another config or other maps.
         """
-        found = snapshot.read(Path(path))
+        if device is not None:
+            device = check_device("device", device)
+        found = snapshot.read(check_path("path", path))
         found.check_config(config)
         if found.config.rank:
             if maps is None:
@@ -293,15 +298,16 @@ class CacheState:
                 raise ValueError(f"{path}: made with other feature maps than those given")
         if found.transforms_digest != (transforms.digest if transforms else ""):
             raise ValueError(f"{path}: made with other transforms than those given")
-        if device is not None:
-            device = check_device("device", device)
         layers = []
         for tensors, bound in zip(found.layers, found.tokens_bounds, strict=True):
             if found.library == "numpy":
                 arrays: dict[str, Array] = {n: t.numpy().copy() for n, t in tensors.items()}
             else:
-                arrays = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-            layers.append(LayerState(**arrays, tokens_bound=bound))
+                with lasting():
+                    arrays = {n: tensor.to(device, copy=True) for n, tensor in tensors.items()}
+            # Who wrote the file may not have counted.
+            seen = int(tensors["length"].max())
+            layers.append(LayerState(**arrays, tokens_bound=max(bound, seen)))
         own = maps if found.config.rank else None
         return cls(found.config, layers, own, transforms=transforms)
 
@@ -315,12 +321,13 @@ class CacheState:
         )
 
     def _row_index(self, name: str, rows: Any) -> Array:
-        if isinstance(rows, torch.Tensor):
-            rows = rows.detach().cpu().numpy()
-        given = check_rows(name, rows, self.batch_size)
-        if self.is_numpy:
-            return given
-        return torch.as_tensor(given, dtype=torch.int64, device=self.layers[0].keys.device)
+        # A copy: torch takes no reversed view.
+        given = check_rows(name, rows, self.batch_size).astype(np.int64)
+        return given if self.is_numpy else torch.as_tensor(given, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.is_numpy else self.layers[0].keys.device
 
 
 def allocate(
@@ -343,5 +350,6 @@ def allocate(
     if numpy:
         length: Array = np.zeros(batch_size, dtype="int32")
     else:
-        length = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        with lasting():
+            length = torch.zeros(batch_size, dtype=torch.int32, device=device)
     return LayerState(**arrays.named(), length=length)

@@ -53,7 +53,7 @@ BAD = {
     "softcap-as-text": ("softcap", TypeError, {"softcap": "50"}),
     "dtype-integer": ("dtype", ValueError, {"dtype": torch.int32}),
     "dtype-unknown": ("dtype", ValueError, {"dtype": "float8"}),
-    "state-dtype-bool": ("dtype", ValueError, {"state_dtype": "bool"}),
+    "state-dtype-bool": ("state_dtype", ValueError, {"state_dtype": "bool"}),
     "no-positions": ("max_positions", ValueError, {"max_positions": 0}),
 }
 
@@ -134,16 +134,26 @@ def test_dtypes_of_any_library_have_one_name(given, name):
     [
         ("float16", None, "float32"),
         ("float64", None, "float64"),
-        ("bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", "float64", "float64"),
     ],
 )
 def test_the_low_rank_state_is_float32_unless_asked_otherwise(dtype, state_dtype, expected):
     assert small_config(dtype=dtype, state_dtype=state_dtype).state_dtype == expected
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", torch.bfloat16, np.float16])
+def test_sixteen_bits_are_too_few_for_the_low_rank_state(dtype):
+    refused = r"^state_dtype: got '(b)?float16', but H and z are running sums"
+    with pytest.raises(ValueError, match=refused):
+        small_config(state_dtype=dtype)
+    data = {**small_config().to_dict(), "state_dtype": dtype_name(dtype)}
+    with pytest.raises(ValueError, match=refused):
+        lc.CacheConfig.from_dict(data)
+
+
 def test_another_dtype_takes_the_state_along_only_where_it_follows():
     assert small_config().with_dtype("float64").state_dtype == "float64"
-    assert small_config(state_dtype="float16").with_dtype("float64").state_dtype == "float16"
+    assert small_config(state_dtype="float32").with_dtype("float64").state_dtype == "float32"
     assert small_config(dtype="float64").with_dtype(torch.float16).state_dtype == "float32"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -107,6 +108,34 @@ def test_a_killed_save_leaves_one_whole_thing(tmp_path, imports, setup, told):
     assert done.stdout.startswith(told)
     for left in (".part", ".tmp"):
         assert left not in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX does")
+def test_what_a_killed_save_of_a_cache_leaves_goes_with_the_next(tmp_path):
+    """Killed while its second file, whose name is never drawn again, is half written."""
+    saving = pytest.importorskip("less_cache.integrations.transformers.saving")
+    layers = {"0.keys": torch.zeros(1)}
+
+    class State:
+        def __init__(self, value):
+            self.value = value
+
+        def save(self, path):
+            write_tensors(path, {"a": torch.full((1,), self.value)}, {})
+
+    def killed(path, tensors, header):
+        with replaced(path) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        saving.write_tensors = killed
+        saving.save_cache(tmp_path, State(1.0), layers, [1])
+    os.waitpid(child, 0)
+    assert list(tmp_path.iterdir())
+    saving.save_cache(tmp_path, State(2.0), layers, [1])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 2
 
 
 def test_the_umask_is_never_touched(tmp_path, monkeypatch):

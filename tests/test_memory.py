@@ -33,7 +33,7 @@ def test_a_state_takes_the_bytes_the_config_says(policy, dtype):
         assert state.nbytes == batch * config.with_dtype(dtype).bytes_per_sequence()
 
 
-@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("state_dtype", ["float32", "float64"])
 def test_the_states_dtype_counts(state_dtype):
     config = small_config(state_dtype=state_dtype)
     state = lc.CacheManager(config, random_maps(config)).init(2)

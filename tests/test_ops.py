@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import less_cache as lc
+from less_cache.arrays import MAX_TOKENS
 from tests.helpers import random_maps, small_config, torch_inputs
 
 CONFIG = small_config(num_layers=1)
@@ -41,6 +42,7 @@ BAD = {
         "arrays",
         given(arrays=lc.empty_arrays(CONFIG.with_dtype("float64").layer(0), 5)),
     ),
+    "lengths-sparse": (TypeError, "lengths", given(lengths=torch.zeros(2).int().to_sparse())),
     "rows-too-many": (ValueError, "rows", given(rows=torch.tensor([0, 1, 2]))),
     "rows-too-high": (ValueError, "rows", given(rows=torch.tensor([0, 5]))),
     "rows-negative": (ValueError, "rows", given(rows=torch.tensor([-1, 0]))),
@@ -90,6 +92,7 @@ PLANS = {
     "maps-missing": (ValueError, "maps", {"maps": None}),
     "maps-of-all": (TypeError, "maps", {"maps": MAPS}),
     "backend": (ValueError, "backend", {"backend": "cuda"}),
+    "device": (ValueError, "device", {"device": "banana"}),
 }
 
 
@@ -144,3 +147,20 @@ def test_a_compiler_sees_one_node_that_changes_the_arrays(tokens):
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert [str(node.target) for node in calls] == ["less_cache.step_.default"]
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_whose_positions_would_wrap_are_refused(dtype):
+    config = lc.CacheConfig(1, 4, 2, 4, 6, lc.SinkWindow(), rank=0)
+    plan, arrays = lc.plan_step(config.layer(0)), lc.empty_arrays(config.layer(0), 2)
+    q, k, v = torch_inputs(config, 2, 3)
+    lengths = torch.tensor([5, MAX_TOKENS - 2], dtype=dtype)
+    before = [x.clone() for x in arrays.named().values()]
+    with pytest.raises(ValueError, match=r"^k: .* tokens in all, but a sequence has at most"):
+        lc.step(plan, arrays, q, k, v, lengths=lengths)
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    with pytest.raises(ValueError, match=r"^k: .* tokens in all, but a sequence has at most"):
+        lc.step(plan, arrays, *packed, lengths=lengths, query_start_loc=torch.tensor([0, 3, 6]))
+    assert all(map(torch.equal, before, arrays.named().values()))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    lc.step(plan, arrays, q, k, v, lengths=lengths, mask=mask)

@@ -149,7 +149,7 @@ OTHER_CONFIGS = {
     "rank": {"rank": 0},
     "scale": {"scale": 0.25},
     "softcap": {"softcap": 30.0},
-    "state_dtype": {"state_dtype": "float16"},
+    "state_dtype": {"state_dtype": "float64"},
 }
 
 

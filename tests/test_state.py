@@ -6,7 +6,7 @@ import torch
 
 import less_cache as lc
 from less_cache.state import EMPTY, allocate
-from tests.helpers import as_numpy, bits_of, random_inputs, random_maps, small_config
+from tests.helpers import as_numpy, bits_of, random_inputs, random_maps, small_config, torch_inputs
 
 
 @pytest.fixture(params=["torch", "numpy"])
@@ -177,3 +177,24 @@ def test_a_device_that_is_none_is_refused(device, error):
         with pytest.raises(error, match=r"^device: got"):
             manager.init(1, device=device)
     assert manager.init(1, device="cpu:0").to(torch.device("cpu")).batch_size == 1
+
+
+@pytest.mark.parametrize("policy", [lc.SinkWindow(), lc.H2O(), lc.FullCache()], ids=str)
+def test_tokens_are_counted_without_the_device(policy, tmp_path):
+    config = lc.CacheConfig(2, 4, 2, 4, 12, policy, rank=0)
+    manager = lc.CacheManager(config)
+    state = manager.init(2)
+    for tokens in (3, 1, 4):
+        for layer in range(2):
+            manager.attend(state, layer, *torch_inputs(config, 2, tokens))
+    state.save(tmp_path / "state")
+    copies = [state, state.select([1]), state.to("cpu"), manager.load(tmp_path / "state")]
+    state.reorder([1, 0])
+    assert [[layer.tokens_bound for layer in copy.layers] for copy in copies] == [[8, 8]] * 4
+    # Padding counts at first, and no longer when it matters.
+    mask = torch.tensor([[False, True]] * 2)
+    manager.attend(state, 0, *torch_inputs(config, 2, 2), mask)
+    assert state.layers[0].tokens_bound == 10
+    state.layers[0].tokens_bound = 2**31
+    manager.attend(state, 0, *torch_inputs(config, 2, 1))
+    assert state.layers[0].tokens_bound == 10

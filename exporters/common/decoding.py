@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from less_cache.arrays import MAX_TOKENS
+
 from .batch_state import BatchState
 from .manifest import Manifest
 from .sampling import GenerationStep, Sampler, generate_tokens
@@ -31,7 +33,7 @@ class BatchDecoder(ABC, Generic[State]):
         self.manifest = manifest
         self._state_type = state_type
         full = [layer for layer in manifest.config.layers if not layer.policy.evicts]
-        self._room = min((min(layer.capacities) for layer in full), default=None)
+        self._room = min((min(layer.capacities) for layer in full), default=MAX_TOKENS)
 
     @abstractmethod
     def new_state(self, batch_size: int) -> State:
@@ -169,13 +171,17 @@ class BatchDecoder(ABC, Generic[State]):
         return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
 
     def _check_room(self, state: State, mask: np.ndarray) -> None:
-        """Refuse tokens for which a `FullCache` has no slots; lengths are read only if need be."""
-        if self._room is None or state.tokens_bound + mask.shape[1] <= self._room:
+        """Refuse tokens for which a `FullCache` has no slots, and those whose positions would wrap.
+
+        Lengths are read only if need be.
+        """
+        if state.tokens_bound + mask.shape[1] <= self._room:
             return
         lengths = state.lengths()
-        total = int((lengths + mask.sum(1)).max())
+        total = int((lengths + mask.sum(1, dtype=np.int64)).max())
         if total > self._room:
+            holder = "a sequence" if self._room == MAX_TOKENS else "FullCache"
             raise ValueError(
-                f"input_ids: {total} tokens in all, but FullCache holds at most {self._room}"
+                f"input_ids: {total} tokens in all, but {holder} holds at most {self._room}"
             )
         state.tokens_bound = int(lengths.max())

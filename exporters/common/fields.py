@@ -23,9 +23,9 @@ def check_fields(where: str, value: Any, wanted: Any) -> None:
     value
         From `json.loads`.
     wanted
-        A type: bool, dict, int or str. A tuple: any of these types. A frozenset: one of its
-        members. A list of one form: any number of values of it. A dict: an object with at least
-        these fields, of these forms.
+        A type: bool, dict, int or str. A tuple: any of these types. A range: an integer in it. A
+        frozenset: one of its members. A list of one form: any number of values of it. A dict: an
+        object with at least these fields, of these forms.
 
     Raises
     ------
@@ -43,6 +43,10 @@ def check_fields(where: str, value: Any, wanted: Any) -> None:
             raise ValueError(f"{where}: got {_brief(value)}, expected a list")
         for place, entry in enumerate(value):
             check_fields(f"{where}[{place}]", entry, wanted[0])
+    elif isinstance(wanted, range):
+        if type(value) is not int or value not in wanted:
+            allowed = f"an integer {wanted[0]} to {wanted[-1]}"
+            raise ValueError(f"{where}: got {_brief(value)}, expected {allowed}")
     elif isinstance(wanted, frozenset):
         if not isinstance(value, str) or value not in wanted:
             names = ", ".join(sorted(wanted))

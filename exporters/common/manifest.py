@@ -14,21 +14,22 @@ from .folders import check_files, read_index
 MANIFEST, MODEL, WEIGHTS = "less_cache.json", "model.onnx", "model.onnx.data"
 FORMAT = "less_cache.onnx.2"
 DTYPES = frozenset({"float32", "float16", "bfloat16", "int32", "int64"})
+COUNT = range(2**31)
 FIELDS = {
     "config": dict,
     "maps_digest": (str, type(None)),
-    "vocab_size": int,
-    "eos_token_ids": [int],
-    "bytes_per_sequence": int,
+    "vocab_size": range(1, 2**31),
+    "eos_token_ids": [COUNT],
+    "bytes_per_sequence": range(1, 2**63),
     "all_logits": bool,
     "inputs": [str],
     "outputs": [str],
-    "state": [{"name": str, "dtype": DTYPES, "shape": [int]}],
+    "state": [{"name": str, "dtype": DTYPES, "shape": [range(1, 2**31)]}],
     "layers": [
         {
-            "window": int,
+            "window": COUNT,
             "maps": (str, type(None)),
-            "runs": [{"heads": [int], "capacity": int, "arrays": [str]}],
+            "runs": [{"heads": [COUNT], "capacity": range(1, 2**31), "arrays": [str]}],
         }
     ],
     "files": dict,

@@ -15,7 +15,9 @@ from less_cache.feature_maps import FeatureMaps
 from less_cache.integrations.transformers.interception import intercepted
 from less_cache.integrations.transformers.model_check import attention_modules, decoder_of
 
+from .experts import traceable_experts
 from .heads import ModelLayer
+from .positions import stateless_positions
 from .tracing import trace
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -130,7 +132,13 @@ def trace_decoder(
     opset: int,
     all_logits: bool,
 ) -> ir.Model:
-    """The graph of `Decoder`, the attention of each run of heads one `tracing.APPEND` node."""
+    """The graph of `Decoder`, the attention of each run of heads one `tracing.APPEND` node.
+
+    Raises
+    ------
+    ValueError
+        If torch or its exporter cannot make a graph of the model.
+    """
     wrapper = Decoder(model, layers, maps, all_logits)
     tokens = torch.ones(2, 3, dtype=torch.int64)
     state = state_tensors(layers)
@@ -141,11 +149,24 @@ def trace_decoder(
     for name in ("input_ids", "attention_mask"):
         dynamic[name][1] = SEQUENCE
     outputs = ["logits", *(f"present.{name}" for name in state)]
-    with intercepted(model, wrapper.attend, config=config, sliding=True, padding=True):
+    with (
+        intercepted(model, wrapper.attend, config=config, sliding=True, padding=True),
+        stateless_positions(model),
+        traceable_experts(model),
+    ):
         last = decoder_of(model, attention_modules(model)).register_forward_hook(wrapper.keep_last)
         try:
             if all_logits:
                 last.remove()
             return trace(wrapper, inputs, outputs, dynamic, opset)
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+            raise ValueError(
+                f"model: {model.config.model_type} cannot be exported; torch cannot make a graph "
+                f"of it: {line}"
+            ) from error
         finally:
             last.remove()

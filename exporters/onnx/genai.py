@@ -16,6 +16,8 @@ from .export import GENAI_CONFIG, INDICES, Prepared, earlier_files, prepare, sav
 from .packing import PAST, PRESENT, hide_padding, pack_state
 
 DTYPES = ("float32", "float16")
+MOST_TOKENS = 2**24 - 1
+"""The packed state holds lengths and positions plus one in float32, which is exact up to 2^24."""
 
 
 def export_genai(
@@ -74,7 +76,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
     eos = generation.eos_token_id
     first = eos[0] if isinstance(eos, list) else eos
     bos, pad = generation.bos_token_id, generation.pad_token_id
-    length = getattr(text, "max_position_embeddings", None) or 2**20
+    length = min(getattr(text, "max_position_embeddings", None) or 2**20, MOST_TOKENS)
     return {
         "model": {
             # The library's name for any decoder in one file; it does not look at the layers.

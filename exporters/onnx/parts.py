@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from less_cache.arrays import EMPTY
+from less_cache.arrays import EMPTY, MAX_TOKENS
 from less_cache.layer_config import LayerConfig
 from less_cache.layer_maps import EXPONENT_LIMIT
 from less_cache.policies import Gain, Start
@@ -15,7 +15,7 @@ from .building import Builder, Value
 
 INT_MAX = int(np.iinfo(np.int32).max)
 
-LATER = 2**31 - 128
+LATER = MAX_TOKENS
 """A position after every other. OpenVINO may compute a ``Where`` of int32 in float32, where the
 largest int32 would become 2^31, and negative on the way back; this number stays what it is."""
 

@@ -48,7 +48,7 @@ def full_attention_layers(model_config: Any) -> list[int]:
     Raises
     ------
     ValueError
-        If there is none, because every layer has a sliding window.
+        If there is none, because every layer has a sliding window or another kind of attention.
     """
     count = _attribute(model_config, "num_hidden_layers", "n_layer")
     types = getattr(model_config, "layer_types", None)
@@ -56,6 +56,12 @@ def full_attention_layers(model_config: Any) -> list[int]:
         sliding = getattr(model_config, "sliding_window", None) is not None
         types = ["sliding_attention" if sliding else "full_attention"] * count
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    others = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if not full and others:
+        raise ValueError(
+            "model_config: no layer attends over everything, so there is no cache to hold; its "
+            f"layers are of the kinds {', '.join(map(str, others))}"
+        )
     if not full:
         raise ValueError(
             "model_config: every layer has a sliding window, so no layer's cache grows; "

@@ -7,6 +7,8 @@ import enum
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .._checks import check_int
 
 Array = Any
@@ -92,6 +94,11 @@ class Policy:
         check_int("sinks", self.sinks, minimum=0)
         if self.recent is not None:
             check_int("recent", self.recent, minimum=0)
+        # NumPy's numbers would be no JSON.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.number):
+                object.__setattr__(self, field.name, value.item())
 
     @property
     def custom(self) -> bool:

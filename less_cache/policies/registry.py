@@ -71,12 +71,14 @@ def policy_from_dict(data: dict[str, Any]) -> Policy:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         If the name is not registered, or a field does not belong to that policy.
     """
+    if not isinstance(data, dict):
+        raise TypeError(f"policy: got {type(data).__name__}, expected a dict of its fields")
     fields = dict(data)
     name = fields.pop("name", None)
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         raise ValueError(f"policy: got {name!r}, expected one of {', '.join(POLICIES)}")
     known = {field.name for field in dataclasses.fields(POLICIES[name])}
     if unknown := sorted(set(fields) - known):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import less_cache as lc
+from less_cache._tensor_files import read_tensors, write_tensors
 from less_cache.integrations.transformers import saving
 from tests.integrations.models import build, full, less, model_of, prompts
 
@@ -120,6 +121,29 @@ def test_snapshots_that_do_not_fit(tmp_path):
         pytest.raises(ValueError, match="another config"),
     ):
         handle.load_cache(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("header", "cut", "message"),
+    [
+        ({}, True, r"0\.keys: shape .*, expected \[3, 2, tokens, 16\]"),
+        ({"seen": '["9", 9, 9, 9]'}, False, "seen: unexpected"),
+        ({"seen": "[" * 100_000}, False, "nested too deeply"),
+    ],
+)
+def test_what_does_not_belong_beside_a_snapshot(tmp_path, header, cut, message):
+    model = model_of("gemma2")
+    config, maps = less(model)
+    with lc.attach(model, config, maps) as handle:
+        filled(model, handle)[0].save(tmp_path)
+        (path,) = tmp_path.glob("layers.*")
+        old, tensors = read_tensors(path)
+        del old["sha256"]
+        if cut:
+            tensors["0.keys"] = tensors["0.keys"][..., 1:]
+        write_tensors(path, tensors, {**old, **header})
+        with pytest.raises(ValueError, match=message):
+            handle.load_cache(tmp_path)
 
 
 @pytest.mark.parametrize("step", ["layers", "state"])

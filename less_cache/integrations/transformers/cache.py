@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..._checks import check_int
+from ..._checks import check_int, check_path, check_rows
 from ...config import CacheConfig
 from ...manager import CacheManager
 from ...scoring import attend_one_by_one
@@ -280,9 +280,11 @@ class LessCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named by `indices`: integers, or one boolean a row."""
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
+        if isinstance(indices, Tensor) and indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
+        if self._batch_size is not None:
+            rows = check_rows("indices", indices, self._batch_size)
+            indices = torch.as_tensor(rows.astype("int64"))
         if self.state is not None:
             self.adopt(self.state.select(indices))
         elif self._batch_size is not None:
@@ -331,7 +333,7 @@ class LessCache(Cache):  # type: ignore[misc]
         for i, layer in self.sliding_layers.items():
             sliding[f"{i}.keys"], sliding[f"{i}.values"] = layer.keys, layer.values
         seen = [self.get_seq_length(i) for i in range(len(self))]
-        save_cache(Path(folder), self.state, sliding, seen)
+        save_cache(check_path("folder", folder), self.state, sliding, seen)
 
     @classmethod
     def load(
@@ -355,8 +357,9 @@ class LessCache(Cache):  # type: ignore[misc]
         ValueError
             If one is damaged, or was made with another config, other maps or another model.
         """
+        folder = check_path("folder", folder)
         cache = cls(manager, model_config)
-        state, saved = load_cache(Path(folder), lambda path: manager.load(path, device=device))
+        state, saved = load_cache(folder, lambda path: manager.load(path, device=device))
         own = cache.sliding_layers
         wanted = {f"{i}.{name}" for i in own for name in ("keys", "values")}
         if len(saved.seen) != len(cache) or set(saved.sliding) != wanted:
@@ -365,6 +368,15 @@ class LessCache(Cache):  # type: ignore[misc]
                 f"{sorted(saved.sliding)} slide; the model has {len(cache)}, of which "
                 f"{sorted(wanted)} slide"
             )
+        for name, tensor in saved.sliding.items():
+            seen = saved.seen[int(name.partition(".")[0])]
+            heads, head_dim = manager.config.kv_heads, manager.config.head_dim
+            shape = tuple(tensor.shape)
+            if (*shape[:2], *shape[3:]) != (state.batch_size, heads, head_dim) or shape[2] > seen:
+                raise ValueError(
+                    f"{saved.path}: {name}: shape {shape}, expected [{state.batch_size}, {heads}, "
+                    f"tokens, {head_dim}] of at most {seen} tokens"
+                )
         for i, layer in own.items():
             keys, values = (saved.sliding[f"{i}.{name}"].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..._files import replaced
+from ..._files import parse_json, replaced
 from ..._tensor_files import DIGEST, read_tensors, write_tensors
 from ...state import CacheState
 
@@ -50,7 +50,11 @@ def save_cache(
         digest = read_tensors(temporary)[0][DIGEST]
         beside = layers_file(folder, digest)
         header = {"format": FORMAT, "state": digest, "seen": json.dumps([*seen])}
-        write_tensors(beside, sliding, header)
+        # Drawn up in the snapshot's own temporary folder: its name is a new one at each save, so
+        # that nobody would ever clear away what a kill leaves of it.
+        drawn = layers_file(temporary.parent, digest)
+        write_tensors(drawn, sliding, header)
+        drawn.replace(beside)
     for old in folder.glob(LAYERS_FILES):
         if old != beside:
             old.unlink(missing_ok=True)
@@ -83,9 +87,12 @@ def load_cache(
     header, sliding = read_tensors(path)
     if header.get("format") != FORMAT or DIGEST not in header:
         raise ValueError(f"{path}: got format {header.get('format')!r}, expected {FORMAT!r}")
-    if header["state"] != digest:
+    if header.get("state") != digest:
         raise ValueError(f"{path}: does not belong to the {STATE_FILE} beside it")
-    return state, SavedLayers(sliding, json.loads(header["seen"]), path)
+    seen = parse_json(f"{path}: seen", header.get("seen", "null"))
+    if not isinstance(seen, list) or not all(type(count) is int and count >= 0 for count in seen):
+        raise ValueError(f"{path}: seen: unexpected {seen!r:.80}, expected integers >= 0")
+    return state, SavedLayers(sliding, seen, path)
 
 
 def layers_file(folder: Path, digest: str) -> Path:

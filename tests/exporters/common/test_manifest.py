@@ -86,6 +86,12 @@ def test_a_field_of_another_form_is_named(folder, field):
         (lambda d: d["files"][MODEL].pop("sha256"), rf"files\['{MODEL}'\]: lacks \['sha256'\]"),
         (lambda d: d["files"].update({MODEL: None}), "got None, expected an object"),
         (lambda d: d.update(vocab_size=True), "vocab_size: got True, expected an integer"),
+        (lambda d: d.update(vocab_size=0), "vocab_size: got 0, expected an integer 1 to"),
+        (
+            lambda d: d.update(eos_token_ids=[-1]),
+            r"eos_token_ids\[0\]: got -1, expected an integer",
+        ),
+        (lambda d: d["state"][0].update(shape=[0]), r"shape\[0\]: got 0, expected an integer 1"),
         (lambda d: d["state"][0].update(dtype="x"), r"state\[0\]: dtype: got 'x', expected one of"),
         (lambda d: d["state"][0].update(shape=["a"]), r"state\[0\]: shape\[0\]: got 'a', expected"),
         (lambda d: d["state"][0].update(name="x"), r"inputs: lacks \['past.x'\], which state"),

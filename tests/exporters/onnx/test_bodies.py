@@ -13,6 +13,7 @@ from exporters.onnx.building import Builder
 from exporters.onnx.parts import Layer, popcount
 from tests.conformance.cases import ALL_POLICIES, ORACLE, BackendCase, Runner
 from tests.conformance.scenarios import CloseCall, Scenario, scenarios
+from tests.conformance.test_far_positions import PREFIX, STARTS, TOKENS, move
 from tests.exporters.onnx.single_layer import OnnxLayers, session_of, single_node_model
 from tests.helpers import (
     POLICIES,
@@ -190,3 +191,20 @@ def test_a_step_may_write_over_what_it_read(policy):
             assert_close(out, wanted, 1e-6, "out")
         for name, array in dense(state, layer).items():
             np.testing.assert_allclose(arrays[name], array, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_sequence_goes_on_as_it_would_near_its_start(start):
+    config = lc.CacheConfig(1, 4, 2, 4, 6, lc.SinkWindow(sinks=1, recent=2), rank=0)
+    near, far = OnnxLayers(config, None, 2), OnnxLayers(config, None, 2)
+    rng = np.random.default_rng(0)
+    prefix = random_inputs(config, 2, PREFIX, rng)
+    for layers in (near, far):
+        layers.attend(*prefix)
+    move(far.states[0], config.policy, start)
+    for count in TOKENS:
+        inputs = random_inputs(config, 2, count, rng)
+        np.testing.assert_array_equal(far.attend(*inputs), near.attend(*inputs))
+        expected = near.states[0].positions.astype(np.int64)
+        expected[expected >= 1] += start
+        np.testing.assert_array_equal(np.sort(far.states[0].positions), np.sort(expected))

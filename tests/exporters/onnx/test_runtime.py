@@ -12,6 +12,7 @@ import less_cache as lc
 from exporters.common.folders import described
 from exporters.common.manifest import MANIFEST, MODEL, WEIGHTS
 from exporters.onnx import OnnxDecoder, OnnxState, export_decoder
+from less_cache.arrays import MAX_TOKENS
 from tests.exporters.exported import TorchSide, attached
 from tests.helpers import assert_same_state, held_by
 from tests.integrations.models import less, model_of, prompts
@@ -247,3 +248,25 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_told(folder, tmp_path):
 def test_unknown_providers_are_refused(folder):
     with pytest.raises(ValueError, match="providers: got 'NoSuchProvider'"):
         OnnxDecoder(folder, providers=["NoSuchProvider"])
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path):
+    model = model_of("llama")
+    config, maps = less(model)
+    decoder = OnnxDecoder(export_decoder(model, config, maps, tmp_path), threads=1)
+    state = decoder.new_state(1)
+    decoder.append(state, np.array([[3, 4, 5]]))
+    arrays = state.numpy()
+    far = MAX_TOKENS - 4
+    arrays["length"] += far
+    for name in (name for name in arrays if name.endswith(".positions")):
+        arrays[name][arrays[name] >= 0] += far
+    state = decoder.new_state(1)
+    for name, value in state.arrays.items():
+        value.update_inplace(arrays[name])
+    state.tokens_bound = MAX_TOKENS - 1
+    with pytest.raises(ValueError, match="tokens in all, but a sequence holds at most"):
+        decoder.append(state, np.array([[3, 4]]))
+    decoder.append(state, np.array([[3]]))
+    with pytest.raises(ValueError, match="tokens in all, but a sequence holds at most"):
+        decoder.append(state, np.array([[3]]))

@@ -11,6 +11,7 @@ from exporters.onnx import OnnxDecoder, export_decoder
 from exporters.tensorrt import limits
 from exporters.tensorrt.graphs import derive_graphs, layers_of
 from exporters.tensorrt.operators import OPSET, check_operators
+from tests.exporters.onnx.test_positions import ORIGINAL, RULES, mixture
 from tests.exporters.tensorrt.running import session_of
 from tests.helpers import POLICIES, policy_id
 from tests.integrations.models import build, less, model_of, prompts
@@ -286,3 +287,18 @@ def test_a_counted_order_is_the_sorted_one(equals):
     names = {node.name for node in session.get_inputs()}
     [found] = session.run(None, {name: given[name] for name in names})
     np.testing.assert_array_equal(found[0, 0], np.argsort(equals, kind="stable"))
+
+
+def test_positions_past_the_original_length(tmp_path):
+    family, changes = RULES["dynamic"]
+    model = build(family, **changes)
+    config, maps = less(model, capacity=C)
+    export_decoder(model, config, maps, tmp_path)
+    compare(tmp_path, plugin=False, atol=1e-4, lengths=(ORIGINAL - 2, 3))
+
+
+def test_mixtures_of_experts(tmp_path):
+    model = mixture("olmoe")
+    config, maps = less(model, capacity=C)
+    export_decoder(model, config, maps, tmp_path)
+    compare(tmp_path, plugin=False)

@@ -55,7 +55,6 @@ class Variant:
     softcap: float | None = None
     masked: bool = False
     pooled: bool = False
-    state_dtype: str | None = None
 
     def __str__(self) -> str:
         policy = type(self.policy).__name__
@@ -64,7 +63,6 @@ class Variant:
             f" {self.dtype} B={self.batch} Hkv={self.kv_heads}"
         )
         text += f" softcap={self.softcap:g}" if self.softcap else ""
-        text += f" state={self.state_dtype}" if self.state_dtype else ""
         text += " masked" if self.masked else ""
         return text + (" pooled" if self.pooled else "")
 
@@ -81,7 +79,6 @@ class Variant:
             rank=self.rank,
             softcap=self.softcap,
             dtype=self.dtype,
-            state_dtype=self.state_dtype,
         )
 
 
@@ -146,8 +143,7 @@ def every_variant() -> list[Variant]:
     variants += [
         Variant(group=16, kv_heads=2),
         Variant(group=71, kv_heads=1, head_dim=64),
-        Variant(state_dtype="float16"),
-        Variant(state_dtype="bfloat16", dtype="bfloat16", masked=True),
+        Variant(dtype="bfloat16", masked=True),
         Variant(softcap=30.0, policy=Scissorhands(window=62)),
         Variant(pooled=True),
         Variant(pooled=True, kv_heads=2, capacity=(64, 4000), dtype="bfloat16"),

@@ -148,7 +148,7 @@ def attend_chunk(
             low_mass = tl.zeros([BLOCK_M], tl.float32)
             for r in tl.range(0, RANK):
                 feature = tl.load(phi + lines * RANK + r, mask=real, other=0.0)
-                low_mass += feature * tl.load(z + head * RANK + r).to(tl.float32)
+                low_mass += feature * tl.load(z + head * RANK + r)
             safe = tl.where(low_mass > 0, low_mass, 1.0)
             low_log = tl.where(low_mass > 0, tl.log(safe), -INFINITY)
             over = tl.maximum(safe_peak, low_log)
@@ -160,7 +160,7 @@ def attend_chunk(
                 feature = tl.load(phi + lines * RANK + r, mask=real, other=0.0)
                 line = tl.load(H + (head * RANK + r) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
                 share = feature * (lift / safe)
-                numerator += share[:, None] * line.to(tl.float32)[None, :]
+                numerator += share[:, None] * line[None, :]
     output = numerator / safe_mass[:, None]
     cells = lines[:, None] * HEAD_DIM + d[None, :]
     tl.store(out + cells, output.to(out.dtype.element_ty), mask=inside)

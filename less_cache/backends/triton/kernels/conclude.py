@@ -44,7 +44,7 @@ def merge(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """H += ψ(victim)ᵀ v and z += ψ(victim), if the slot holds one; returns both as stored.
+    """H += ψ(victim)ᵀ v and z += ψ(victim), if the slot holds one; returns both.
 
     `position` is the slot's; the pointers are at this head's first numbers.
     """
@@ -58,15 +58,15 @@ def merge(
     cells = r[:, None] * HEAD_DIM + d[None, :]
     inside = real[:, None] & (d[None, :] < HEAD_DIM)
     # Before the first token both are empty, whatever they hold.
-    summed_H = tl.load(H + cells, mask=inside & begun, other=0.0).to(tl.float32)
-    summed_z = tl.load(z + r, mask=real & begun, other=0.0).to(tl.float32)
-    new_H = (summed_H + feature[:, None] * value[None, :]).to(H.dtype.element_ty)
-    new_z = (summed_z + feature).to(z.dtype.element_ty)
+    summed_H = tl.load(H + cells, mask=inside & begun, other=0.0)
+    summed_z = tl.load(z + r, mask=real & begun, other=0.0)
+    new_H = summed_H + feature[:, None] * value[None, :]
+    new_z = summed_z + feature
     # Several threads may have read what one of them is about to write.
     tl.debug_barrier()
     tl.store(H + cells, new_H, mask=inside)
     tl.store(z + r, new_z, mask=real)
-    return new_H.to(tl.float32), new_z.to(tl.float32)
+    return new_H, new_z
 
 
 @triton.jit

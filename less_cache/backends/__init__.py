@@ -117,6 +117,7 @@ def register_backend(name: str, entry: Entry) -> None:
 
 register_backend("triton", Entry(f"{__name__}.triton", ("cuda",), needs="triton"))
 register_backend("torch", Entry(f"{__name__}.torch", ("cpu", "cuda", "mps", "xpu", "meta")))
+register_backend("inductor", Entry(f"{__name__}.inductor", ("cpu",)))
 register_backend("reference", Entry(f"{__name__}.reference", ("numpy", "cpu", "cuda")))
 
 

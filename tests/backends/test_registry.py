@@ -12,8 +12,8 @@ from tests.helpers import small_config
 
 
 def test_every_backend_can_be_had_by_name():
-    assert list(BACKENDS) == ["triton", "torch", "reference"]
-    for name in ("torch", "reference"):
+    assert list(BACKENDS) == ["triton", "torch", "inductor", "reference"]
+    for name in ("torch", "inductor", "reference"):
         assert callable(get_backend(name).attend)
     with pytest.raises(ValueError, match=r"^backend: got 'jax', expected one of 'triton', 'torch'"):
         get_backend("jax")

@@ -7,6 +7,7 @@ through `chunk`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,39 @@ def attend(
     shift: Tensor | None = None,
 ) -> Tensor:
     """The step; see `Backend.attend`."""
-    work = step.attend if k.shape[2] == 1 else chunk.attend
+    return attend_by(
+        step.attend,
+        layer,
+        arrays,
+        maps,
+        q,
+        k,
+        v,
+        lengths=lengths,
+        rows=rows,
+        mask=mask,
+        clean=clean,
+        shift=shift,
+    )
+
+
+def attend_by(
+    one: Callable[..., Tensor],
+    layer: LayerConfig,
+    arrays: LayerArrays,
+    maps: tuple[JoinedMaps, ...] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    clean: bool,
+    shift: Tensor | None,
+) -> Tensor:
+    """`attend`, with `one` as the step of a single token."""
+    work = one if k.shape[2] == 1 else chunk.attend
     with torch.no_grad():
         if rows is not None:
             rows = rows.long()

@@ -125,13 +125,16 @@ class RunSlots:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values of the rows, [B, heads, C, D], in the dtype of computing."""
-        found = {name: self._chosen(array) for name, array in pairs_of(self.stored).items()}
-        return as_read(self.layer, found, self.wide)
+        return as_read(self.layer, self.chosen_pairs(), self.wide)
+
+    def chosen_pairs(self) -> dict[str, Tensor]:
+        """What is stored of the rows' pairs, [B, heads, C, ...], by name as in `PAIRS`."""
+        return {name: self._chosen(array) for name, array in pairs_of(self.stored).items()}
 
     def join(self, k: Tensor, v: Tensor) -> Union:
         """The rows' pairs and new ones behind them, [B, heads, S, D] each."""
         new = as_stored(self.layer, self.stored, k, v)
-        old = {name: self._chosen(array) for name, array in pairs_of(self.stored).items()}
+        old = self.chosen_pairs()
         stored = {name: torch.cat([old[name], new[name]], 2) for name in old}
         if self.layer.key_layout is None:
             return Union(self.layer, stored, stored["keys"], stored["values"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import array_api_compat.torch as torch_namespace
 import torch
 from torch import Tensor
@@ -13,13 +15,12 @@ from .maps import JoinedMaps
 from .maths import (
     choose_slot,
     initial_scores,
-    log_mass_of,
     merge,
     persistent_bits,
     popcount,
-    scaled,
     with_low_rank,
 )
+from .pairs import Attended, attend_pairs
 from .slots import RunSlots
 
 
@@ -33,6 +34,8 @@ def attend(
     lengths: Tensor,
     mask: Tensor | None,
     shift: Tensor | None = None,
+    *,
+    pairs: Callable[..., Attended] = attend_pairs,
 ) -> Tensor:
     """The victim's slot, or the first empty one, becomes the new pair's.
 
@@ -50,6 +53,8 @@ def attend(
         [B, 1] booleans.
     shift
         [B, Hq, 1], added to the queries' products; ``None``: nothing. Not with a soft cap.
+    pairs
+        What attends over the slots.
 
     Returns
     -------
@@ -80,25 +85,14 @@ def attend(
 
     # 2. Attend.
     grouped = q.reshape(batch, kv_heads, layer.group, layer.head_dim)
-    products = slots.products(grouped)
-    if layer.key_layout is not None:
-        # The pair's own step reads it as it came, not as it is coded.
-        own = grouped.to(slots.wide) @ k.to(slots.wide).transpose(2, 3)
-        products.scatter_(3, slot.unsqueeze(2).expand_as(own), own)
-    logits = scaled(layer, products)
-    # Empty slots have position -1: they get the lowest number, in fewer passes than by a mask.
-    logits.add_(slots.positions.clamp_max(0).unsqueeze(2), alpha=torch.finfo(logits.dtype).max)
-    probabilities = logits.softmax(3)
-    out = slots.mix(probabilities)
-    if layer.value_layout is not None:
-        share = probabilities.gather(3, slot.unsqueeze(2).expand(-1, -1, layer.group, -1))
-        out.addcmul_(share, v.to(slots.wide) - slots.take(slot)[1])
-    if features is not None:
+    out, probabilities, log_mass = pairs(
+        layer, slots, grouped, k, v, slot, with_mass=features is not None
+    )
+    if features is not None and log_mass is not None:
         features = features.reshape(batch, kv_heads, layer.group, -1)
-        log_mass = log_mass_of(logits, probabilities)
         if shift is not None:
             # Common to all pairs of a query, it only tells against the low-rank state.
-            log_mass.add_(shift.view(log_mass.shape), alpha=layer.scale)
+            log_mass = log_mass.add(shift.view(log_mass.shape), alpha=layer.scale)
         out = with_low_rank(slots, features, out, log_mass)
     out = out.to(q.dtype).view_as(q)
     if mask is not None:

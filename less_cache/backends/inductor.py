@@ -1,0 +1,81 @@
+"""The PyTorch backend for CPUs, with attention over coded pairs compiled by Inductor.
+
+The first step of a layout compiles for some tens of seconds; PyTorch keeps what it compiled on
+disk. All else, and layers whose pairs are stored as they are, is the backend ``torch``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from ..arrays import LayerArrays
+from ..config import CacheConfig
+from ..layer_config import LayerConfig
+from . import torch as eager
+from .torch import eviction_times, prepare_maps
+from .torch.compiled import attend_codes
+from .torch.maps import JoinedMaps
+from .torch.step import attend as attend_step
+
+__all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
+
+
+def check_config(config: CacheConfig) -> None:
+    """Refuse what the backend ``torch`` does, and everything where nothing can be compiled.
+
+    Raises
+    ------
+    ValueError
+        If the backend ``torch`` refuses the config, or PyTorch finds no C++ compiler.
+    """
+    eager.check_config(config)
+    _check_compiler()
+
+
+def attend(
+    layer: LayerConfig,
+    arrays: LayerArrays,
+    maps: tuple[JoinedMaps, ...] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    clean: bool = False,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The step; see `Backend.attend`."""
+    coded = layer.quantization is not None
+    return eager.attend_by(
+        functools.partial(attend_step, pairs=attend_codes) if coded else attend_step,
+        layer,
+        arrays,
+        maps,
+        q,
+        k,
+        v,
+        lengths=lengths,
+        rows=rows,
+        mask=mask,
+        clean=clean,
+        shift=shift,
+    )
+
+
+@functools.cache
+def _check_compiler() -> None:
+    # Found when it is used: it takes a while to import.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "backend: got 'inductor', which needs a C++ compiler, and PyTorch finds none "
+            f"(the variable CXX may name one): {error}; expected 'torch'"
+        ) from None

@@ -43,8 +43,10 @@ class Less:
         Of the model.
     context, batch
         Tokens a sequence, and sequences.
-    capacity, policy, rank, hidden
+    capacity, policy, rank, hidden, quantization
         As of `CacheConfig`.
+    backend
+        As of `CacheManager`.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Less:
         policy: Policy,
         rank: int = 8,
         hidden: int = 128,
+        quantization: lc.Quantization | None = None,
+        backend: str = "auto",
     ) -> None:
-        config = lc.CacheConfig(
+        self.config = lc.CacheConfig(
             num_layers=shape.layers,
             query_heads=shape.query_heads,
             kv_heads=shape.kv_heads,
@@ -67,16 +71,18 @@ class Less:
             policy=policy,
             rank=rank,
             hidden=hidden,
+            quantization=quantization,
         )
-        maps = lc.FeatureMaps.initialise(config) if rank else None
-        self.manager = lc.CacheManager(config, maps)
+        maps = lc.FeatureMaps.initialise(self.config) if rank else None
+        self.manager = lc.CacheManager(self.config, maps, backend=backend)
         self.state = self.manager.init(batch)
         last = torch.arange(context - 1 - capacity, context - 1)
         for layer in self.state.layers:
             for filled in (layer.keys, layer.values):
-                filled.normal_()
-            for positive in (layer.scores, layer.H, layer.z):
-                positive.uniform_()
+                filled.normal_() if quantization is None else filled.random_(256)
+            for positive in (layer.scores, layer.H, layer.z, layer.key_scales, layer.value_scales):
+                if positive is not None:
+                    positive.uniform_()
             # Which positions are held makes no difference to a step's cost; a short sequence
             # leaves the slots before its first token empty.
             layer.positions.copy_(last.clamp_min(EMPTY).repeat(shape.kv_heads))

@@ -8,11 +8,15 @@ cache in turn; the cache and its attention are all that differs:
 - ``dynamic``, ``static``: transformers' caches with PyTorch's fused attention.
 
     python benchmarks/decode.py --contexts 1024,8192 --batches 1,8
+    python benchmarks/decode.py --contexts 8192 --batches 8 --bits 2,3,4,8
+
+With ``--bits``, coded slots are compared with float32 slots instead.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -27,6 +31,7 @@ from rich.progress import Progress
 # The repository's root, so that this also runs as a script.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import decode_bits
 from benchmarks.contestants import Contestant, Dynamic, Less, Static, full_bytes
 from benchmarks.decode_report import markdown, plot, table
 from benchmarks.measuring import free_bytes, interleaved, spread, surroundings
@@ -83,17 +88,11 @@ class Bench:
         self.shape, self.capacity, self.policy = shape, capacity, policy
         self.rank, self.hidden, self.steps, self.compiled = rank, hidden, steps, compiled
 
-    def less(self, context: int, batch: int, rank: int) -> Less:
-        """The cache of this library at that length."""
-        return Less(
-            self.shape,
-            context,
-            batch,
-            capacity=slots(self.capacity, context),
-            policy=self.policy,
-            rank=rank,
-            hidden=self.hidden,
-        )
+    def less(self, context: int, batch: int, rank: int, **changes: Any) -> Less:
+        """The cache of this library at that length; `changes` are parameters of `Less`."""
+        settings = {"capacity": slots(self.capacity, context), "policy": self.policy}
+        settings |= {"rank": rank, "hidden": self.hidden}
+        return Less(self.shape, context, batch, **{**settings, **changes})
 
     def time(
         self, contestants: dict[str, tuple[Contestant, int]], batch: int, steps: int
@@ -201,6 +200,12 @@ def main(
     ] = 410,
     rank: Annotated[int, typer.Option(min=1, help="Of the low-rank state.")] = 8,
     hidden: Annotated[int, typer.Option(min=1, help="Of the feature maps.")] = 128,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Compare slots of so many bits, such as 2,3,4,8, with float32."),
+    ] = None,
+    transform: Annotated[str, typer.Option(help="Of the coded pairs.")] = "hadamard",
+    backend: Annotated[str, typer.Option(help="That runs coded slots.")] = "inductor",
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="torch.compile, for all of them.")
     ] = False,
@@ -208,7 +213,9 @@ def main(
         bool, typer.Option("--pack/--no-pack", help="Packed linear layers, for all of them.")
     ] = torch.backends.mkldnn.is_available(),
     tiny: Annotated[bool, typer.Option(help="A tiny model, to try the benchmark.")] = False,
-    json_file: Annotated[Path, typer.Option("--json", help="Results.")] = RESULTS / "decode.json",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Results; default: in benchmarks/results.")
+    ] = None,
     png_file: Annotated[
         Path | None, typer.Option("--png", help="Plot; default: beside the results.")
     ] = None,
@@ -222,6 +229,7 @@ def main(
     """Measure decoding with LESS against full caches."""
     # The terminal's report goes to stderr where stdout is Markdown to be kept.
     console = Console(stderr=as_markdown)
+    json_file = json_file or RESULTS / ("decode.json" if bits is None else "decode_bits.json")
     if from_json:
         report = json.loads(json_file.read_text())
     else:
@@ -236,9 +244,22 @@ def main(
             compiled=compile_,
             packed=pack_,
         )
-        report = run(bench, numbers(contexts), numbers(batches), policy, console)
+        if bits is None:
+            report = run(bench, numbers(contexts), numbers(batches), policy, console)
+        else:
+            rows = []
+            for context, batch in itertools.product(numbers(contexts), numbers(batches)):
+                rows += decode_bits.measure_bits(
+                    bench, context, batch, numbers(bits), transform, backend
+                )
+            report = {**surroundings(), "transform": transform, "backend": backend, "results": rows}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+    if bits is not None:
+        console.print(decode_bits.table(report))
+        if as_markdown:
+            print(decode_bits.markdown(report))
+        return
     plot(report, png_file or json_file.with_suffix(".png"))
     console.print(table(report))
     if as_markdown:

@@ -67,6 +67,28 @@ def test_decode_writes_json_and_a_picture(run, tmp_path):
     assert "| batch | context |" in output
 
 
+def test_decode_compares_coded_slots_with_float_ones(run):
+    report, output = run(
+        "--contexts=64",
+        "--batches=2",
+        "--capacity=8",
+        "--bits=2,8",
+        "--backend=torch",
+        "--markdown",
+    )
+    assert [row["bits"] for row in report["results"]] == [2, 8]
+    first = report["results"][0]
+    # 32 channels: 8 bytes of codes for a key or value, a scale of 2, a score and a position.
+    float_bytes, coded_bytes = 2 * 32 * 4 + 8, 2 * (8 + 2) + 8
+    assert first["slots_in_as_many_bytes"] == 8 * float_bytes // coded_bytes
+    lengths = 2 * 2 * 4
+    assert first["coded_bytes"] == 2 * 2 * 2 * 8 * coded_bytes + lengths
+    assert first["ratio"] == pytest.approx(
+        first["coded"]["median_ms"] / first["float32"]["median_ms"]
+    )
+    assert "| batch | slots | bits |" in output
+
+
 def test_the_picture_lies_beside_the_results_unless_told_otherwise(tmp_path, monkeypatch):
     """A run with `--json elsewhere` leaves the tracked pictures alone."""
     monkeypatch.setattr(decode, "SHORT", 16)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ._checks import check_dense
 from .arrays import MAX_TOKENS, Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
+from .policies import Gain
 
 
 def check_tokens(layer: LayerConfig, keys: Array, batch: int, q: Array, k: Array, v: Array) -> None:
@@ -239,9 +240,34 @@ def check_packed(
                 raise _no_room(layer, total)
 
 
+MOST_SUMMED = 2**24
+"""A float32 that gains no more than 1 at a time stops growing here; one that gains g, at g times as
+much, and so after as many tokens."""
+
+
 def most_tokens(layer: LayerConfig) -> int:
     """How many tokens a sequence may have in all."""
-    return MAX_TOKENS if layer.policy.evicts else min(layer.capacities)
+    if not layer.policy.evicts:
+        return min(layer.capacities)
+    return MOST_SUMMED if _sums_for_ever(layer) else MAX_TOKENS
+
+
+def no_room(layer: LayerConfig) -> str:
+    """Why a sequence may have no more than `most_tokens`."""
+    most = most_tokens(layer)
+    if not layer.policy.evicts:
+        return f"{type(layer.policy).__name__} holds at most capacity = {most}"
+    if _sums_for_ever(layer):
+        return (
+            f"{layer.policy} sums in float32, and sums may stop growing beyond {most}; DecayedH2O "
+            "has no such end"
+        )
+    return f"a sequence has at most {most}: positions are 32-bit numbers"
+
+
+def _sums_for_ever(layer: LayerConfig) -> bool:
+    policy = layer.policy
+    return policy.gains is Gain.SUM and policy.decay == 1 and layer.score_dtype == "float32"
 
 
 def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_tokens: int) -> None:
@@ -262,15 +288,7 @@ def check_room(layer: LayerConfig, lengths: Array, mask: Array | None, new_token
 
 
 def _no_room(layer: LayerConfig, total: int) -> ValueError:
-    if layer.policy.evicts:
-        return ValueError(
-            f"k: {total} tokens in all, but a sequence has at most {MAX_TOKENS}: positions are "
-            "32-bit numbers"
-        )
-    return ValueError(
-        f"k: {total} tokens in all, but {layer.policy} holds at most capacity = "
-        f"{min(layer.capacities)}"
-    )
+    return ValueError(f"k: {total} tokens in all, but {no_room(layer)}")
 
 
 Attend = Callable[..., Array]

@@ -195,9 +195,9 @@ class CacheManager:
         Raises
         ------
         ValueError, TypeError
-            If anything above is not so, a `FullCache` has no room, or a sequence would come to
-            more than `MAX_TOKENS` tokens; the state is untouched then. A compiled call does not
-            look for the last.
+            If anything above is not so, or a sequence would come to more tokens than its policy
+            takes in all (`FullCache` as many as its slots, `H2O` 2^24 in float32, others
+            `MAX_TOKENS`); the state is untouched then. A compiled call looks at `FullCache` alone.
         RuntimeError
             If another call on the same state has not ended: a state belongs to one thread at a
             time. Threads may share a manager, each with a state of its own. A compiled call does

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from less_cache.arrays import MAX_TOKENS
+from less_cache.call import most_tokens, no_room
 
 from .batch_state import BatchState
 from .manifest import Manifest
@@ -32,8 +32,7 @@ class BatchDecoder(ABC, Generic[State]):
     def __init__(self, manifest: Manifest, state_type: type[State]) -> None:
         self.manifest = manifest
         self._state_type = state_type
-        full = [layer for layer in manifest.config.layers if not layer.policy.evicts]
-        self._room = min((min(layer.capacities) for layer in full), default=MAX_TOKENS)
+        self._tightest = min(manifest.config.layers, key=most_tokens)
 
     @abstractmethod
     def new_state(self, batch_size: int) -> State:
@@ -171,17 +170,12 @@ class BatchDecoder(ABC, Generic[State]):
         return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
 
     def _check_room(self, state: State, mask: np.ndarray) -> None:
-        """Refuse tokens for which a `FullCache` has no slots, and those whose positions would wrap.
-
-        Lengths are read only if need be.
-        """
-        if state.tokens_bound + mask.shape[1] <= self._room:
+        """Refuse more tokens than some layer takes. Lengths are read only if need be."""
+        room = most_tokens(self._tightest)
+        if state.tokens_bound + mask.shape[1] <= room:
             return
         lengths = state.lengths()
         total = int((lengths + mask.sum(1, dtype=np.int64)).max())
-        if total > self._room:
-            holder = "a sequence" if self._room == MAX_TOKENS else "FullCache"
-            raise ValueError(
-                f"input_ids: {total} tokens in all, but {holder} holds at most {self._room}"
-            )
+        if total > room:
+            raise ValueError(f"input_ids: {total} tokens in all, but {no_room(self._tightest)}")
         state.tokens_bound = int(lengths.max())

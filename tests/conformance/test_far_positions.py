@@ -48,9 +48,24 @@ def test_a_sequence_goes_on_as_it_would_near_its_start(start, policy, case):
         assert moved.length.tolist() == [n + start for n in layer.length.tolist()]
 
 
+@each_case(lambda case: case.dtype != "float64")
+def test_sums_that_float32_can_no_longer_add_to_are_refused(case):
+    config = lc.CacheConfig(1, 4, 2, 4, C, lc.H2O(), rank=0)
+    runner = Runner(case, config, None, 2)
+    rng = np.random.default_rng(0)
+    runner.attend(*random_inputs(config, 2, PREFIX, rng))
+    move(runner.state.layers[0], config.policy, 2**24 - PREFIX - 1)
+    with pytest.raises(ValueError, match=r"H2O.* sums in float32, .* beyond 16777216; DecayedH2O"):
+        runner.attend(*random_inputs(config, 2, 2, rng))
+    runner.attend(*random_inputs(config, 2, 1, rng))
+
+
 @each_case()
-def test_more_tokens_than_positions_are_refused(case):
-    config = lc.CacheConfig(1, 4, 2, 4, C, lc.SinkWindow(), rank=0)
+@pytest.mark.parametrize(
+    "policy", [lc.SinkWindow(), lc.DecayedH2O(), lc.ObservationWindow()], ids=str
+)
+def test_more_tokens_than_positions_are_refused(policy, case):
+    config = lc.CacheConfig(1, 4, 2, 4, C, policy, rank=0)
     runner = Runner(case, config, None, 2)
     rng = np.random.default_rng(0)
     runner.attend(*random_inputs(config, 2, PREFIX, rng))

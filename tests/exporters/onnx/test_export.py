@@ -95,7 +95,9 @@ def test_full_cache_without_room_refuses_and_keeps_its_state(tmp_path):
     ids, mask = prompts([6, 3])
     decoder.append(state, ids.numpy(), mask.numpy())
     before = state.numpy()
-    with pytest.raises(ValueError, match="7 tokens in all, but FullCache holds at most 6"):
+    with pytest.raises(
+        ValueError, match="7 tokens in all, but FullCache holds at most capacity = 6"
+    ):
         decoder.append(state, np.array([[3], [3]]))
     after = state.numpy()
     assert all(np.array_equal(before[name], after[name]) for name in before)

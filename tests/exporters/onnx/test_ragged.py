@@ -100,7 +100,9 @@ def test_a_full_cache_has_the_room_of_its_smallest_head(tmp_path):
     )
     decoder = OnnxDecoder(export_decoder(model, config, None, tmp_path), threads=1)
     state = decoder.new_state(1)
-    with pytest.raises(ValueError, match="7 tokens in all, but FullCache holds at most 6"):
+    with pytest.raises(
+        ValueError, match="7 tokens in all, but FullCache holds at most capacity = 6"
+    ):
         decoder.append(state, np.full((1, 7), 5))
     decoder.append(state, np.full((1, 6), 5))
 

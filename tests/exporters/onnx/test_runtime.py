@@ -250,23 +250,31 @@ def test_unknown_providers_are_refused(folder):
         OnnxDecoder(folder, providers=["NoSuchProvider"])
 
 
-def test_more_tokens_than_positions_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "most", "reason"),
+    [
+        (lc.SinkWindow(), MAX_TOKENS, "a sequence has at most"),
+        (lc.H2O(), 2**24, "H2O.* sums in float32"),
+    ],
+    ids=["positions", "sums"],
+)
+def test_more_tokens_than_numbers_hold_are_refused(tmp_path, policy, most, reason):
     model = model_of("llama")
-    config, maps = less(model)
+    config, maps = less(model, policy=policy)
     decoder = OnnxDecoder(export_decoder(model, config, maps, tmp_path), threads=1)
     state = decoder.new_state(1)
     decoder.append(state, np.array([[3, 4, 5]]))
     arrays = state.numpy()
-    far = MAX_TOKENS - 4
+    far = most - 4
     arrays["length"] += far
     for name in (name for name in arrays if name.endswith(".positions")):
         arrays[name][arrays[name] >= 0] += far
     state = decoder.new_state(1)
     for name, value in state.arrays.items():
         value.update_inplace(arrays[name])
-    state.tokens_bound = MAX_TOKENS - 1
-    with pytest.raises(ValueError, match="tokens in all, but a sequence holds at most"):
+    state.tokens_bound = most - 1
+    with pytest.raises(ValueError, match=f"tokens in all, but {reason}"):
         decoder.append(state, np.array([[3, 4]]))
     decoder.append(state, np.array([[3]]))
-    with pytest.raises(ValueError, match="tokens in all, but a sequence holds at most"):
+    with pytest.raises(ValueError, match=f"tokens in all, but {reason}"):
         decoder.append(state, np.array([[3]]))

@@ -179,7 +179,9 @@ def test_a_full_cache_has_room_for_so_many(tmp_path, library):
     decoder = TensorRTDecoder(tmp_path)
     state = decoder.new_state(1)
     assert decoder.append(state, np.arange(10)[None]).shape == (1, 10, 97)
-    with pytest.raises(ValueError, match="13 tokens in all, but FullCache holds at most 12"):
+    with pytest.raises(
+        ValueError, match="13 tokens in all, but FullCache holds at most capacity = 12"
+    ):
         decoder.append(state, np.ones((1, 3), np.int64))
     assert decoder.append(state, np.ones((1, 1), np.int64)).shape == (1, 1, 97)
 

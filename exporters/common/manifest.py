@@ -13,11 +13,12 @@ from .folders import check_files, read_index
 
 MANIFEST, MODEL, WEIGHTS = "less_cache.json", "model.onnx", "model.onnx.data"
 FORMAT = "less_cache.onnx.2"
-DTYPES = frozenset({"float32", "float16", "bfloat16", "int32", "int64"})
+DTYPES = frozenset({"float32", "float16", "bfloat16", "uint8", "int32", "int64"})
 COUNT = range(2**31)
 FIELDS = {
     "config": dict,
     "maps_digest": (str, type(None)),
+    "transforms_digest": (str, type(None)),
     "vocab_size": range(1, 2**31),
     "eos_token_ids": [COUNT],
     "bytes_per_sequence": range(1, 2**63),
@@ -86,6 +87,11 @@ class Manifest:
     def maps_digest(self) -> str | None:
         """`FeatureMaps.digest` of the maps inside; ``None`` at rank 0."""
         return self.data["maps_digest"]
+
+    @property
+    def transforms_digest(self) -> str | None:
+        """`Transforms.digest` of the bases inside; ``None`` where none are fitted."""
+        return self.data["transforms_digest"]
 
     @property
     def bytes_per_sequence(self) -> int:

@@ -11,6 +11,7 @@ from exporters.common.manifest import MODEL
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
+from less_cache.quantization.transforms import Transforms
 
 from .export import GENAI_CONFIG, INDICES, Prepared, earlier_files, prepare, save
 from .packing import PAST, PRESENT, hide_padding, pack_state
@@ -29,6 +30,7 @@ def export_genai(
     dtype: Any = None,
     opset: int = 23,
     tokenizer: Any = None,
+    transforms: Transforms | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model with its cache for onnxruntime-genai.
@@ -41,7 +43,7 @@ def export_genai(
 
     Parameters
     ----------
-    model, config, maps, out_dir, dtype, opset, tokenizer, force
+    model, config, maps, out_dir, dtype, opset, tokenizer, transforms, force
         See `export_decoder`.
 
     Returns
@@ -57,7 +59,7 @@ def export_genai(
     """
     check_target(Path(out_dir), INDICES, force)
     prepared = prepare(
-        model, config, maps, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
+        model, config, maps, transforms, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
     )
     pad, bos = (getattr(model.generation_config, f"{name}_token_id") for name in ("pad", "bos"))
     if pad is not None and pad != bos:

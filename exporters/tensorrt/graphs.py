@@ -13,11 +13,11 @@ from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import Builder, Value
 from exporters.onnx.chunk_body import chunk_body
 from exporters.onnx.heads import ModelLayer
+from exporters.onnx.layers import sliding_layer
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
 from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
-from less_cache.policies import SinkWindow
 
 from .limits import counts_order
 from .operators import OPSET, check_operators
@@ -80,8 +80,7 @@ def layers_of(manifest: Manifest) -> list[ModelLayer]:
     for index, entry in enumerate(manifest.data["layers"]):
         if entry["window"]:
             window = entry["window"]
-            sliding = manifest.config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
-            layers.append(ModelLayer(index, sliding.layer(0), None, window))
+            layers.append(ModelLayer(index, sliding_layer(manifest.config, window), None, window))
         else:
             config = manifest.config.layer(full.index(index))
             layers.append(ModelLayer(index, config, entry["maps"]))

@@ -47,5 +47,5 @@ def compare(decoder, torch_side, lengths, steps, *, turn=3):
     return worst
 
 
-def attached(model, config, maps):
-    return lc.attach(model, config, maps, backend="torch")
+def attached(model, config, maps, transforms=None):
+    return lc.attach(model, config, maps, backend="torch", transforms=transforms)

@@ -18,7 +18,6 @@ COUNT = range(2**31)
 FIELDS = {
     "config": dict,
     "maps_digest": (str, type(None)),
-    "transforms_digest": (str, type(None)),
     "vocab_size": range(1, 2**31),
     "eos_token_ids": [COUNT],
     "bytes_per_sequence": range(1, 2**63),
@@ -91,7 +90,7 @@ class Manifest:
     @property
     def transforms_digest(self) -> str | None:
         """`Transforms.digest` of the bases inside; ``None`` where none are fitted."""
-        return self.data["transforms_digest"]
+        return self.data.get("transforms_digest")
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -143,6 +142,9 @@ def manifest_of(folder: Path, data: Any, where: str) -> Manifest:
         If a field is missing or has another form, or two do not fit each other.
     """
     check_fields(where, data, FIELDS)
+    # Missing where the file is older than quantised slots.
+    digest = data.get("transforms_digest")
+    check_fields(f"{where}: transforms_digest", digest, (str, type(None)))
     try:
         config = CacheConfig.from_dict(data["config"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:

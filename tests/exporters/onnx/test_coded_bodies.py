@@ -65,9 +65,7 @@ class Sides:
             for row in range(2):
                 for head in range(layer.kv_heads):
                     slots = layer.head_slots(head)
-                    to, fro = (
-                        x[row, slots].argsort() for x in (own["positions"], source.positions)
-                    )
+                    to, fro = (x[row, slots].argsort() for x in places)
                     for name in own.keys() - {"H", "z", "positions"}:
                         own[name][row, slots][to] = getattr(source, name)[row, slots][fro]
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import less_cache as lc
-from exporters.onnx.export import GENAI_CONFIG
+from exporters.onnx import OnnxDecoder
+from exporters.onnx.export import GENAI_CONFIG, export_decoder
 from exporters.onnx.genai import export_genai
 from tests.exporters.exported import TorchSide, attached
 from tests.integrations.models import less, model_of, prompts
+from tests.quantization.fitted import fitted
 
 genai = pytest.importorskip("onnxruntime_genai")
 EOS = 2
@@ -88,3 +90,34 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
         expected = TorchSide(model, handle).append(ids, mask)
     found = generator_of(loaded, ids).get_logits().reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_codes_travel_bit_by_bit(tmp_path):
+    model = model_of("llama_mha")
+    config, maps = less(model, capacity=[[8, 11, 11, 8], 9])
+    config = config.replace(quantization=lc.Quantization(3, 4, "calibrated"))
+    transforms = fitted(config)
+    export_genai(model, config, maps, tmp_path / "genai", transforms=transforms)
+    # The same graph, its state not packed: what it gives, the packed one must give to the bit.
+    export_decoder(model, config, maps, tmp_path / "onnx", transforms=transforms)
+    loaded = genai.Model(str(tmp_path / "genai"))
+    decoder = OnnxDecoder(tmp_path / "onnx")
+    ids, mask = (x.numpy() for x in prompts([14, 14]))
+    generator, state = generator_of(loaded, torch.from_numpy(ids)), decoder.new_state(2)
+    for step in range(30):
+        expected = decoder.append(state, ids, mask)
+        found = generator.get_logits().reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(step))
+        assert EOS not in expected.argmax(1)
+        generator.generate_next_token()
+        ids = np.array(generator.get_next_tokens()).astype(np.int64)[:, None]
+        mask = np.ones_like(ids)
+
+
+def test_codes_beside_layers_that_have_none_are_refused(tmp_path):
+    model = model_of("gemma2")
+    config, maps = less(model)
+    config = config.replace(quantization=lc.Quantization(4, 4))
+    with pytest.raises(ValueError, match="layer 0 has a sliding window"):
+        export_genai(model, config, maps, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from tests.exporters.onnx.test_positions import ORIGINAL, RULES, mixture
 from tests.exporters.tensorrt.running import session_of
 from tests.helpers import POLICIES, policy_id
 from tests.integrations.models import build, less, model_of, prompts
+from tests.quantization.fitted import fitted
 
 C = 8
 
@@ -302,3 +303,26 @@ def test_mixtures_of_experts(tmp_path):
     config, maps = less(model, capacity=C)
     export_decoder(model, config, maps, tmp_path)
     compare(tmp_path, plugin=False)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_graphs_over_codes_do_what_the_file_does(kind, tmp_path):
+    model = build("llama", num_hidden_layers=1)
+    config, maps = less(model, capacity=[[C, C + 3]])
+    bits = (4, 2) if kind == "hadamard" else (3, 4)
+    config = config.replace(quantization=lc.Quantization(*bits, kind))
+    transforms = fitted(config) if kind == "calibrated" else None
+    export_decoder(model, config, maps, tmp_path, transforms=transforms)
+    compare(tmp_path, plugin=False, atol=1e-4)
+    for path in derive_graphs(tmp_path, plugin=False):
+        graph = onnx.load(path, load_external_data=False).graph
+        codes = {
+            x.name for x in (*graph.input, *graph.output) if x.name.endswith((".keys", ".values"))
+        }
+        assert len(codes) == 8
+        # TensorRT has bytes at an engine's edge alone.
+        for node in graph.node:
+            assert node.op_type == "Cast" or not codes & {*node.input, *node.output}
+    with pytest.raises(ValueError, match=r"Quantization\(.*takes no codes: .* without a plugin"):
+        derive_graphs(tmp_path)
+    assert not (tmp_path / "step.onnx").exists()

@@ -9,7 +9,7 @@ from tests.exporters.onnx.single_layer import OnnxLayers
 from tests.helpers import POLICIES, held_by, policy_id, random_maps
 from tests.quantization.fitted import fitted, some_tokens
 
-CHUNKS = (9, *(1,) * 12, 6, *(1,) * 6)
+CHUNKS = (9, *(1,) * 7, 6, 1, 1)
 
 
 class Sides:

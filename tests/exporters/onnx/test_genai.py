@@ -7,12 +7,10 @@ import pytest
 import torch
 
 import less_cache as lc
-from exporters.onnx import OnnxDecoder
-from exporters.onnx.export import GENAI_CONFIG, export_decoder
+from exporters.onnx.export import GENAI_CONFIG
 from exporters.onnx.genai import export_genai
 from tests.exporters.exported import TorchSide, attached
 from tests.integrations.models import less, model_of, prompts
-from tests.quantization.fitted import fitted
 
 genai = pytest.importorskip("onnxruntime_genai")
 EOS = 2
@@ -92,16 +90,11 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_codes_travel_bit_by_bit(tmp_path):
-    model = model_of("llama_mha")
-    config, maps = less(model, capacity=[[8, 11, 11, 8], 9])
-    config = config.replace(quantization=lc.Quantization(3, 4, "calibrated"))
-    transforms = fitted(config)
-    export_genai(model, config, maps, tmp_path / "genai", transforms=transforms)
-    # The same graph, its state not packed: what it gives, the packed one must give to the bit.
-    export_decoder(model, config, maps, tmp_path / "onnx", transforms=transforms)
-    loaded = genai.Model(str(tmp_path / "genai"))
-    decoder = OnnxDecoder(tmp_path / "onnx")
+def test_codes_travel_bit_by_bit(coded, tmp_path):
+    parts = coded("calibrated")
+    export_genai(parts.model, parts.config, parts.maps, tmp_path, transforms=parts.transforms)
+    # The same graph, its state not packed: what it gives, the packed one must give.
+    loaded, decoder = genai.Model(str(tmp_path)), parts.decoder
     ids, mask = (x.numpy() for x in prompts([14, 14]))
     generator, state = generator_of(loaded, torch.from_numpy(ids)), decoder.new_state(2)
     for step in range(30):

@@ -15,7 +15,6 @@ from tests.exporters.onnx.test_positions import ORIGINAL, RULES, mixture
 from tests.exporters.tensorrt.running import session_of
 from tests.helpers import POLICIES, policy_id
 from tests.integrations.models import build, less, model_of, prompts
-from tests.quantization.fitted import fitted
 
 C = 8
 
@@ -305,24 +304,17 @@ def test_mixtures_of_experts(tmp_path):
     compare(tmp_path, plugin=False)
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
-def test_graphs_over_codes_do_what_the_file_does(kind, tmp_path):
-    model = build("llama", num_hidden_layers=1)
-    config, maps = less(model, capacity=[[C, C + 3]])
-    bits = (4, 2) if kind == "hadamard" else (3, 4)
-    config = config.replace(quantization=lc.Quantization(*bits, kind))
-    transforms = fitted(config) if kind == "calibrated" else None
-    export_decoder(model, config, maps, tmp_path, transforms=transforms)
-    compare(tmp_path, plugin=False, atol=1e-4)
-    for path in derive_graphs(tmp_path, plugin=False):
+def test_graphs_over_codes_do_what_the_file_does(coded):
+    folder = coded("calibrated").folder
+    compare(folder, plugin=False, atol=1e-4)
+    for path in derive_graphs(folder, plugin=False):
         graph = onnx.load(path, load_external_data=False).graph
-        codes = {
-            x.name for x in (*graph.input, *graph.output) if x.name.endswith((".keys", ".values"))
-        }
-        assert len(codes) == 8
+        values = (*graph.input, *graph.output)
+        codes = {x.name for x in values if x.name.endswith((".keys", ".values"))}
+        assert len(codes) == 16
         # TensorRT has bytes at an engine's edge alone.
         for node in graph.node:
             assert node.op_type == "Cast" or not codes & {*node.input, *node.output}
     with pytest.raises(ValueError, match=r"Quantization\(.*takes no codes: .* without a plugin"):
-        derive_graphs(tmp_path)
-    assert not (tmp_path / "step.onnx").exists()
+        derive_graphs(folder)
+    assert not (folder / "step.onnx").exists()

@@ -31,6 +31,9 @@ from .policies import policy_from_dict
 from .quantization import Quantization
 from .quantization.transforms import LayerTransforms, layer_transforms
 
+FOLDED_BIAS = "psi_b1"
+"""What `LayerTransforms.fold` adds to a layer's maps where its keys have a mean."""
+
 _PLANS: weakref.WeakValueDictionary[int, StepPlan] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
@@ -376,10 +379,16 @@ def make_arrays(layer: LayerConfig, tensors: Sequence[Tensor]) -> LayerArrays:
 
 
 def make_maps(kind: str | None, tensors: Sequence[Tensor]) -> LayerMaps | None:
-    """The maps that the tensors are the parameters of; ``None`` without a kind."""
+    """The maps that the tensors are the parameters of; ``None`` without a kind.
+
+    Maps folded into a basis of codes have one parameter more, `FOLDED_BIAS`.
+    """
     if kind is None:
         return None
-    return LayerMaps(kind, dict(zip(map_names(kind), tensors, strict=True)))
+    names = map_names(kind)
+    if len(tensors) > len(names):
+        names = (*names, FOLDED_BIAS)
+    return LayerMaps(kind, dict(zip(names, tensors, strict=True)))
 
 
 @torch.library.custom_op("less_cache::step", mutates_args=())
@@ -392,12 +401,13 @@ def functional_step(
     state: list[Tensor],
     maps: list[Tensor],
     spec: str,
+    shift: Tensor | None = None,
 ) -> list[Tensor]:
     """The step of heads of equal capacity C without side effects: a layer, or a run of its heads.
 
     The state is dense here, a slot axis [heads, C] in place of the flat one of `LayerArrays`:
     keys and values [B, Hkv, C, D]; scores, positions and history [B, Hkv, C]. So an exported
-    file's tensors are.
+    file's tensors are. Of a quantised layer everything is in the basis of the codes.
 
     Parameters
     ----------
@@ -415,6 +425,8 @@ def functional_step(
         The parameters that `map_names` names, in that order.
     spec
         From `layer_spec`, of ``layer.runs[i].layer``.
+    shift
+        [B, Hq, S], added to the queries' products; ``None``: nothing.
 
     Returns
     -------
@@ -435,8 +447,13 @@ def functional_step(
         array if name in ("H", "z") else array.flatten(1, 2)
         for name, array in zip(state_names(layer), copies, strict=True)
     ]
-    plan = plan_step(layer, make_maps(kind, maps), device=q.device, backend="torch")
-    out = plan.run(make_arrays(layer, flat), q, k, v, length, mask=mask != 0)
+    module, read = get_backend("torch"), make_maps(kind, maps)
+    prepared = None if read is None else module.prepare_maps(read, layer, q.device)
+    arrays = make_arrays(layer, flat)
+    with without_autocast(q):
+        out = module.attend(
+            layer, arrays, prepared, q, k, v, lengths=length, mask=mask != 0, shift=shift
+        )
     return [out, *copies]
 
 
@@ -450,6 +467,7 @@ def _(
     state: list[Tensor],
     maps: list[Tensor],
     spec: str,
+    shift: Tensor | None = None,
 ) -> list[Tensor]:
     return [torch.empty_like(q), *(torch.empty_like(array) for array in state)]
 

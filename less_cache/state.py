@@ -90,12 +90,14 @@ class CacheState:
         *,
         maps_digest: str = "",
         transforms: Transforms | None = None,
+        transforms_digest: str = "",
     ) -> None:
         self.transforms = transforms
         self.config = config
         self.layers = layers
         self.maps = maps
         self._maps_digest = maps_digest
+        self._transforms_digest = transforms_digest
         # What the manager that the state was last handed to has made ready for it.
         self.plan: Any = None
         self._turn = _Turn()
@@ -118,6 +120,11 @@ class CacheState:
     @property
     def maps_digest(self) -> str:
         return self._maps_digest or (self.maps.digest if self.maps else "")
+
+    @property
+    def transforms_digest(self) -> str:
+        """`Transforms.digest` of the bases that pairs are coded in; "" where none are fitted."""
+        return self._transforms_digest or (self.transforms.digest if self.transforms else "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         return self.clone()
@@ -249,7 +256,7 @@ class CacheState:
             [layer.arrays() for layer in self.layers],
             tokens_bounds=[layer.tokens_bound for layer in self.layers],
             maps_digest=self.maps_digest,
-            transforms_digest=self.transforms.digest if self.transforms else "",
+            transforms_digest=self.transforms_digest,
             library="numpy" if self.is_numpy else "torch",
         )
 
@@ -318,6 +325,7 @@ class CacheState:
             self.maps,
             maps_digest=self._maps_digest,
             transforms=self.transforms,
+            transforms_digest=self._transforms_digest,
         )
 
     def _row_index(self, name: str, rows: Any) -> Array:

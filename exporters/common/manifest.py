@@ -13,7 +13,7 @@ from .folders import check_files, read_index
 
 MANIFEST, MODEL, WEIGHTS = "less_cache.json", "model.onnx", "model.onnx.data"
 FORMAT = "less_cache.onnx.2"
-DTYPES = frozenset({"float32", "float16", "bfloat16", "int32", "int64"})
+DTYPES = frozenset({"float32", "float16", "bfloat16", "uint8", "int32", "int64"})
 COUNT = range(2**31)
 FIELDS = {
     "config": dict,
@@ -88,6 +88,11 @@ class Manifest:
         return self.data["maps_digest"]
 
     @property
+    def transforms_digest(self) -> str | None:
+        """`Transforms.digest` of the bases inside; ``None`` where none are fitted."""
+        return self.data.get("transforms_digest")
+
+    @property
     def bytes_per_sequence(self) -> int:
         """What one sequence's state takes."""
         return int(self.data["bytes_per_sequence"])
@@ -137,6 +142,9 @@ def manifest_of(folder: Path, data: Any, where: str) -> Manifest:
         If a field is missing or has another form, or two do not fit each other.
     """
     check_fields(where, data, FIELDS)
+    # Missing where the file is older than quantised slots.
+    digest = data.get("transforms_digest")
+    check_fields(f"{where}: transforms_digest", digest, (str, type(None)))
     try:
         config = CacheConfig.from_dict(data["config"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:

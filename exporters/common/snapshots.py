@@ -42,7 +42,12 @@ def to_cache_state(manifest: Manifest, arrays: Mapping[str, Tensor], bound: int)
         layer.length.copy_(arrays["length"])
         layer.tokens_bound = bound
         layers.append(layer)
-    return CacheState(manifest.config, layers, maps_digest=manifest.maps_digest or "")
+    return CacheState(
+        manifest.config,
+        layers,
+        maps_digest=manifest.maps_digest or "",
+        transforms_digest=manifest.transforms_digest or "",
+    )
 
 
 def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
@@ -51,13 +56,16 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such file, it is damaged, or it is of another config, maps or dtype.
+        If there is no such file, it is damaged, or it is of another config, maps, transforms
+        or dtype.
     """
     _check_layers(manifest)
     read = snapshot.read(path)
     read.check_config(manifest.config)
     if read.maps_digest != (manifest.maps_digest or ""):
         raise ValueError(f"{path}: made with other feature maps than the model's")
+    if read.transforms_digest != (manifest.transforms_digest or ""):
+        raise ValueError(f"{path}: made with other transforms than the model's")
     if read.config.dtype != manifest.config.dtype:
         raise ValueError(
             f"{path}: holds {read.config.dtype}, but the model is {manifest.config.dtype}"

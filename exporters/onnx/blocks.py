@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnxscript import ir
 
 from .building import KINDS, Builder, Value
-from .parts import Layer, Values, pair_logits, weighted_mean
+from .parts import Layer, Values, pair_logits, pairs_mean, weighted_mean
 
 BLOCK_ELEMENTS = 2**24
 """How many logits one block may have: 64 MiB of them."""
@@ -17,6 +17,7 @@ def attend_in_blocks(
     state: Values,
     maps: Values,
     q: Value,
+    shift: Value | None,
     weight: Value | None,
     *,
     opset: int,
@@ -36,6 +37,8 @@ def attend_in_blocks(
         For φ.
     q
         [B, Hq, S, D].
+    shift
+        [B, Hq, S], added to the queries' products; ``None``: nothing.
     weight
         [B, S], what each query's probabilities count for; ``None`` if no score needs them.
     opset
@@ -60,7 +63,7 @@ def attend_in_blocks(
 
     turn = ir.val(f"{b.prefix}_turn", ir.DataType.INT64, ir.Shape([]))
     go_on = ir.val(f"{b.prefix}_go_on", ir.DataType.BOOL, ir.Shape([]))
-    done = ir.Value(name=f"{b.prefix}_done", type=ir.TensorType(KINDS[config.dtype]))
+    done = ir.Value(name=f"{b.prefix}_done", type=ir.TensorType(KINDS[layer.dtype]))
     body = ir.Graph([turn, go_on, done], [], nodes=[], name="block", opset_imports={"": opset})
     inner = Builder(body, f"{b.prefix}_block")
     start = inner("Mul", inner("Reshape", turn, inner.ints(1)), block)
@@ -71,9 +74,10 @@ def attend_in_blocks(
         return inner("Slice", array, inner.ints(0), upto, inner.ints(2))
 
     part = inner("Slice", q, start, stop, inner.ints(2))
+    lift = None if shift is None else inner("Slice", shift, start, stop, inner.ints(2))
     shown = {**state, **{name: seen(state[name]) for name in ("keys", "values")}}
     bounds = (start, stop, kept, upto)
-    out, probabilities = _attend(inner, layer, shown, maps, part, seen(bias), bounds)
+    out, probabilities = _attend(inner, layer, shown, maps, part, lift, seen(bias), bounds)
     body.outputs.extend([inner("Identity", go_on), inner("Concat", done, out, axis=2)])
     carried = [b("Slice", q, b.ints(0), b.ints(0), b.ints(2))]
     if weight is not None:
@@ -94,6 +98,7 @@ def attend_at_once(
     state: Values,
     maps: Values,
     q: Value,
+    shift: Value | None,
     weight: Value | None,
     *,
     opset: int,
@@ -102,7 +107,7 @@ def attend_at_once(
     rows, span = b.dim(q, 2), b.dim(state["keys"], 2)
     bounds = (b.ints(0), rows, b("Sub", span, rows), span)
     bias = _bias(b, layer, state["positions"])
-    out, probabilities = _attend(b, layer, state, maps, q, bias, bounds)
+    out, probabilities = _attend(b, layer, state, maps, q, shift, bias, bounds)
     return out, None if weight is None else _gained(b, layer, weight, probabilities)
 
 
@@ -118,6 +123,7 @@ def _attend(
     state: Values,
     maps: Values,
     q: Value,
+    shift: Value | None,
     bias: Value,
     bounds: tuple[Value, Value, Value, Value],
 ) -> tuple[Value, Value]:
@@ -140,8 +146,9 @@ def _attend(
         joined = b("Concat", b.ints(0, 0, -1), upto, axis=0)
         logits = b("Reshape", logits, joined)
     probabilities = b("Softmax", logits, axis=-1)
-    out = weighted_mean(b, layer, state, maps, q, logits, probabilities, state["values"])
-    out = b.cast(out, config.dtype, layer.wide)
+    pairs = pairs_mean(b, layer, probabilities, state["values"])
+    out = weighted_mean(b, layer, state, maps, q, logits, probabilities, pairs, shift)
+    out = b.cast(out, layer.dtype, layer.wide)
     return b.reshape(out, 0, config.query_heads, -1, config.head_dim), probabilities
 
 

@@ -15,6 +15,8 @@ KINDS = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
+    "int16": ir.DataType.INT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
     "bool": ir.DataType.BOOL,

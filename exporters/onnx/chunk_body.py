@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from less_cache import ops
 from less_cache.arrays import EMPTY
 from less_cache.policies import Gain
 
@@ -17,13 +16,20 @@ from .parts import (
     LATER,
     Layer,
     Values,
+    as_read,
+    as_stored,
     choose_slot,
+    closed,
     initial_scores,
     merge,
+    opened,
+    pair_dtype,
     pair_logits,
+    pair_widths,
     persistent_bits,
     popcount,
     protected,
+    take_pairs,
 )
 
 
@@ -50,11 +56,11 @@ def chunk_body(
         `attend_in_blocks`, or another function that does the same.
     """
     config, policy = layer.config, layer.config.policy
-    state = {name: given[name] for name in ops.state_names(config)}
+    state = opened(b, layer, given)
     tokens = b.cast(given["mask"], "bool")
     tokens4 = b.unsqueeze(tokens, 1, 3)
     # Padding may hold NaN, which adding the lowest number would not hide.
-    blank = b.constant(0, config.dtype)
+    blank = b.constant(0, layer.dtype)
     q, k, v = (b("Where", tokens4, given[name], blank) for name in ("q", "k", "v"))
     ones = b.cast(tokens, "int32")
     ranks = b("CumSum", ones, b.constant(1, "int64"))
@@ -69,17 +75,21 @@ def chunk_body(
     new_positions = b.unsqueeze(b("Where", tokens, last, b.constant(EMPTY, "int32")), 1)
     first = initial_scores(b, layer, k, new_positions)
     new_positions = b("Expand", new_positions, b.ints(1, config.kv_heads, 1))
-    for name, new in (("keys", k), ("values", v), ("positions", new_positions)):
-        state[name] = b("Concat", state[name], new, axis=2)
+    # Their own step reads new pairs as they came, not as they are stored.
+    read = [b("Concat", *x, axis=2) for x in zip(as_read(b, layer, state), (k, v), strict=True)]
+    new = {**as_stored(b, layer, k, v), "positions": new_positions}
+    for name, array in new.items():
+        state[name] = b("Concat", state[name], array, axis=2)
+    union = {**state, "keys": read[0], "values": read[1]}
     weight = None
     if policy.gains is Gain.SUM:
         weight = _query_weights(b, layer, ones, ranks, incoming)
-    out, gained = attend(b, layer, state, given, q, weight, opset=opset)
+    out, gained = attend(b, layer, union, given, q, given.get("shift"), weight, opset=opset)
     out = b("Where", tokens4, out, blank)
 
     # 3. Scores.
     if policy.gains is Gain.HISTORY:
-        state["history"] = _history(b, layer, state, q, ranks, incoming)
+        state["history"] = _history(b, layer, union, q, ranks, incoming)
         state["scores"] = popcount(b, layer, state["history"])
     else:
         scores = b("Concat", state["scores"], first, axis=2)
@@ -94,7 +104,7 @@ def chunk_body(
 
     # 4. The new pairs are in; all but C leave.
     state = _keep(b, layer, state, given, b("Add", seen, incoming))
-    return [out, *(state[name] for name in ops.state_names(config))]
+    return [out, *closed(b, layer, state)]
 
 
 def _evict_one(
@@ -109,8 +119,7 @@ def _evict_one(
     held = b("Greater", position, b.constant(EMPTY, "int32"))
     gone = b("And", held, b("Greater", incoming, b.constant(0, "int32")))
     if layer.kind is not None:
-        pair = tuple(b.take(state[name], slot, config.head_dim) for name in ("keys", "values"))
-        state = merge(b, layer, state, maps, (pair[0], pair[1]), gone)
+        state = merge(b, layer, state, maps, take_pairs(b, layer, state, slot), gone)
     left = b("Where", gone, b.constant(EMPTY, "int32"), position)
     return {**state, "positions": b.put(state["positions"], slot, left)}
 
@@ -220,21 +229,19 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
     if layer.kind is not None:
         leaving = b("Slice", order, b.ints(0), cut, b.ints(2))
         gone = b("Greater", b.take(positions, leaving), b.constant(EMPTY, "int32"))
-        pairs = [b.take(state[name], leaving, config.head_dim) for name in ("keys", "values")]
-        state = merge(b, layer, state, maps, (pairs[0], pairs[1]), gone)
+        state = merge(b, layer, state, maps, take_pairs(b, layer, state, leaving), gone)
     # Oldest first, empty slots last: an order that does not depend on the padding.
     age = b.take(positions, staying)
     age = b("Where", b("Less", age, b.constant(0, "int32")), b.constant(LATER, "int32"), age)
     staying = b.take(staying, _order(b, age, capacity))
-    index = b.spread(staying, config.head_dim)
     held = dict(state)
     held["positions"] = b.take(positions, staying)
     empty = b("Less", held["positions"], b.constant(0, "int32"))
     empty4 = b.unsqueeze(empty, 3)
-    blank = b.constant(0, config.dtype)
-    for name in ("keys", "values"):
-        taken = b("GatherElements", state[name], index, axis=2)
-        held[name] = b("Where", empty4, blank, taken)
+    for name, size in pair_widths(layer).items():
+        blank = b.constant(0, pair_dtype(layer, name))
+        taken = b.take(state[name], staying, size or None)
+        held[name] = b("Where", empty4 if size else empty, blank, taken)
     held["scores"] = b("Where", empty, b.constant(0, layer.wide), b.take(state["scores"], staying))
     if "history" in state:
         bits = b.take(state["history"], staying)

@@ -14,9 +14,12 @@ from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
 from less_cache.integrations.transformers.interception import intercepted
 from less_cache.integrations.transformers.model_check import attention_modules, decoder_of
+from less_cache.quantization.transforms import Transforms
 
+from .bases import Bases
 from .experts import traceable_experts
 from .heads import ModelLayer
+from .nodes import map_inputs
 from .positions import stateless_positions
 from .tracing import trace
 
@@ -34,12 +37,19 @@ class Decoder(nn.Module):
         From `layers.model_layers`.
     maps
         Those of the layers that have maps, in order.
+    transforms
+        The calibrated bases of the quantised layers, in order.
     all_logits
         Give the logits of every token instead of each row's last one.
     """
 
     def __init__(
-        self, model: Any, layers: list[ModelLayer], maps: FeatureMaps | None, all_logits: bool
+        self,
+        model: Any,
+        layers: list[ModelLayer],
+        maps: FeatureMaps | None,
+        transforms: Transforms | None,
+        all_logits: bool,
     ) -> None:
         super().__init__()
         self.model = model
@@ -48,17 +58,18 @@ class Decoder(nn.Module):
         # By the names of runs; a module sees parameters only in lists of its own.
         self.maps: dict[str, nn.ParameterList] = {}
         given = iter(maps or ())
+        self.bases = Bases(layers, transforms)
         for layer in layers:
             own = None
             if layer.kind is not None:
-                own = next(given).to("cpu", getattr(torch, layer.config.dtype))
+                own = self.bases.fold(layer, next(given))
             for run in layer.runs:
                 held = self.maps[run.name] = nn.ParameterList()
                 if own is not None:
                     tensors = own.heads(run.run.query_heads, run.run.kv_heads).tensors
                     held.extend(
                         nn.Parameter(tensors[name], requires_grad=False)
-                        for name in ops.map_names(layer.kind)
+                        for name in map_inputs(layer.config, layer.kind)
                     )
         self.maps_held = nn.ModuleList(self.maps.values())
         # Set by `forward`; `attend` reads the one and extends the other, run by run.
@@ -85,7 +96,8 @@ class Decoder(nn.Module):
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention: a single operator for each run of heads of equal capacity."""
-        layer = self.layers[index]
+        layer, dtype = self.layers[index], q.dtype
+        q, k, v, shift = self.bases.enter(index, q, k, v)
         outs = []
         for run in layer.runs:
             heads = run.run
@@ -98,10 +110,12 @@ class Decoder(nn.Module):
                 self.past[run.name],
                 list(self.maps[run.name]),
                 ops.layer_spec(run.layer.config, layer.kind),
+                None if shift is None else shift[:, heads.query_heads],
             )
             self.present[run.name] = state
             outs.append(out)
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+        joined = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+        return self.bases.leave(index, joined, self.mask).to(dtype)
 
     def keep_last(self, module: Any, args: Any, output: Any) -> None:
         """Keep only the hidden state of each row's last token, before the head sees it."""
@@ -128,6 +142,7 @@ def trace_decoder(
     config: CacheConfig,
     layers: list[ModelLayer],
     maps: FeatureMaps | None,
+    transforms: Transforms | None,
     *,
     opset: int,
     all_logits: bool,
@@ -139,7 +154,7 @@ def trace_decoder(
     ValueError
         If torch or its exporter cannot make a graph of the model.
     """
-    wrapper = Decoder(model, layers, maps, all_logits)
+    wrapper = Decoder(model, layers, maps, transforms, all_logits)
     tokens = torch.ones(2, 3, dtype=torch.int64)
     state = state_tensors(layers)
     # A copy: the tracer would take one tensor given twice for one input.

@@ -12,6 +12,7 @@ from exporters.common.manifest import FORMAT, MANIFEST
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
+from less_cache.quantization.transforms import Transforms
 
 from .decoder import state_tensors
 from .heads import ModelLayer
@@ -23,6 +24,7 @@ def write_manifest(
     config: CacheConfig,
     layers: list[ModelLayer],
     maps: FeatureMaps | None,
+    transforms: Transforms | None,
     *,
     opset: int,
     all_logits: bool,
@@ -41,6 +43,7 @@ def write_manifest(
         "eos_token_ids": [eos] if isinstance(eos, int) else list(eos or []),
         "config": config.to_dict(),
         "maps_digest": maps.digest if maps is not None else None,
+        "transforms_digest": transforms.digest if transforms is not None else None,
         "bytes_per_sequence": sum(x[0].numel() * x.element_size() for x in tensors.values()),
         "inputs": ["input_ids", "attention_mask", *(f"past.{name}" for name in tensors)],
         "outputs": ["logits", *(f"present.{name}" for name in tensors)],

@@ -19,6 +19,7 @@ from less_cache.config import CacheConfig
 from less_cache.dtypes import dtype_name
 from less_cache.feature_maps import FeatureMaps
 from less_cache.manager import CacheManager
+from less_cache.quantization.transforms import Transforms
 
 from .assembly import assemble
 from .decoder import trace_decoder
@@ -45,6 +46,7 @@ def export_decoder(
     opset: int = 23,
     all_logits: bool = False,
     tokenizer: Any = None,
+    transforms: Transforms | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model with its cache as one ONNX file, its weights beside it, and a manifest.
@@ -75,6 +77,8 @@ def export_decoder(
         Give the logits of every token, [B, S, vocabulary].
     tokenizer
         Saved beside the model.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
     force
         Write into a folder that holds something else, too, and replace files of the same names.
 
@@ -90,7 +94,9 @@ def export_decoder(
         else than an earlier export. Nothing is written then.
     """
     check_target(Path(out_dir), INDICES, force)
-    prepared = prepare(model, config, maps, dtype=dtype, opset=opset, all_logits=all_logits)
+    prepared = prepare(
+        model, config, maps, transforms, dtype=dtype, opset=opset, all_logits=all_logits
+    )
     with replaced_files(Path(out_dir), MANIFEST, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
         write_manifest(
@@ -99,6 +105,7 @@ def export_decoder(
             prepared.config,
             prepared.layers,
             maps,
+            transforms,
             opset=opset,
             all_logits=all_logits,
         )
@@ -131,6 +138,7 @@ def prepare(
     model: Any,
     config: CacheConfig,
     maps: FeatureMaps | None,
+    transforms: Transforms | None,
     *,
     dtype: Any,
     opset: int,
@@ -149,15 +157,17 @@ def prepare(
                 f"config: layer {i} has {policy}, whose scores are Python code of its own, which "
                 "cannot be exported"
             )
-    # It refuses maps that do not fit the config.
-    CacheManager(config, maps, backend="torch")
+    # It refuses maps and transforms that do not fit the config.
+    CacheManager(config, maps, backend="torch", transforms=transforms)
     layers = model_layers(model, config, maps.kind if maps is not None else None)
     if {parameter.device.type for parameter in model.parameters()} != {"cpu"}:
         raise ValueError("model: not on the CPU, where it is exported; call model.to('cpu')")
     wanted = getattr(torch, name)
     if model.dtype != wanted:
         model = _converted(model, wanted)
-    graph = trace_decoder(model, config, layers, maps, opset=opset, all_logits=all_logits)
+    graph = trace_decoder(
+        model, config, layers, maps, transforms, opset=opset, all_logits=all_logits
+    )
     return Prepared(model, config, layers, assemble(graph, layers, opset))
 
 

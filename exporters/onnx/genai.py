@@ -11,6 +11,9 @@ from exporters.common.manifest import MODEL
 from less_cache._files import write_text
 from less_cache.config import CacheConfig
 from less_cache.feature_maps import FeatureMaps
+from less_cache.integrations.introspection import full_attention_layers
+from less_cache.integrations.transformers.model_check import check_model
+from less_cache.quantization.transforms import Transforms
 
 from .export import GENAI_CONFIG, INDICES, Prepared, earlier_files, prepare, save
 from .packing import PAST, PRESENT, hide_padding, pack_state
@@ -29,6 +32,7 @@ def export_genai(
     dtype: Any = None,
     opset: int = 23,
     tokenizer: Any = None,
+    transforms: Transforms | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model with its cache for onnxruntime-genai.
@@ -41,7 +45,7 @@ def export_genai(
 
     Parameters
     ----------
-    model, config, maps, out_dir, dtype, opset, tokenizer, force
+    model, config, maps, out_dir, dtype, opset, tokenizer, transforms, force
         See `export_decoder`.
 
     Returns
@@ -56,8 +60,9 @@ def export_genai(
         else than an earlier export. Nothing is written then.
     """
     check_target(Path(out_dir), INDICES, force)
+    _check_dtypes(model, config)
     prepared = prepare(
-        model, config, maps, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
+        model, config, maps, transforms, dtype=dtype, opset=opset, all_logits=False, dtypes=DTYPES
     )
     pad, bos = (getattr(model.generation_config, f"{name}_token_id") for name in ("pad", "bos"))
     if pad is not None and pad != bos:
@@ -67,6 +72,20 @@ def export_genai(
         save(prepared, folder, tokenizer)
         write_text(folder / GENAI_CONFIG, json.dumps(_config(prepared), indent=2) + "\n")
     return Path(out_dir)
+
+
+def _check_dtypes(model: Any, config: CacheConfig) -> None:
+    """Refuse layers with codes beside others: the library keeps all states in one dtype."""
+    if getattr(config, "quantization", None) is None:
+        return
+    check_model(model)
+    windows = set(range(model.config.num_hidden_layers)) - set(full_attention_layers(model.config))
+    if windows:
+        raise ValueError(
+            f"config: quantization is {config.quantization}, but layer {min(windows)} has a "
+            "sliding window, whose pairs are stored as they are, and onnxruntime-genai keeps the "
+            "states of all layers in one dtype; export the format onnx, or without quantization"
+        )
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:

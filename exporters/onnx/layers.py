@@ -12,6 +12,7 @@ from less_cache.integrations.transformers.model_check import (
     check_fit,
     check_model,
 )
+from less_cache.layer_config import LayerConfig
 from less_cache.policies import SinkWindow
 
 from .heads import ModelLayer
@@ -52,6 +53,11 @@ def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Mode
             layers.append(ModelLayer(i, config.layer(full.index(i)), kind))
         else:
             window = int(model.config.sliding_window)
-            sliding = config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
-            layers.append(ModelLayer(i, sliding.layer(0), None, window))
+            layers.append(ModelLayer(i, sliding_layer(config, window), None, window))
     return layers
+
+
+def sliding_layer(config: CacheConfig, window: int) -> LayerConfig:
+    """A sliding-window layer as a cache: it drops the oldest pair, and stores pairs as they are."""
+    policy = SinkWindow(sinks=0)
+    return config.replace(capacity=window, policy=policy, rank=0, quantization=None).layer(0)

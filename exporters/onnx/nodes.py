@@ -11,7 +11,7 @@ from less_cache.layer_config import LayerConfig
 
 from .building import Builder
 from .chunk_body import chunk_body
-from .parts import Layer
+from .parts import Layer, is_shifted
 from .step_body import step_body
 
 DOMAIN = "less_cache"
@@ -28,9 +28,19 @@ def node_inputs(layer: LayerConfig, kind: str | None) -> list[str]:
 
     ``q`` [B, Hq, S, D] · ``k``, ``v`` [B, Hkv, S, D] · ``mask`` [B, S] int32 ·
     ``length`` [B] int32, the tokens seen before · the state's arrays · the maps' parameters.
+
+    Of a quantised layer ``q``, ``k`` and ``v``, and the output, are float32 and in the basis of
+    the codes, and the maps are folded into it. In a calibrated one they have one parameter more,
+    and last comes ``shift`` [B, Hq, S] float32, what is added to the queries' products.
     """
-    tokens = ["q", "k", "v", "mask", "length"]
-    return [*tokens, *ops.state_names(layer), *ops.map_names(kind)]
+    names = ["q", "k", "v", "mask", "length", *ops.state_names(layer), *map_inputs(layer, kind)]
+    return [*names, "shift"] if is_shifted(layer, kind) else names
+
+
+def map_inputs(layer: LayerConfig, kind: str | None) -> list[str]:
+    """The maps' parameters, in order."""
+    names = [*ops.map_names(kind)]
+    return [*names, ops.FOLDED_BIAS] if is_shifted(layer, kind) else names
 
 
 def node_outputs(layer: LayerConfig) -> list[str]:
@@ -42,9 +52,11 @@ def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
     """What a plugin needs to know to take the body's place; the body has it built in.
 
     ``start`` and ``gain`` are numbers of `less_cache.policies.Start` and `Gain`, ``softcap`` is 0
-    if there is none, ``maps`` is ``"none"`` at rank 0.
+    if there is none, ``maps`` is ``"none"`` at rank 0. Only quantised layers have ``key_bits``,
+    ``value_bits`` and ``transform``.
     """
-    policy = layer.policy
+    policy, quantization = layer.policy, layer.quantization
+    coded: dict[str, Any] = {} if quantization is None else quantization.to_dict()
     return {
         "plugin_version": "1",
         "plugin_namespace": "",
@@ -59,6 +71,7 @@ def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
         "maps": kind or "none",
         "scale": float(layer.scale),
         "softcap": float(layer.softcap or 0.0),
+        **coded,
     }
 
 

@@ -1,8 +1,10 @@
 """The state in two tensors a layer, which is what onnxruntime-genai keeps for recurrent models.
 
 ``past_key_values.{i}.recurrent_state`` [B, Hkv, 2 C, D], keys above values, in the model's dtype;
+or [B, Hkv, C, bytes] uint8, the codes of a key and a value side by side.
 ``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
-parts, H, z, and last the length. So zeros are an empty state. Positions are exact up to 2^24.
+parts, the scales of codes, H, z, and last the length. So zeros are an empty state. Positions are
+exact up to 2^24.
 
 The library expects the tensors of all layers to have the same shape: smaller ones, and smaller
 heads of a layer, are filled up with zeros. Past and present may share memory: a present tensor is
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 from onnxscript import ir
 
+from less_cache.quantization.codes import SCALE_DTYPE
+
 from .building import KINDS, Builder, Value
 from .decoder import BATCH
 from .heads import HeadRun, ModelLayer
-from .parts import Layer, Values
+from .parts import Layer, Values, pair_widths
 
 PAST, PRESENT = "past_key_values", "present"
 HISTORY_PARTS, PART_BITS = 3, 21
@@ -37,7 +41,7 @@ def pack_state(model: ir.Model, layers: list[ModelLayer]) -> None:
     runs = [run for layer in layers for run in layer.runs]
     sizes = (
         max(sum(_columns(run.layer).values()) for run in runs),
-        max(2 * run.layer.config.capacity for run in runs),
+        max(_rows(run.layer) for run in runs),
     )
     for layer in layers:
         packed = _inputs(layer, sizes)
@@ -96,9 +100,25 @@ def _columns(layer: Layer) -> dict[str, int]:
     sizes = {"scores": config.capacity, "positions": config.capacity}
     if config.policy.history_window:
         sizes["history"] = HISTORY_PARTS * config.capacity
+    if config.quantization is not None:
+        sizes.update(key_scales=config.capacity, value_scales=config.capacity)
     if layer.kind is not None:
         sizes.update(H=config.rank * config.head_dim, z=config.rank)
     return {**sizes, "length": 1}
+
+
+def _rows(layer: Layer) -> int:
+    """How many rows of ``recurrent_state`` the pairs of one head take."""
+    config = layer.config
+    return config.capacity if config.quantization is not None else 2 * config.capacity
+
+
+def _row(layer: Layer) -> tuple[int, str]:
+    """The size of a row, and its dtype."""
+    widths, config = pair_widths(layer), layer.config
+    if config.quantization is None:
+        return config.head_dim, config.dtype
+    return widths["keys"] + widths["values"], layer.code_dtype
 
 
 def _heads(b: Builder, layer: ModelLayer, run: HeadRun, packed: Values) -> Values:
@@ -112,6 +132,7 @@ def _heads(b: Builder, layer: ModelLayer, run: HeadRun, packed: Values) -> Value
 
 def _inputs(layer: ModelLayer, sizes: tuple[int, int]) -> Values:
     config = layer.config
+    width, dtype = _row(layer.runs[0].layer)
     heads = (BATCH, config.kv_heads)
     return {
         "conv": ir.val(
@@ -121,8 +142,8 @@ def _inputs(layer: ModelLayer, sizes: tuple[int, int]) -> Values:
         ),
         "recurrent": ir.val(
             f"{PAST}.{layer.index}.recurrent_state",
-            KINDS[config.dtype],
-            ir.Shape([*heads, sizes[1], config.head_dim]),
+            KINDS[dtype],
+            ir.Shape([*heads, sizes[1], width]),
         ),
     }
 
@@ -131,15 +152,24 @@ def _unpacked(b: Builder, layer: Layer, packed: Values) -> Values:
     config = layer.config
     capacity, axis = config.capacity, b.ints(2)
     past: Values = {}
-    for place, name in enumerate(("keys", "values")):
-        bounds = b.ints(place * capacity), b.ints((place + 1) * capacity)
-        past[name] = b("Slice", packed["recurrent"], *bounds, axis)
+    if config.quantization is None:
+        for place, name in enumerate(("keys", "values")):
+            bounds = b.ints(place * capacity), b.ints((place + 1) * capacity)
+            past[name] = b("Slice", packed["recurrent"], *bounds, axis)
+    else:
+        widths = pair_widths(layer)
+        held = b("Slice", packed["recurrent"], b.ints(0), b.ints(capacity), axis)
+        bytes_each = b.ints(widths["keys"], widths["values"])
+        past["keys"], past["values"] = b.many("Split", [held, bytes_each], 2, axis=3)
     start = 0
     for name, size in _columns(layer).items():
         if name != "length":
             past[name] = b("Slice", packed["conv"], b.ints(start), b.ints(start + size), axis)
         start += size
     past["positions"] = b("Sub", b.cast(past["positions"], "int32"), b.constant(1, "int32"))
+    for name in ("key_scales", "value_scales"):
+        if name in past:
+            past[name] = b.cast(past[name], SCALE_DTYPE, "float32")
     if "history" in past:
         parts = b.many(
             "Split",
@@ -180,6 +210,9 @@ def _packed(
             parts.append(b.cast(b("Mod", rest, whole), "float32"))
             rest = b("Div", rest, whole)
         columns["history"] = b("Concat", *parts, axis=2)
+    for name in ("key_scales", "value_scales"):
+        if name in present:
+            columns[name] = b.cast(present[name], "float32", SCALE_DTYPE)
     if "H" in present:
         flat = b.reshape(present["H"], 0, config.kv_heads, -1)
         columns["H"] = b.cast(flat, "float32", config.state_dtype)
@@ -188,8 +221,9 @@ def _packed(
     columns["length"] = b("Expand", wide, b.ints(1, config.kv_heads, 1))
     conv = b("Concat", *(columns[name] for name in _columns(layer)), axis=2)
     conv = _filled(b, conv, 3, sizes[0] - sum(_columns(layer).values()))
-    recurrent = b("Concat", present["keys"], present["values"], axis=2)
-    return conv, _filled(b, recurrent, 4, sizes[1] - 2 * config.capacity)
+    coded = config.quantization is not None
+    recurrent = b("Concat", present["keys"], present["values"], axis=3 if coded else 2)
+    return conv, _filled(b, recurrent, 4, sizes[1] - _rows(layer))
 
 
 def _joined(

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from less_cache.arrays import EMPTY, MAX_TOKENS
+from less_cache import ops
+from less_cache.arrays import EMPTY, MAX_TOKENS, array_shapes
 from less_cache.layer_config import LayerConfig
 from less_cache.layer_maps import EXPONENT_LIMIT
 from less_cache.policies import Gain, Start
 
+from . import codes
 from .building import Builder, Value
 
 INT_MAX = int(np.iinfo(np.int32).max)
@@ -35,11 +37,19 @@ class Layer:
         The kind of its feature maps; ``None`` at rank 0.
     window
         How many tokens a query of a sliding-window layer sees, itself included; 0: all.
+    code_dtype
+        That of the bytes of codes in the bodies' inputs and outputs.
     """
 
     config: LayerConfig
     kind: str | None
     window: int = 0
+    code_dtype: str = "uint8"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of queries, keys and values: in the basis of codes they are not narrowed."""
+        return self.config.dtype if self.config.quantization is None else self.wide
 
     @property
     def wide(self) -> str:
@@ -50,6 +60,74 @@ class Layer:
     def lowest(self) -> float:
         """The logit of what is not seen. It is finite, so that a softmax over nothing is, too."""
         return float(np.finfo(self.wide).min)
+
+
+def is_shifted(config: LayerConfig, kind: str | None) -> bool:
+    """Whether queries come with what is added to their products, for the low-rank state to know."""
+    quantization = config.quantization
+    calibrated = quantization is not None and quantization.transform == "calibrated"
+    return calibrated and kind is not None
+
+
+def opened(b: Builder, layer: Layer, given: Values) -> Values:
+    """The state that a body computes with, from its inputs."""
+    state = {name: given[name] for name in ops.state_names(layer.config)}
+    dtype = array_shapes(layer.config)["positions"][1]
+    state["positions"] = b.cast(state["positions"], "int32", dtype)
+    return state
+
+
+def closed(b: Builder, layer: Layer, state: Values) -> list[Value]:
+    """The body's outputs from the state that it computed."""
+    dtype = array_shapes(layer.config)["positions"][1]
+    state = {**state, "positions": b.cast(state["positions"], dtype, "int32")}
+    return [state[name] for name in ops.state_names(layer.config)]
+
+
+def as_stored(b: Builder, layer: Layer, k: Value, v: Value) -> Values:
+    """What slots hold of pairs [B, Hkv, S, D]: these themselves, or codes and scales."""
+    config, stored = layer.config, {"keys": k, "values": v}
+    if config.key_layout is None or config.value_layout is None:
+        return stored
+    for name, layout in (("key", config.key_layout), ("value", config.value_layout)):
+        found = codes.encode(b, layout, stored[f"{name}s"], layer.wide, layer.code_dtype)
+        stored[f"{name}s"], stored[f"{name}_scales"] = found
+    return stored
+
+
+def as_read(b: Builder, layer: Layer, stored: Values) -> tuple[Value, Value]:
+    """Keys and values [B, Hkv, N, D] of what slots hold."""
+    config = layer.config
+    if config.key_layout is None or config.value_layout is None:
+        return stored["keys"], stored["values"]
+    wide = layer.wide
+    return (
+        codes.decode(b, config.key_layout, stored["keys"], stored["key_scales"], wide),
+        codes.decode(b, config.value_layout, stored["values"], stored["value_scales"], wide),
+    )
+
+
+def pair_widths(layer: Layer) -> dict[str, int]:
+    """The arrays that hold pairs, and the size of their last axis; 0: they have none for it."""
+    config = layer.config
+    if config.key_layout is None or config.value_layout is None:
+        return {"keys": config.head_dim, "values": config.head_dim}
+    sizes = {"keys": config.key_layout.nbytes, "values": config.value_layout.nbytes}
+    return {**sizes, "key_scales": 0, "value_scales": 0}
+
+
+def pair_dtype(layer: Layer, name: str) -> str:
+    """The dtype of one of `pair_widths`."""
+    coded = layer.config.quantization is not None and name in ("keys", "values")
+    return layer.code_dtype if coded else array_shapes(layer.config)[name][1]
+
+
+def take_pairs(b: Builder, layer: Layer, state: Values, slots: Value) -> tuple[Value, Value]:
+    """Keys and values [B, Hkv, N, D] in slots [B, Hkv, N]."""
+    taken = {
+        name: b.take(state[name], slots, size or None) for name, size in pair_widths(layer).items()
+    }
+    return as_read(b, layer, taken)
 
 
 def protected(b: Builder, layer: Layer, positions: Value, seen: Value) -> Value:
@@ -94,7 +172,7 @@ def initial_scores(
         scores = b.cast(positions, layer.wide)
         return b("Expand", scores, b.ints(1, config.kv_heads, 1)) if spread else scores
     if config.policy.starts is Start.KEY_NORM:
-        norm = b("ReduceL2", b.cast(k, layer.wide, config.dtype), b.ints(3), keepdims=0)
+        norm = b("ReduceL2", b.cast(k, layer.wide, layer.dtype), b.ints(3), keepdims=0)
         return b("Neg", norm)
     zero = b.constant(0, layer.wide)
     return b("Expand", zero, b("Shape", k, start=0, end=3)) if spread else zero
@@ -112,7 +190,8 @@ def phi(b: Builder, layer: Layer, maps: Values, q: Value, tokens: int | None = N
 def psi(b: Builder, layer: Layer, maps: Values, k: Value, tokens: int | None = None) -> Value:
     """ψ of keys [B, Hkv, S, D]: [B, Hkv, S, R]. `tokens` is S, if it is known."""
     weights = (maps["psi_w1"], maps["psi_w2"])
-    features = _two_layers(b, layer, k, weights, layer.config.kv_heads, tokens)
+    bias = maps.get("psi_b1")
+    features = _two_layers(b, layer, k, weights, layer.config.kv_heads, tokens, bias)
     if layer.kind == "exp":
         return _exponential(b, layer, b("Add", features, b.unsqueeze(maps["psi_b"], 1)))
     s1, s2 = (b.unsqueeze(maps[name], 1) for name in ("psi_s1", "psi_s2"))
@@ -141,7 +220,7 @@ def merge(
     # A slot from which nothing leaves may hold anything, and 0 * inf is not 0.
     zero = b.constant(0, layer.wide)
     features = b("Where", gone, psi(b, layer, maps, keys, count), zero)
-    values = b("Where", gone, b.cast(values, layer.wide, config.dtype), zero)
+    values = b("Where", gone, b.cast(values, layer.wide, layer.dtype), zero)
     gained = {
         "H": b("MatMul", b("Transpose", features, perm=[0, 1, 3, 2]), values),
         "z": b("ReduceSum", features, b.ints(2), keepdims=0),
@@ -160,18 +239,35 @@ def pair_logits(b: Builder, layer: Layer, q: Value, keys: Value) -> Value:
     ONNX Runtime would fuse the scale into it, and so lose its fast kernel for a single query.
     bfloat16 is too coarse for the scale itself: there the logits are scaled.
     """
-    config = layer.config
-    coarse = config.dtype == "bfloat16"
-    scaled = q if coarse else b("Mul", q, b.constant(config.scale, config.dtype))
-    grouped = b.reshape(scaled, 0, config.kv_heads, -1, config.head_dim)
+    coarse = layer.dtype == "bfloat16"
+    grouped = grouped_queries(b, layer, q, scaled=not coarse)
     logits = b("MatMul", grouped, b("Transpose", keys, perm=[0, 1, 3, 2]))
-    logits = b.cast(logits, layer.wide, config.dtype)
+    logits = b.cast(logits, layer.wide, layer.dtype)
     if coarse:
-        logits = b("Mul", logits, b.constant(config.scale, layer.wide))
-    if config.softcap is None:
+        logits = b("Mul", logits, b.constant(layer.config.scale, layer.wide))
+    return capped(b, layer, logits)
+
+
+def grouped_queries(b: Builder, layer: Layer, q: Value, *, scaled: bool = True) -> Value:
+    """Queries [B, Hq, S, D] as [B, Hkv, G * S, D]."""
+    config = layer.config
+    if scaled:
+        q = b("Mul", q, b.constant(config.scale, layer.dtype))
+    return b.reshape(q, 0, config.kv_heads, -1, config.head_dim)
+
+
+def capped(b: Builder, layer: Layer, logits: Value) -> Value:
+    """The logits, soft-capped where the model does so."""
+    if layer.config.softcap is None:
         return logits
-    softcap = b.constant(config.softcap, layer.wide)
+    softcap = b.constant(layer.config.softcap, layer.wide)
     return b("Mul", b("Tanh", b("Div", logits, softcap)), softcap)
+
+
+def pairs_mean(b: Builder, layer: Layer, probabilities: Value, values: Value) -> Value:
+    """Σ probability · v, [B, Hkv, G * S, D], in the wide dtype."""
+    weights = b.cast(probabilities, layer.dtype, layer.wide)
+    return b.cast(b("MatMul", weights, values), layer.wide, layer.dtype)
 
 
 def weighted_mean(
@@ -182,16 +278,16 @@ def weighted_mean(
     q: Value,
     logits: Value,
     probabilities: Value,
-    values: Value,
+    pairs: Value,
+    shift: Value | None,
     tokens: int | None = None,
 ) -> Value:
     """(φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), [B, Hkv, G * S, D], s being the logits.
 
-    Computed as a mean of two means, so that no exponential can overflow.
+    Computed as a mean of two means, so that no exponential can overflow. `pairs` is the one over
+    the pairs; `shift` [B, Hq, S] is added to the queries' products.
     """
     config = layer.config
-    weights = b.cast(probabilities, config.dtype, layer.wide)
-    pairs = b.cast(b("MatMul", weights, values), layer.wide, config.dtype)
     if layer.kind is None:
         return pairs
     features = b.reshape(phi(b, layer, maps, q, tokens), 0, config.kv_heads, -1, config.rank)
@@ -200,6 +296,10 @@ def weighted_mean(
     # The largest probability is exp(maximum) / Σ exp(s); the sum follows from it.
     log_peak = b("Log", b("ReduceMax", probabilities, b.ints(3)))
     log_mass = b("Sub", b("ReduceMax", logits, b.ints(3)), log_peak)
+    if shift is not None:
+        # Common to all pairs of a query, it only tells against the low-rank state.
+        lift = b("Mul", shift, b.constant(config.scale, layer.wide))
+        log_mass = b("Add", log_mass, b.reshape(lift, 0, config.kv_heads, -1, 1))
     # For an empty state this is log 0 = -inf: the pairs get all the weight.
     share = b("Sigmoid", b("Sub", log_mass, b("Log", low_rank)))
     tiny = b.constant(np.finfo(layer.wide).tiny, layer.wide)
@@ -241,13 +341,17 @@ def _two_layers(
     weights: tuple[Value, Value],
     heads: int,
     tokens: int | None,
+    bias: Value | None = None,
 ) -> Value:
     config = layer.config
-    x, w1, w2 = (b.cast(value, layer.wide, config.dtype) for value in (x, *weights))
+    x, w1, w2 = (b.cast(value, layer.wide, layer.dtype) for value in (x, *weights))
     # Head by head for the whole batch: the weights are read once, not once a sequence.
     rows = b("Transpose", x, perm=[1, 0, 2, 3])
     flat = b.reshape(rows, heads, -1, config.head_dim)
-    features = b("MatMul", b("Gelu", b("MatMul", flat, w1)), w2)
+    first = b("MatMul", flat, w1)
+    if bias is not None:
+        first = b("Add", first, b.unsqueeze(bias, 1))
+    features = b("MatMul", b("Gelu", first), w2)
     if tokens is None:
         sizes = b("Shape", rows, start=1, end=3)
         back = b("Concat", b.ints(heads), sizes, b.ints(config.rank), axis=0)

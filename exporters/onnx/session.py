@@ -9,6 +9,7 @@ from exporters.common.manifest import MANIFEST, MODEL, Manifest
 _TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
+    "uint8": "tensor(uint8)",
     "int32": "tensor(int32)",
     "int64": "tensor(int64)",
 }

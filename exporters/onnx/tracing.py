@@ -104,8 +104,17 @@ def _bare_node() -> Callable[..., Any]:
     operator = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), APPEND, schema)
 
     def translate(
-        q: Any, k: Any, v: Any, mask: Any, length: Any, state: Any, maps: Any, spec: str
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Any,
+        length: Any,
+        state: Any,
+        maps: Any,
+        spec: str,
+        shift: Any = None,
     ) -> Any:
-        return operator(q, k, v, mask, length, *state, *maps)
+        last = [] if shift is None else [shift]
+        return operator(q, k, v, mask, length, *state, *maps, *last)
 
     return translate

@@ -17,7 +17,7 @@ from less_cache._files import replaced
 
 from .cuda import device_info
 from .files import ENGINE_MANIFEST, PROMPT_ENGINE, STEP_ENGINE, write_engine_manifest
-from .graphs import derive_graphs
+from .graphs import check_plugin, derive_graphs
 from .library import Log, load_plugin
 from .limits import Limits, Shape, check_limits, input_shapes
 from .progress import Monitor
@@ -113,6 +113,7 @@ def build_engines(
     gpu = device_info(device)
     library = Path(plugin) if plugin is not None else None
     if library is not None:
+        check_plugin(manifest)
         load_plugin(library)
     step_graph, prompt_graph = derive_graphs(onnx_dir, plugin=library is not None, verify=False)
     options = _Options(

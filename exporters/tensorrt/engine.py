@@ -17,6 +17,7 @@ TORCH_TYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
     "int32": torch.int32,
     "int64": torch.int64,
 }
@@ -68,6 +69,7 @@ class Engine:
             "float32": trt.DataType.FLOAT,
             "float16": trt.DataType.HALF,
             "bfloat16": trt.DataType.BF16,
+            "uint8": trt.DataType.UINT8,
             "int32": trt.DataType.INT32,
             "int64": trt.DataType.INT64,
         }

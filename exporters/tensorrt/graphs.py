@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import onnx
@@ -13,11 +14,11 @@ from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import Builder, Value
 from exporters.onnx.chunk_body import chunk_body
 from exporters.onnx.heads import ModelLayer
+from exporters.onnx.layers import sliding_layer
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
 from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
-from less_cache.policies import SinkWindow
 
 from .limits import counts_order
 from .operators import OPSET, check_operators
@@ -27,6 +28,10 @@ PROMPT_GRAPH = "prompt.onnx"
 STEP_GRAPH = "step.onnx"
 STANDARD_STEP_GRAPH = "step.standard.onnx"
 """A step without the plugin."""
+
+CODE_DTYPE = "float16"
+"""Of the bytes of codes inside a graph: TensorRT has uint8 only at an engine's edge, where it casts
+it to and from 16- and 32-bit floats. Numbers up to 255 are exact in both."""
 
 
 def derive_graphs(
@@ -58,9 +63,12 @@ def derive_graphs(
     FileNotFoundError, ValueError
         If the folder is not what its manifest says.
     ValueError
-        If the model has an operator that TensorRT does not take. Nothing is written then.
+        If the model has an operator that TensorRT does not take, or slots that the plugin does not
+        take. Nothing is written then.
     """
     manifest = read_manifest(folder, verify=verify)
+    if plugin:
+        check_plugin(manifest)
     step = _derive(manifest, step=True, plugin=plugin)
     prompt = _derive(manifest, step=False, plugin=plugin)
     paths = (
@@ -80,12 +88,27 @@ def layers_of(manifest: Manifest) -> list[ModelLayer]:
     for index, entry in enumerate(manifest.data["layers"]):
         if entry["window"]:
             window = entry["window"]
-            sliding = manifest.config.replace(capacity=window, policy=SinkWindow(sinks=0), rank=0)
-            layers.append(ModelLayer(index, sliding.layer(0), None, window))
+            layers.append(ModelLayer(index, sliding_layer(manifest.config, window), None, window))
         else:
             config = manifest.config.layer(full.index(index))
             layers.append(ModelLayer(index, config, entry["maps"]))
     return layers
+
+
+def check_plugin(manifest: Manifest) -> None:
+    """Refuse models whose steps the plugin does not take.
+
+    Raises
+    ------
+    ValueError
+        If its pairs are stored as codes.
+    """
+    if manifest.config.quantization is not None:
+        raise ValueError(
+            f"{manifest.folder}: {manifest.config.quantization}, but the plugin LessAttention "
+            "takes no codes: a TensorRT plugin's tensors cannot be of uint8; build the engines "
+            "without a plugin, or export without quantization"
+        )
 
 
 def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
@@ -160,15 +183,24 @@ def _write_out(
         if value is None:
             raise AssertionError(f"{call.name}: input {name} is not given")
         given[name] = value
+    coded: tuple[str, ...] = ()
+    if layer.config.quantization is not None:
+        layer, coded = dataclasses.replace(layer, code_dtype=CODE_DTYPE), ("keys", "values")
     scratch = ir.Graph([], [], nodes=[], name=prefix)
     build = Builder(scratch, prefix)
+    for name in coded:
+        given[name] = build.cast(given[name], CODE_DTYPE)
     results: list[Value]
     if step:
         results = step_body(build, layer, given)
     else:
         results = chunk_body(build, layer, given, OPSET, attend_at_once)
-    if len(results) != len(node_outputs(layer.config)):
+    outputs = node_outputs(layer.config)
+    if len(results) != len(outputs):
         raise AssertionError(f"{call.name}: {len(results)} results")
+    for name in coded:
+        place = outputs.index(name)
+        results[place] = build.cast(results[place], "uint8")
     splice(graph, choice, scratch, dict(enumerate(results)))
 
 

@@ -22,8 +22,8 @@ _ALL = _NUMBERS | {"BOOL"}
 
 # fmt: off
 _OF_FLOATS = (
-    "Clip", "Cos", "CumSum", "Einsum", "Erf", "Exp", "Gelu", "Gemm", "LayerNormalization",
-    "Log", "MatMul", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt",
+    "Clip", "Cos", "CumSum", "Einsum", "Erf", "Exp", "Floor", "Gelu", "Gemm", "LayerNormalization",
+    "Log", "MatMul", "Pow", "Reciprocal", "Round", "Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt",
     "Tanh",
 )
 _OF_NUMBERS = (
@@ -43,6 +43,8 @@ SUPPORTED: dict[str, frozenset[str]] = {
     **dict.fromkeys(_OF_FLOATS, _FLOATS),
     **dict.fromkeys(_OF_NUMBERS, _NUMBERS),
     **dict.fromkeys(_OF_ALL, _ALL),
+    # At an engine's edge, to and from floats.
+    "Cast": _ALL | {"UINT8"},
     **dict.fromkeys(("And", "Not", "Or", "Xor"), frozenset({"BOOL"})),
 }
 """The types that an operator's data may have."""

@@ -6,9 +6,21 @@ import numpy as np
 import torch
 
 import less_cache as lc
-from tests.integrations.models import positions, prompts
+from exporters.onnx import OnnxDecoder, export_decoder
+from tests.integrations.models import build, less, positions, prompts
+from tests.quantization.fitted import fitted
 
 CAPACITY = 8
+
+CODED = {
+    # Three runs of heads in the first layer, a low-rank state, means of keys and values.
+    "calibrated": ("llama_mha", [[7, 7, 12, 7], 9], 4, lc.Quantization(3, 4, "calibrated"), {}),
+    # Grouped queries, no low-rank state, 16 bits.
+    "hadamard": ("llama", 8, 0, lc.Quantization(4, 2), {"dtype": "float16"}),
+    # A soft cap, and a sliding window, whose pairs are stored as they are.
+    "windows": ("gemma2", 8, 4, lc.Quantization(8, 8), {"opset": 20}),
+}
+"""Family, capacity, rank, quantization and the export's options of models with coded pairs."""
 
 
 class TorchSide:
@@ -47,5 +59,31 @@ def compare(decoder, torch_side, lengths, steps, *, turn=3):
     return worst
 
 
-def attached(model, config, maps):
-    return lc.attach(model, config, maps, backend="torch")
+def attached(model, config, maps, transforms=None):
+    return lc.attach(model, config, maps, backend="torch", transforms=transforms)
+
+
+class CodedParts:
+    """An exported model, and what it was made of."""
+
+    def __init__(self, name, folder):
+        family, capacity, rank, quantization, options = CODED[name]
+        changes = {}
+        if family == "gemma2":
+            kinds = ["sliding_attention", "full_attention"]
+            changes = {"num_hidden_layers": 2, "layer_types": kinds}
+        self.model = build(family, **changes)
+        self.config, self.maps = less(self.model, capacity=capacity)
+        self.config = self.config.replace(quantization=quantization, rank=rank)
+        if not rank:
+            self.maps = None
+        calibrated = quantization.transform == "calibrated"
+        self.transforms = fitted(self.config) if calibrated else None
+        self.folder = export_decoder(
+            self.model, self.config, self.maps, folder, transforms=self.transforms, **options
+        )
+        self.decoder = OnnxDecoder(self.folder, threads=1)
+        self.half = options.get("dtype") == "float16"
+
+    def attached(self):
+        return attached(self.model, self.config, self.maps, self.transforms)

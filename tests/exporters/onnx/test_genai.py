@@ -88,3 +88,29 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
         expected = TorchSide(model, handle).append(ids, mask)
     found = generator_of(loaded, ids).get_logits().reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_codes_travel_bit_by_bit(coded, tmp_path):
+    parts = coded("calibrated")
+    export_genai(parts.model, parts.config, parts.maps, tmp_path, transforms=parts.transforms)
+    # The same graph, its state not packed: what it gives, the packed one must give.
+    loaded, decoder = genai.Model(str(tmp_path)), parts.decoder
+    ids, mask = (x.numpy() for x in prompts([14, 14]))
+    generator, state = generator_of(loaded, torch.from_numpy(ids)), decoder.new_state(2)
+    for step in range(30):
+        expected = decoder.append(state, ids, mask)
+        found = generator.get_logits().reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(step))
+        assert EOS not in expected.argmax(1)
+        generator.generate_next_token()
+        ids = np.array(generator.get_next_tokens()).astype(np.int64)[:, None]
+        mask = np.ones_like(ids)
+
+
+def test_codes_beside_layers_that_have_none_are_refused(tmp_path):
+    model = model_of("gemma2")
+    config, maps = less(model)
+    config = config.replace(quantization=lc.Quantization(4, 4))
+    with pytest.raises(ValueError, match="layer 0 has a sliding window"):
+        export_genai(model, config, maps, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ class TensorRT:
         logger.log(self.module.ILogger.Severity.ERROR, text)
 
     def dtype(self, kind: int) -> Any:
-        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 6: "INT32", 7: "INT64"}
+        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 2: "UINT8", 6: "INT32", 7: "INT64"}
         return getattr(self.module.DataType, names[kind])
 
 

@@ -302,3 +302,19 @@ def test_mixtures_of_experts(tmp_path):
     config, maps = less(model, capacity=C)
     export_decoder(model, config, maps, tmp_path)
     compare(tmp_path, plugin=False)
+
+
+def test_graphs_over_codes_do_what_the_file_does(coded):
+    folder = coded("calibrated").folder
+    compare(folder, plugin=False, atol=1e-4)
+    for path in derive_graphs(folder, plugin=False):
+        graph = onnx.load(path, load_external_data=False).graph
+        values = (*graph.input, *graph.output)
+        codes = {x.name for x in values if x.name.endswith((".keys", ".values"))}
+        assert len(codes) == 16
+        # TensorRT has bytes at an engine's edge alone.
+        for node in graph.node:
+            assert node.op_type == "Cast" or not codes & {*node.input, *node.output}
+    with pytest.raises(ValueError, match=r"Quantization\(.*takes no codes: .* without a plugin"):
+        derive_graphs(folder)
+    assert not (folder / "step.onnx").exists()

@@ -52,6 +52,30 @@ def test_logits_are_onnx_runtimes(decoder, onnx_side):
         np.testing.assert_array_equal(states[0].lengths(), states[1].lengths())
 
 
+def test_codes_are_onnx_runtimes(coded, library, tmp_path):
+    from exporters.tensorrt import TensorRTDecoder, build_engines
+
+    parts = coded("calibrated")
+    with pytest.raises(ValueError, match="the plugin LessAttention takes no codes"):
+        build_engines(parts.folder, tmp_path / "out", plugin=library, progress=False)
+    built = build_engines(parts.folder, tmp_path / "out", max_batch=2, progress=False)
+    decoder, onnx_side = TensorRTDecoder(built), parts.decoder
+    states = [side.new_state(2) for side in (decoder, onnx_side)]
+    assert states[0].arrays["0.h0.keys"].dtype == torch.uint8
+    assert states[0].nbytes == states[1].nbytes
+    for tokens in (C + 5, 1, 1, 4, 1):
+        ids = np.arange(2 * tokens).reshape(2, tokens) + 5
+        found, expected = (
+            side.append(state, ids)
+            for side, state in zip((decoder, onnx_side), states, strict=True)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    states[0].save(tmp_path / "snapshot")
+    read = onnx_side.load_state(tmp_path / "snapshot")
+    for name, array in read.numpy().items():
+        np.testing.assert_array_equal(array, states[0].numpy()[name], err_msg=name)
+
+
 def test_sampling_and_stops_are_the_same_everywhere(decoder, onnx_side):
     ids, mask = (x.numpy() for x in prompts([9, 4]))
     results = [

@@ -28,6 +28,7 @@ except ImportError as error:
 from . import chunk
 from .decode import step
 from .launch import check_device
+from .maps import prepare_maps
 from .scan import eviction_times
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
@@ -59,16 +60,6 @@ def check_config(config: CacheConfig) -> None:
     for name in ("dtype", "state_dtype"):
         if getattr(config, name) == "float64":
             raise ValueError(f"{name}: got 'float64', which backend 'triton' does not compute in")
-
-
-def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
-    """The maps on the arrays' device in the model's dtype, each tensor in one piece."""
-    dtype = getattr(torch, layer.dtype)
-    placed = dict(maps.to(device, dtype).tensors)
-    if "psi_b1" in placed:
-        # It is added to a product in that dtype.
-        placed["psi_b1"] = placed["psi_b1"].to(dtype)
-    return LayerMaps(maps.kind, {name: t.contiguous() for name, t in placed.items()})
 
 
 def attend(

@@ -31,8 +31,11 @@ KINDS = {"paper": PAPER.value, "exp": EXP.value}
 TILE_BYTES = 8192
 """Of keys, and of values, that one program reads at a time."""
 
-CODED_TILE_NUMBERS = 8192
-"""Codes of keys, and of values, that one program unpacks at a time."""
+CODED_TILE_BYTES = {2: 16384, 4: 8192}
+"""The same of codes once they are unpacked, by the bytes of a number: too few to spill."""
+
+CODED_REGISTERS = 255
+"""As many as there are."""
 
 CODED_STAGES = 3
 """Loads of codes wait for no position, and so may be under way for the tiles to come."""
@@ -78,9 +81,9 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     """
     group, head_dim = block(layer.group), block(layer.head_dim)
     # Small tiles and many programs a multiprocessor: more reads are under way at any time.
-    slots = max(16, TILE_BYTES // (head_dim * getattr(torch, layer.dtype).itemsize))
-    if layer.key_layout is not None:
-        slots = max(16, CODED_TILE_NUMBERS // head_dim)
+    itemsize = getattr(torch, layer.dtype).itemsize
+    tile_bytes = TILE_BYTES if layer.key_layout is None else CODED_TILE_BYTES[itemsize]
+    slots = max(16, tile_bytes // (head_dim * itemsize))
     blocks = triton.cdiv(max(layer.capacities), slots)
     large = group * head_dim > 4096 or layer.rank > 16 or layer.dtype == "float32"
     if splits is None:
@@ -200,12 +203,16 @@ def step(
         "BLOCK_R": tile.rank,
         "BLOCK_S": SCORES_A_THREAD * 32 * tile.warps,
     }
-    own = {"SPLIT": split, "BLOCK_C": tile.slots, "DOT": dot_type(getattr(torch, layer.dtype))}
+    constants = {
+        **shared,
+        "SPLIT": split,
+        "BLOCK_C": tile.slots,
+        "DOT": products_type(layer),
+    }
     programs = batch * layer.kv_heads
-    constants = {**shared, **own}
     grid = (programs, tile.splits)
-    stages = CODED_STAGES if coded else 2
-    launch(attend, grid, arguments, constants, device=device, warps=tile.warps, stages=stages)
+    own = {"stages": CODED_STAGES, "registers": CODED_REGISTERS} if coded else {}
+    launch(attend, grid, arguments, constants, device=device, warps=tile.warps, **own)
     if split:
         launch(conclude_split, (programs,), arguments, shared, device=device, warps=tile.warps)
     return out
@@ -225,6 +232,14 @@ def row_strides(arrays: LayerArrays) -> tuple[dict[str, int], bool]:
     for missing in ("history", "key_scales", "value_scales"):
         strides.setdefault(missing, 0)
     return {f"{name}_row_stride": stride for name, stride in strides.items()}, aligned
+
+
+def products_type(layer: LayerConfig) -> Any:
+    """The type of kernel B's products: codes are exact in float16, and queries better off there."""
+    dtype = getattr(torch, layer.dtype)
+    if layer.key_layout is not None and dtype.itemsize == 2:
+        dtype = torch.float16
+    return dot_type(dtype)
 
 
 def codes_constants(layer: LayerConfig) -> dict[str, str]:
@@ -312,4 +327,12 @@ def _select_and_map(
     grid = (units, triton.cdiv(batch, sequences))
     # By what the compiler reports: the fewest registers without spilling any.
     few = maps is None or (dtype.itemsize == 4 and layer.rank <= 32)
-    launch(select_and_map, grid, arguments, constants, device=q.device, warps=4 if few else 8)
+    launch(
+        select_and_map,
+        grid,
+        arguments,
+        constants,
+        device=q.device,
+        warps=4 if few else 8,
+        registers=None if layer.key_layout is None else CODED_REGISTERS,
+    )

@@ -105,7 +105,7 @@ def test_steps_over_any_bytes_are_those_of_torch(policy, monkeypatch):
 )
 def test_shared_slots(kind, bits, head_dim, monkeypatch):
     # 16 slots a tile; of three programs the last has none.
-    monkeypatch.setattr(decode, "CODED_TILE_NUMBERS", 16 * head_dim)
+    monkeypatch.setattr(decode, "CODED_TILE_BYTES", {4: 16 * 4 * head_dim})
     tiles = decode.tiles
     monkeypatch.setattr(
         decode, "tiles", lambda layer, batch, count, splits: tiles(layer, batch, count, 3)

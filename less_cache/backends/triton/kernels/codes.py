@@ -9,8 +9,10 @@ is that of `planes`. `stored` points at a head's first code, or at one pair's.
 import triton
 import triton.language as tl
 
-from .planes import pair_numbers, segment, segments, stored_channels
+from ..launch import INTERPRETED as _INTERPRETED
+from .planes import operands, pair_numbers, segment, segments, stored_channels, unpacking
 
+INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
 LARGEST_SCALE: tl.constexpr = tl.constexpr(65504.0)
 HALVES: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a float32 and taken away again, it rounds to the nearest even integer."""
@@ -20,21 +22,28 @@ HALVES: tl.constexpr = tl.constexpr(12582912.0)
 def channels_of(CODES: tl.constexpr, PART: tl.constexpr):
     """Which channel each place of a segment is, and whether it is one: [places] each."""
     p = tl.arange(0, segment(CODES, PART, "places"))
-    byte = p // segment(CODES, PART, "fields")
-    channel = p % segment(CODES, PART, "fields") * segment(CODES, PART, "low_bytes") + byte
+    byte = p // (4 * segment(CODES, PART, "fields")) * 4 + p % 4
+    channel = p // 4 % segment(CODES, PART, "fields") * segment(CODES, PART, "low_bytes") + byte
     real = (byte < segment(CODES, PART, "low_bytes")) & (channel < segment(CODES, PART, "channels"))
     return segment(CODES, PART, "first") + channel, real
 
 
 @triton.jit
+def units_of(CODES: tl.constexpr, PART: tl.constexpr):
+    """What the number 1 of `load_codes` is in codes, at each place: 2^-k, k bits up in a byte."""
+    f = tl.arange(0, segment(CODES, PART, "places")) // 4 % segment(CODES, PART, "fields")
+    return 1.0 / (1 << (f * segment(CODES, PART, "low_width"))).to(tl.float32)
+
+
+@triton.jit
 def field(lows, more, f: tl.constexpr, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
-    """Field f of bytes of the low plane as numbers; `more` has its high bits lowest."""
+    """Field f of bytes of the low plane in `units_of`; `more` has its high bits lowest."""
     code = lows >> (f * segment(CODES, PART, "low_width"))
     code = code & ((1 << segment(CODES, PART, "low_width")) - 1)
     if segment(CODES, PART, "high_width") > 0:
         more = more & ((1 << segment(CODES, PART, "high_width")) - 1)
         code = code | (more << segment(CODES, PART, "low_width"))
-    return code.to(DOT)
+    return code.to(DOT) * (1 << (f * segment(CODES, PART, "low_width")))
 
 
 @triton.jit
@@ -49,8 +58,63 @@ def high_bits(at, near, f: tl.constexpr, CODES: tl.constexpr, PART: tl.constexpr
 
 
 @triton.jit
+def all_fields(at, lows, near, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
+    """Every field of bytes of the low plane as numbers, a tuple of tensors like `lows`."""
+    found = ()
+    for f in tl.static_range(segment(CODES, PART, "fields")):
+        more = lows
+        if segment(CODES, PART, "high_width") > 0:
+            more = high_bits(at, near, f, CODES, PART)
+        found = found + (field(lows, more, f, CODES, PART, DOT),)
+    return found
+
+
+@triton.jit
+def all_fields_of_16_bits(at, lows, near, CODES: tl.constexpr, PART: tl.constexpr):
+    """The same in float16, four bytes at a time. A high plane must be half of the low one."""
+    if segment(CODES, PART, "high_width") > 0:
+        byte = tl.arange(0, segment(CODES, PART, "padded_bytes"))
+        own = segment(CODES, PART, "high_offset") + byte % segment(CODES, PART, "high_bytes")
+        highs = tl.load(at + own[None, :], mask=near, other=0)
+        # One load has the high bits of all fields: of the run's second half, one width further up.
+        second = tl.where(byte < segment(CODES, PART, "high_bytes"), 0, 255).to(tl.uint8)
+        taken = (lows, highs, second[None, :] + tl.zeros(lows.shape, tl.uint8))
+    else:
+        taken = (lows,)
+    if segment(CODES, PART, "fields") == 4:
+        return tl.inline_asm_elementwise(
+            unpacking(CODES, PART),
+            operands(CODES, PART),
+            taken,
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    elif segment(CODES, PART, "fields") == 2:
+        return tl.inline_asm_elementwise(
+            unpacking(CODES, PART),
+            operands(CODES, PART),
+            taken,
+            (tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (
+            tl.inline_asm_elementwise(
+                unpacking(CODES, PART),
+                operands(CODES, PART),
+                taken,
+                tl.float16,
+                is_pure=True,
+                pack=4,
+            ),
+        )
+
+
+@triton.jit
 def load_codes(stored, slots, inside, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
-    """Codes [BLOCK_C, places] of one segment of pairs as they are; 0 where not `inside`.
+    """Codes [BLOCK_C, places] of one segment of pairs, in `units_of`; 0 where not `inside`.
 
     Any bytes are codes: an empty slot's may be read, and are numbers.
     """
@@ -60,28 +124,29 @@ def load_codes(stored, slots, inside, CODES: tl.constexpr, PART: tl.constexpr, D
     if segment(CODES, PART, "padded_bytes") > segment(CODES, PART, "low_bytes"):
         near = near & (byte < segment(CODES, PART, "low_bytes"))[None, :]
     lows = tl.load(at + (segment(CODES, PART, "low_offset") + byte)[None, :], mask=near, other=0)
-    highs = lows
-    if segment(CODES, PART, "high_width") > 0:
-        highs = high_bits(at, near, 0, CODES, PART)
-    more = highs
-    found = (field(lows, highs, 0, CODES, PART, DOT),)
-    for f in tl.static_range(1, segment(CODES, PART, "fields")):
-        if segment(CODES, PART, "high_width") > 0:
-            # Where the low plane is just twice as long, one load has the high bits of all fields.
-            if segment(CODES, PART, "low_bytes") == 2 * segment(CODES, PART, "high_bytes"):
-                more = highs >> (f * 2 * segment(CODES, PART, "high_width"))
-            else:
-                more = high_bits(at, near, f, CODES, PART)
-        found = found + (field(lows, more, f, CODES, PART, DOT),)
+    if tl.float16 == DOT and segment(CODES, PART, "halved") and not INTERPRETED:
+        found = all_fields_of_16_bits(at, lows, near, CODES, PART)
+    else:
+        found = all_fields(at, lows, near, CODES, PART, DOT)
+    ROWS: tl.constexpr = slots.shape[0]
+    FOURS: tl.constexpr = segment(CODES, PART, "padded_bytes") // 4
     if segment(CODES, PART, "fields") == 4:
-        joined = tl.join(tl.join(found[0], found[2]), tl.join(found[1], found[3]))
-        return tl.reshape(joined, [slots.shape[0], segment(CODES, PART, "places")])
+        even = tl.join(fours(found[0], ROWS, FOURS), fours(found[2], ROWS, FOURS))
+        odd = tl.join(fours(found[1], ROWS, FOURS), fours(found[3], ROWS, FOURS))
+        joined = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
+        return tl.reshape(joined, [ROWS, segment(CODES, PART, "places")])
     elif segment(CODES, PART, "fields") == 2:
-        return tl.reshape(
-            tl.join(found[0], found[1]), [slots.shape[0], segment(CODES, PART, "places")]
-        )
+        joined = tl.join(fours(found[0], ROWS, FOURS), fours(found[1], ROWS, FOURS))
+        joined = tl.permute(joined, (0, 1, 3, 2))
+        return tl.reshape(joined, [ROWS, segment(CODES, PART, "places")])
     else:
         return found[0]
+
+
+@triton.jit
+def fours(found, ROWS: tl.constexpr, FOURS: tl.constexpr):
+    """[ROWS, 4 FOURS] as [ROWS, FOURS, 4]."""
+    return tl.reshape(found, [ROWS, FOURS, 4])
 
 
 @triton.jit

@@ -9,7 +9,7 @@ or values is formed, and codes become numbers of 16 bits exactly.
 import triton
 import triton.language as tl
 
-from .codes import channels_of, load_codes
+from .codes import channels_of, load_codes, units_of
 from .maths import GAIN_NONE, INFINITY, bound, capped
 from .planes import segment, segments
 
@@ -28,8 +28,10 @@ def placed_queries(q, head_stride, CODES: tl.constexpr, GROUP, BLOCK_G: tl.const
         channel, real = channels_of(CODES, i)
         wanted = (g[:, None] < GROUP) & real[None, :]
         at = q + g[:, None] * head_stride + channel[None, :]
-        query = tl.load(at, mask=wanted, other=0.0).to(DOT)
-        central += segment(CODES, i, "center") * tl.sum(query.to(tl.float32), 1)
+        # Powers of two: nothing is lost.
+        unit = units_of(CODES, i)[None, :]
+        query = (tl.load(at, mask=wanted, other=0.0) * unit).to(DOT)
+        central += segment(CODES, i, "center") * tl.sum(query.to(tl.float32) / unit, 1)
         placed = placed + (query,)
     return placed, central
 
@@ -84,15 +86,21 @@ def over_codes(
     sums = ()
     for i in tl.static_range(segments(VALUE_CODES)):
         sums = sums + (tl.zeros([BLOCK_G, segment(VALUE_CODES, i, "places")], tl.float32),)
+    slots = first + tl.arange(0, BLOCK_C)
+    next_key_scale = tl.load(key_scales + slots, mask=slots < last, other=0.0)
+    next_value_scale = tl.load(value_scales + slots, mask=slots < last, other=0.0)
     for start in tl.range(bound(first), bound(last), BLOCK_C):
         slots = start + tl.arange(0, BLOCK_C)
         inside = slots < capacity
+        ahead = slots < capacity - BLOCK_C
         position = tl.load(positions + slots, mask=inside, other=-1).to(tl.int32)
         held = (position != -1) & (slots != slot)
-        # Whatever an empty slot's bytes are, they are codes; only its scales may be no numbers.
-        # So no load waits for the positions.
-        key_scale = tl.load(key_scales + slots, mask=inside, other=0.0).to(tl.float32)
-        value_scale = tl.load(value_scales + slots, mask=inside, other=0.0).to(tl.float32)
+        # Whatever an empty slot's bytes are, they are codes; only its scales may be no numbers. So
+        # no load waits for the positions, and what is too small for the compiler to load ahead is
+        # loaded here, a tile ahead.
+        key_scale, value_scale = next_key_scale.to(tl.float32), next_value_scale.to(tl.float32)
+        next_key_scale = tl.load(key_scales + BLOCK_C + slots, mask=ahead, other=0.0)
+        next_value_scale = tl.load(value_scales + BLOCK_C + slots, mask=ahead, other=0.0)
         s = products(queries, keys, slots, inside, KEY_CODES, DOT) - central[:, None]
         s = capped(s * (key_scale * SCALE)[None, :], SOFTCAP)
         s = tl.where(held[None, :], s, -INFINITY)
@@ -107,7 +115,7 @@ def over_codes(
         weights = tl.exp(s - finite[:, None])
         fade = tl.exp(peak - finite)
         mass = mass * fade + tl.sum(weights, 1)
-        shares = (weights * (value_scale / divisor)[None, :]).to(DOT)
+        shares = (weights * (value_scale * (1.0 / divisor))[None, :]).to(DOT)
         fade = fade * (unit / divisor)
         level = level * fade + tl.sum(shares.to(tl.float32), 1)
         added = ()
@@ -120,7 +128,8 @@ def over_codes(
         unit = largest
     for i in tl.static_range(segments(VALUE_CODES)):
         channel, real = channels_of(VALUE_CODES, i)
-        total = (sums[i] - segment(VALUE_CODES, i, "center") * level[:, None]) * unit
+        total = sums[i] * units_of(VALUE_CODES, i)[None, :]
+        total = (total - segment(VALUE_CODES, i, "center") * level[:, None]) * unit
         at = numerators + g[:, None] * BLOCK_D + channel[None, :]
         tl.store(at, total, mask=real[None, :] & (g[:, None] < GROUP))
     return peak, mass

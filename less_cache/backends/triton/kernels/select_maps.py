@@ -219,7 +219,7 @@ def select_and_map(
         if KIND != NO_MAPS:
             head = unit - KV_HEADS
             at = q + sequences[:, None] * q_row_stride + head * q_head_stride + d[None, :]
-            x = tl.load(at, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
+            x = tl.load(at, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0).to(DOT)
             features = two_layers(
                 x,
                 phi_w1 + head * HEAD_DIM * HIDDEN,

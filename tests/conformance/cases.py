@@ -181,10 +181,15 @@ class Runner:
     """A manager with a state, spoken to in float64 NumPy whatever its backend takes."""
 
     def __init__(
-        self, case: BackendCase, config: lc.CacheConfig, maps: lc.FeatureMaps | None, batch: int
+        self,
+        case: BackendCase,
+        config: lc.CacheConfig,
+        maps: lc.FeatureMaps | None,
+        batch: int,
+        transforms: lc.Transforms | None = None,
     ) -> None:
         self.case = case
-        self.manager = lc.CacheManager(config, maps, backend=case.backend)
+        self.manager = lc.CacheManager(config, maps, backend=case.backend, transforms=transforms)
         dtype = np.dtype(case.dtype) if case.numpy else getattr(torch, case.dtype)
         device = None if case.numpy else case.device
         self.state = self.manager.init(batch, device=device, dtype=dtype)

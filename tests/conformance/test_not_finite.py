@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,18 @@ def managed(backend, policy, monkeypatch, **changes):
 @pytest.mark.parametrize("policy", CASES, ids=policy_id)
 def test_earlier_tokens_of_the_call_are_not_touched(policy, backend, where, monkeypatch):
     manager = managed(backend, policy, monkeypatch, softcap=5.0 if where == "both" else None)
-    for before in (0, 4, 9):
+    check_earlier_tokens(manager, where, (0, 4, 9))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+def test_earlier_tokens_are_not_touched_by_kernels(monkeypatch):
+    # The interpreter is slow, and all policies share the kernels of a chunk.
+    manager = managed("triton", lc.H2O(), monkeypatch, softcap=5.0)
+    check_earlier_tokens(manager, "both", (4,))
+
+
+def check_earlier_tokens(manager, where, befores):
+    for before in befores:
         good, bad = manager.init(2), manager.init(2)
         if before:
             for state in (good, bad):

@@ -28,6 +28,7 @@ except ImportError as error:
 from . import chunk
 from .decode import step
 from .launch import check_device
+from .maps import prepare_maps
 from .scan import eviction_times
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
@@ -59,17 +60,6 @@ def check_config(config: CacheConfig) -> None:
     for name in ("dtype", "state_dtype"):
         if getattr(config, name) == "float64":
             raise ValueError(f"{name}: got 'float64', which backend 'triton' does not compute in")
-    if config.quantization is not None:
-        raise ValueError(
-            f"quantization: got {config.quantization}, which backend 'triton' has no kernels for; "
-            "use 'torch' or 'reference'"
-        )
-
-
-def prepare_maps(maps: LayerMaps, layer: LayerConfig, device: Any) -> LayerMaps:
-    """The maps on the arrays' device in the model's dtype, each tensor in one piece."""
-    placed = maps.to(device, getattr(torch, layer.dtype))
-    return LayerMaps(placed.kind, {name: t.contiguous() for name, t in placed.tensors.items()})
 
 
 def attend(
@@ -84,6 +74,7 @@ def attend(
     rows: Tensor | None = None,
     mask: Tensor | None = None,
     clean: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The step; see `Backend.attend`. Rows may lie anywhere, but each in one piece.
 
@@ -94,13 +85,12 @@ def attend(
     """
     check_device(arrays.keys)
     check_rows(arrays)
+    given: dict[str, Any] = {"lengths": lengths, "rows": rows, "mask": mask, "shift": shift}
     with torch.no_grad():
         if k.shape[2] == 1:
             # An empty row costs a step nothing, clean or not.
-            return step(layer, arrays, maps, q, k, v, lengths=lengths, rows=rows, mask=mask)
-        return chunk.attend(
-            layer, arrays, maps, q, k, v, lengths=lengths, rows=rows, mask=mask, clean=clean
-        )
+            return step(layer, arrays, maps, q, k, v, **given)
+        return chunk.attend(layer, arrays, maps, q, k, v, **given, clean=clean)
 
 
 def check_rows(arrays: LayerArrays) -> None:

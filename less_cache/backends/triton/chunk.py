@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...arrays import LayerArrays
+from ...arrays import EMPTY, LayerArrays
 from ...layer_config import LayerConfig
 from ...layer_maps import LayerMaps
 from ..torch import chunk as torch_chunk
@@ -34,6 +34,7 @@ def attend(
     lengths: Tensor,
     rows: Tensor | None = None,
     mask: Tensor | None = None,
+    shift: Tensor | None = None,
     clean: bool = False,
 ) -> Tensor:
     """`Backend.attend` for S > 1 tokens."""
@@ -51,6 +52,7 @@ def attend(
             v[:, run.kv_heads],
             lengths,
             mask,
+            None if shift is None else shift[:, run.query_heads],
             attention_function=functools.partial(attention, lengths),
         )
         held.close()
@@ -68,6 +70,7 @@ def attention(
     values: Tensor,
     positions: Tensor,
     weight: Tensor | None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs, and each pair's weighted sum of probabilities.
 
@@ -75,7 +78,7 @@ def attention(
     ----------
     lengths
         [B], tokens seen before these.
-    layer, slots, maps, q, keys, values, positions, weight
+    layer, slots, maps, q, keys, values, positions, weight, shift
         As the PyTorch backend's `attention.in_blocks` has them.
 
     Returns
@@ -86,9 +89,12 @@ def attention(
         [B, heads, C + S] float32.
     """
     batch, query_heads, tokens, head_dim = q.shape
-    q, keys, values = contiguous_heads(q), keys.contiguous(), values.contiguous()
-    positions = positions.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    features = None if maps is None else maps.phi(q).contiguous()
+    # Coded pairs come in wider numbers than the model's.
+    q, keys, values = (array.to(getattr(torch, layer.dtype)) for array in (q, keys, values))
+    q, keys, values = contiguous_heads(q), keys.contiguous(), values.contiguous()
+    positions, spoilt_from = _finite(keys, values, positions)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     arguments: dict[str, Any] = {
         "q": q,
@@ -117,7 +123,9 @@ def attention(
             **arguments,
             "values": values,
             "lengths": lengths.contiguous(),
-            "phi": None if maps is None else maps.phi(q).contiguous(),
+            "spoilt_from": spoilt_from,
+            "phi": features,
+            "shift": None if shift is None else shift.contiguous(),
             # Of a run of heads in a pool's page, they need not be in one piece.
             "H": slots.H.contiguous(),
             "z": slots.z.contiguous(),
@@ -150,6 +158,19 @@ def attention(
             warps=warps,
         )
     return out, gained
+
+
+def _finite(keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions without those of pairs that are not finite, and the first such column of a head.
+
+    A masked probability is 0, and 0 * NaN is no 0: such a pair is left out, and spoils afterwards
+    the queries that see it. Both are contiguous, [B, heads, C + S] and [B, heads] int32.
+    """
+    bad = ~(keys.isfinite() & values.isfinite()).all(3) & (positions != EMPTY)
+    count = positions.shape[2]
+    columns = torch.arange(count, dtype=torch.int32, device=keys.device)
+    first = torch.where(bad, columns, count).amin(2)
+    return positions.masked_fill(bad, EMPTY), first
 
 
 def _attention_tiles(layer: LayerConfig) -> tuple[int, int, int]:

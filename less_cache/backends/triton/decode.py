@@ -22,6 +22,7 @@ from . import launch as launching
 from .heads import head_table
 from .kernels.attend import attend, conclude_split
 from .kernels.maths import EXP, NO_MAPS, PAPER
+from .kernels.planes import codes_text
 from .kernels.select_maps import select_and_map
 from .launch import block, contiguous_heads, dot_type, launch
 
@@ -29,6 +30,15 @@ KINDS = {"paper": PAPER.value, "exp": EXP.value}
 
 TILE_BYTES = 8192
 """Of keys, and of values, that one program reads at a time."""
+
+CODED_TILE_BYTES = {2: 16384, 4: 8192}
+"""The same of codes once they are unpacked, by the bytes of a number: too few to spill."""
+
+CODED_REGISTERS = 255
+"""As many as there are."""
+
+CODED_STAGES = 3
+"""Loads of codes wait for no position, and so may be under way for the tiles to come."""
 
 BLOCKS_A_SPLIT = 8
 """Blocks of slots below which sharing them out costs more than it gains."""
@@ -71,7 +81,9 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     """
     group, head_dim = block(layer.group), block(layer.head_dim)
     # Small tiles and many programs a multiprocessor: more reads are under way at any time.
-    slots = max(16, TILE_BYTES // (head_dim * getattr(torch, layer.dtype).itemsize))
+    itemsize = getattr(torch, layer.dtype).itemsize
+    tile_bytes = TILE_BYTES if layer.key_layout is None else CODED_TILE_BYTES[itemsize]
+    slots = max(16, tile_bytes // (head_dim * itemsize))
     blocks = triton.cdiv(max(layer.capacities), slots)
     large = group * head_dim > 4096 or layer.rank > 16 or layer.dtype == "float32"
     if splits is None:
@@ -99,13 +111,14 @@ def step(
     lengths: Tensor,
     rows: Tensor | None = None,
     mask: Tensor | None = None,
+    shift: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """`Backend.attend` for one new token (S = 1).
 
     Parameters
     ----------
-    layer, arrays, maps, q, k, v, lengths, rows, mask
+    layer, arrays, maps, q, k, v, lengths, rows, mask, shift
         As `Backend.attend` has them.
     splits
         Programs that share one head's slots; default: as many as fill the device.
@@ -137,6 +150,7 @@ def step(
 
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     split = tile.splits > 1
+    coded = layer.key_layout is not None
     parts = (*heads, tile.splits, tile.group)
     scored = layer.policy.gains is not Gain.NONE
     arguments: dict[str, Any] = {
@@ -147,6 +161,8 @@ def step(
         "mask": None if mask is None else mask.view(torch.uint8),
         "keys": arrays.keys,
         "values": arrays.values,
+        "key_scales": arrays.key_scales,
+        "value_scales": arrays.value_scales,
         "scores": arrays.scores,
         "positions": arrays.positions,
         "history": arrays.history,
@@ -155,11 +171,12 @@ def step(
         "slots": slots,
         "phi": phi if layer.rank else None,
         "psi": psi if layer.rank else None,
+        "shift": None if shift is None else shift.contiguous(),
         "logits": scratch(batch, layer.slots * layer.group) if scored else None,
         "out": out,
         "part_peak": scratch(*parts) if split else None,
         "part_mass": scratch(*parts) if split else None,
-        "part_numerator": scratch(*parts, tile.head_dim) if split else None,
+        "part_numerator": scratch(*parts, tile.head_dim) if split or coded else None,
         "splits": tile.splits,
         "q_row_stride": q.stride(0),
         "q_head_stride": q.stride(1),
@@ -172,6 +189,7 @@ def step(
         "logits_row_stride": layer.slots * layer.group,
     }
     shared: dict[str, Any] = {
+        **codes_constants(layer),
         "HAS_MASK": mask is not None,
         **policy_constants(layer),
         "GROUP": layer.group,
@@ -185,11 +203,16 @@ def step(
         "BLOCK_R": tile.rank,
         "BLOCK_S": SCORES_A_THREAD * 32 * tile.warps,
     }
-    own = {"SPLIT": split, "BLOCK_C": tile.slots, "DOT": dot_type(k.dtype)}
+    constants = {
+        **shared,
+        "SPLIT": split,
+        "BLOCK_C": tile.slots,
+        "DOT": products_type(layer),
+    }
     programs = batch * layer.kv_heads
-    constants = {**shared, **own}
     grid = (programs, tile.splits)
-    launch(attend, grid, arguments, constants, device=device, warps=tile.warps)
+    own = {"stages": CODED_STAGES, "registers": CODED_REGISTERS} if coded else {}
+    launch(attend, grid, arguments, constants, device=device, warps=tile.warps, **own)
     if split:
         launch(conclude_split, (programs,), arguments, shared, device=device, warps=tile.warps)
     return out
@@ -206,8 +229,25 @@ def row_strides(arrays: LayerArrays) -> tuple[dict[str, int], bool]:
     aligned = all(strides[name] % width == 0 for name, width in widths.items())
     if aligned:
         strides |= {name: strides[name] // width for name, width in widths.items()}
-    strides.setdefault("history", 0)
+    for missing in ("history", "key_scales", "value_scales"):
+        strides.setdefault(missing, 0)
     return {f"{name}_row_stride": stride for name, stride in strides.items()}, aligned
+
+
+def products_type(layer: LayerConfig) -> Any:
+    """The type of kernel B's products: codes are exact in float16, and queries better off there."""
+    dtype = getattr(torch, layer.dtype)
+    if layer.key_layout is not None and dtype.itemsize == 2:
+        dtype = torch.float16
+    return dot_type(dtype)
+
+
+def codes_constants(layer: LayerConfig) -> dict[str, str]:
+    """How pairs are coded, as compile-time constants."""
+    return {
+        "KEY_CODES": codes_text(layer.key_layout),
+        "VALUE_CODES": codes_text(layer.value_layout),
+    }
 
 
 def policy_constants(layer: LayerConfig) -> dict[str, Any]:
@@ -236,8 +276,18 @@ def _select_and_map(
 ) -> None:
     batch = q.shape[0]
     weights: dict[str, Tensor] = {} if maps is None else dict(maps.tensors)
-    names = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "psi_w3", "psi_s1", "psi_s2", "psi_b")
-    read = ("keys", "scores", "positions")
+    names = (
+        "phi_w1",
+        "phi_w2",
+        "psi_w1",
+        "psi_b1",
+        "psi_w2",
+        "psi_w3",
+        "psi_s1",
+        "psi_s2",
+        "psi_b",
+    )
+    read = ("keys", "key_scales", "scores", "positions")
     arguments = {
         **call,
         "q": q,
@@ -261,6 +311,7 @@ def _select_and_map(
         "KIND": NO_MAPS.value if maps is None else KINDS[maps.kind],
         "QUERY_HEADS": layer.query_heads,
         "KV_HEADS": layer.kv_heads,
+        "KEY_CODES": codes_text(layer.key_layout),
         "HEAD_DIM": layer.head_dim,
         "HIDDEN": 0 if maps is None else maps.hidden,
         "RANK": layer.rank,
@@ -276,4 +327,12 @@ def _select_and_map(
     grid = (units, triton.cdiv(batch, sequences))
     # By what the compiler reports: the fewest registers without spilling any.
     few = maps is None or (dtype.itemsize == 4 and layer.rank <= 32)
-    launch(select_and_map, grid, arguments, constants, device=q.device, warps=4 if few else 8)
+    launch(
+        select_and_map,
+        grid,
+        arguments,
+        constants,
+        device=q.device,
+        warps=4 if few else 8,
+        registers=None if layer.key_layout is None else CODED_REGISTERS,
+    )

@@ -30,6 +30,13 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's, by its names."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found if self.registers is None else {**found, "maxnreg": self.registers}
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("_recorder", default=None)
@@ -55,6 +62,7 @@ def launch(
     device: torch.device,
     warps: int = 4,
     stages: int = 2,
+    registers: int | None = None,
 ) -> None:
     """Launch a kernel on a device's current stream, without waiting for it.
 
@@ -72,14 +80,17 @@ def launch(
         Of the tensors; it need not be the current one.
     warps, stages
         Of each program; of its pipelined loops.
+    registers
+        At most so many a thread. Where nothing is said, the assembler may rather spill a few than
+        let fewer programs share a multiprocessor.
     """
-    wanted = Launch(kernel, tuple(grid), arguments, constants, warps, stages)
+    wanted = Launch(kernel, tuple(grid), arguments, constants, warps, stages, registers)
     launches = _recorder.get()
     if launches is not None:
         launches.append(wanted)
         return
     with _current(device):
-        kernel[wanted.grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[wanted.grid](**arguments, **constants, **wanted.options)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

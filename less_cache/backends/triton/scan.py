@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._checks import check_int
 from ...arrays import EMPTY, LayerArrays, empty_arrays
 from ...layer_config import LayerConfig
+from ...quantization import codes
 from . import chunk
 from .decode import policy_constants
 from .kernels.scan import scan
@@ -110,9 +111,15 @@ def _scan_run(
     if prompt > 1:
         lengths = _take_prompt(layer, arrays, q, k, mask, order, prompt, times)
         begin = prompt
+    stored = k
+    if layer.key_layout is not None:
+        k = k.contiguous()
+        stored = codes.decode(layer.key_layout, *codes.encode(layer.key_layout, k), k.dtype)
     arguments: dict[str, Any] = {
         "q": q,
-        "k": k,
+        "k": stored,
+        # In its own step a coded pair is attended as it came.
+        "own": None if layer.key_layout is None else k,
         "mask": None if mask is None else mask.view(torch.uint8),
         "order": order,
         "positions": arrays.positions,

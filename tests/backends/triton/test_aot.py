@@ -103,6 +103,8 @@ def test_what_a_kernel_does_not_read_it_does_not_take(records):
         assert bool(low_rank) != without, record
         assert not {"psi_w3", "psi_s1"} & names, "a parameter of the other kind of maps"
         assert not {"rows", "heads"} & names, "the caller's sequences have a row each, alike"
+        coded = {name for name in names if "scales" in name} | {"shift", "psi_b1"} & names
+        assert not coded, "pairs are stored as they are"
         shared_slots = record["kernel"] == "attend" and record["split"]
         if record["kernel"] != "select_and_map":
             assert ("splits" in names) == (shared_slots or record["kernel"] == "conclude_split")
@@ -159,6 +161,7 @@ def test_no_size_is_compiled_in(tmp_path):
     script = """
 from less_cache.backends.triton.aot import layouts, records
 known = {"HAS_MASK", "START", "GAIN", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE", "DOT"}
+known |= {"KEY_CODES", "VALUE_CODES"}
 for layout in layouts.every_layout():
     for wanted in records.launches(layout):
         found = records.generalised(wanted, layout)
@@ -218,3 +221,17 @@ layouts_of_export(path.parent)
     result = run(["-c", script, str(folder)], tmp_path)
     assert "policy: Mine(sinks=0, recent=" in result.stderr
     assert "has scores of Python code, and no kernels" in result.stderr
+
+
+def test_coded_pairs_are_refused_by_name(tmp_path):
+    codes = lc.Quantization(3, 3)
+    config = lc.CacheConfig(1, 2, 2, 64, capacity=9, policy=lc.H2O(), rank=0, quantization=codes)
+    folder = write_manifest(tmp_path / "export", config, [None])
+    script = """
+import sys
+from pathlib import Path
+from less_cache.backends.triton.aot.layouts import layouts_of_export
+layouts_of_export(Path(sys.argv[1]))
+"""
+    result = run(["-c", script, str(folder)], tmp_path)
+    assert "quantization: got Quantization(key_bits=3, value_bits=3" in result.stderr

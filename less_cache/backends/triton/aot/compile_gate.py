@@ -88,7 +88,7 @@ def compile_all(
             launches_of(variant)
         fresh = []
         for index, wanted in enumerate(launches):
-            key = repr((wanted.kernel.__name__, wanted.warps, wanted.stages, signature(wanted)))
+            key = repr((wanted.kernel.__name__, wanted.options, signature(wanted)))
             if key not in known:
                 known.add(key)
                 fresh.append(index)

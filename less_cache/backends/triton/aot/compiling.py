@@ -117,5 +117,5 @@ def compile_kernel(wanted: Launch, parameters: Signature, capability: int) -> An
             if multiple > 1
         },
     )
-    options = {"num_warps": wanted.warps, "num_stages": wanted.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=wanted.options)

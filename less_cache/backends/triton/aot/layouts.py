@@ -98,7 +98,8 @@ def layouts_of_export(folder: Path) -> list[Layout]:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder has no manifest, or not one that can be read, or a policy without kernels.
+        If the folder has no manifest, or not one that can be read, or a policy without kernels, or
+        codes for pairs.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -146,6 +147,11 @@ def _product(
 
 
 def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization: got {config.quantization}, but kernels are compiled ahead of time for "
+            "pairs that are stored as they are; use the Triton backend"
+        )
     policy = policy_from_dict(layer["policy"])
     if policy.custom:
         raise ValueError(f"policy: {policy} has scores of Python code, and no kernels")

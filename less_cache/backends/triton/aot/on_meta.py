@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ....arrays import LayerArrays, empty_arrays
 from ....layer_config import LayerConfig
 from ....layer_maps import LayerMaps, tensor_shapes
 from ..decode import step
+from ..maps import prepare_maps
 
 
 def meta_maps(layer: LayerConfig, kind: str | None, hidden: int) -> LayerMaps | None:
@@ -24,13 +27,28 @@ def meta_maps(layer: LayerConfig, kind: str | None, hidden: int) -> LayerMaps | 
         rank=layer.rank,
     )
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return LayerMaps(kind, tensors).to("meta", getattr(torch, layer.dtype))
+    if has_means(layer):
+        tensors["psi_b1"] = torch.empty(layer.kv_heads, hidden, device="meta")
+    return prepare_maps(LayerMaps(kind, tensors), layer, "meta")
+
+
+def has_means(layer: LayerConfig) -> bool:
+    """Whether the layer's keys are centred: queries bring a shift, ψ a bias."""
+    return layer.quantization is not None and layer.quantization.transform == "calibrated"
+
+
+def meta_shift(layer: LayerConfig, batch: int, tokens: int) -> Tensor | None:
+    """[B, Hq, S], where there is one."""
+    if not has_means(layer):
+        return None
+    return torch.empty(batch, layer.query_heads, tokens, device="meta")
 
 
 def meta_tokens(layer: LayerConfig, batch: int, heads: int, tokens: int) -> Tensor:
-    """[B, heads, S, D] in the layer's dtype."""
+    """[B, heads, S, D] in the layer's dtype, or float32 in the basis of codes."""
     shape = (batch, heads, tokens, layer.head_dim)
-    return torch.empty(shape, dtype=getattr(torch, layer.dtype), device="meta")
+    dtype = "float32" if layer.quantization is not None else layer.dtype
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def meta_step(
@@ -68,5 +86,6 @@ def meta_step(
     mask = torch.ones(batch, 1, dtype=torch.bool, device="meta") if masked else None
     numbers = torch.empty(batch, dtype=torch.int32, device="meta")
     rows = numbers if pooled else None
-    step(layer, arrays, maps, q, k, k, lengths=numbers, rows=rows, mask=mask, splits=splits)
+    given: dict[str, Any] = {"lengths": numbers, "rows": rows, "mask": mask}
+    step(layer, arrays, maps, q, k, k, **given, shift=meta_shift(layer, batch, 1), splits=splits)
     return arrays

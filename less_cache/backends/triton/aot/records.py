@@ -168,6 +168,7 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     # The caller's arrays are dense: rows lie a multiple of D apart, in 64 bits.
     found.fix("ALIGNED", False)
     _strided(found, wanted.constants["HEAD_DIM"])
+    _drop(found, "key_scales", "value_scales")
     if layout.kind is not None:
         found.pass_on("RANK", "i32", layout.rank_multiple)
     if name == "select_and_map":
@@ -221,6 +222,8 @@ def _strided(found: Signature, head_dim: int) -> None:
 def _drop(found: Signature, *arrays: str) -> None:
     """Arrays that are not read are no parameters, nor are their strides."""
     for array in arrays:
+        if array not in found.types:
+            continue
         found.fix(array, None)
         for stride in (f"{array}_row_stride", f"{array}_head_stride"):
             if stride in found.types:

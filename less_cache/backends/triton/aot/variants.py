@@ -20,10 +20,11 @@ from ....policies import (
     Scissorhands,
     SinkWindow,
 )
+from ....quantization import BITS, TRANSFORMS, Quantization
 from ...torch.slots import open_run
 from ..chunk import attention
 from ..scan import LARGEST_CAPACITY, eviction_times
-from .on_meta import meta_maps, meta_step, meta_tokens
+from .on_meta import meta_maps, meta_shift, meta_step, meta_tokens
 
 HIDDEN = 512
 CHUNK = 1024
@@ -55,6 +56,7 @@ class Variant:
     softcap: float | None = None
     masked: bool = False
     pooled: bool = False
+    codes: Quantization | None = None
 
     def __str__(self) -> str:
         policy = type(self.policy).__name__
@@ -64,7 +66,10 @@ class Variant:
         )
         text += f" softcap={self.softcap:g}" if self.softcap else ""
         text += " masked" if self.masked else ""
-        return text + (" pooled" if self.pooled else "")
+        text += " pooled" if self.pooled else ""
+        if self.codes is None:
+            return text
+        return f"{text} {self.codes.transform} {self.codes.key_bits}, {self.codes.value_bits} bits"
 
     @property
     def config(self) -> CacheConfig:
@@ -79,6 +84,7 @@ class Variant:
             rank=self.rank,
             softcap=self.softcap,
             dtype=self.dtype,
+            quantization=self.codes,
         )
 
 
@@ -101,7 +107,8 @@ def launches_of(variant: Variant) -> None:
         q = meta_tokens(layer, variant.batch, run.layer.query_heads, CHUNK)
         own = None if maps is None else maps.heads(run.query_heads, run.kv_heads)
         held = open_run(run, arrays, None, None)
-        attention(lengths, run.layer, held, own, q, keys, keys, positions, weight)
+        shift = meta_shift(run.layer, variant.batch, CHUNK)
+        attention(lengths, run.layer, held, own, q, keys, keys, positions, weight, shift)
     if max(layer.capacities) <= LARGEST_CAPACITY and layer.policy.evicts:
         q = meta_tokens(layer, variant.batch, layer.query_heads, CHUNK)
         k = meta_tokens(layer, variant.batch, layer.kv_heads, CHUNK)
@@ -126,12 +133,34 @@ def selected_variants() -> list[Variant]:
             usual, kv_heads=4, group=4, capacity=(40, 205, 205, 1000), masked=True, pooled=True
         ),
         replace(usual, kv_heads=2, batch=1, capacity=(300, 6000), policy=Scissorhands()),
+        replace(usual, codes=Quantization(3, 3)),
+        replace(usual, codes=Quantization(3, 3, "calibrated"), dtype="bfloat16", pooled=True),
+        replace(usual, codes=Quantization(4, 2), head_dim=64, batch=1, capacity=4000),
+        replace(usual, codes=Quantization(4, 4, "calibrated"), group=8, kv_heads=4, head_dim=96),
+        replace(usual, codes=Quantization(8, 8), dtype="float32", policy=SinkWindow(), rank=0),
     ]
+
+
+def coded_variants() -> list[Variant]:
+    """Each number of bits with both bases, and each size with 3 bits."""
+    usual = Variant(codes=Quantization())
+    variants = [
+        replace(usual, codes=Quantization(bits, bits, transform), batch=batch)
+        for bits, transform, batch in itertools.product(BITS, TRANSFORMS, (1, 64))
+    ]
+    for transform, head_dim, dtype in itertools.product(
+        TRANSFORMS, (64, 80, 96, 128, 256), ("float16", "float32")
+    ):
+        coded = replace(usual, codes=Quantization(3, 3, transform))
+        variants.append(replace(coded, head_dim=head_dim, dtype=dtype))
+    variants += [replace(usual, group=group, kv_heads=8) for group in (4, 8, 16)]
+    variants += [replace(usual, policy=policy, rank=0) for policy in POLICIES]
+    return variants
 
 
 def every_variant() -> list[Variant]:
     """Each axis (policy, head size, dtype, group, rank, ...) crossed with the usual variant."""
-    variants = [*selected_variants()]
+    variants = [*selected_variants(), *coded_variants()]
     for policy, head_dim, dtype in itertools.product(
         POLICIES, (64, 80, 96, 128, 256), ("float16", "bfloat16", "float32")
     ):

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from .conclude import conclude
 from .maths import GAIN_NONE, INFINITY, bound, capped, gathered
+from .over_codes import over_codes
+from .planes import pair_numbers, stored_channels
 from .slots import head_slots, load_pairs, row_of, row_start
 
 
@@ -45,7 +47,7 @@ def over_slots(
     for start in tl.range(bound(first), bound(last), BLOCK_C):
         slots = start + tl.arange(0, BLOCK_C)
         inside = slots < capacity
-        position = tl.load(positions + slots, mask=inside, other=-1)
+        position = tl.load(positions + slots, mask=inside, other=-1).to(tl.int32)
         # Keys and values of slots that hold no pair are never loaded: they may be anything.
         held = (position != -1) & (slots != slot)
         key = load_pairs(keys, slots, held, HEAD_DIM, BLOCK_D, DOT)
@@ -65,6 +67,8 @@ UNSPECIALISED = [
     "mask_stride",
     "keys_row_stride",
     "values_row_stride",
+    "key_scales_row_stride",
+    "value_scales_row_stride",
     "scores_row_stride",
     "positions_row_stride",
     "history_row_stride",
@@ -89,6 +93,8 @@ def attend(
     heads,
     keys,
     values,
+    key_scales,
+    value_scales,
     scores,
     positions,
     history,
@@ -97,6 +103,7 @@ def attend(
     slots,
     phi,
     psi,
+    shift,
     logits,
     out,
     part_peak,
@@ -113,12 +120,16 @@ def attend(
     mask_stride,
     keys_row_stride,
     values_row_stride,
+    key_scales_row_stride,
+    value_scales_row_stride,
     scores_row_stride,
     positions_row_stride,
     history_row_stride,
     H_row_stride,
     z_row_stride,
     logits_row_stride,
+    KEY_CODES: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     START: tl.constexpr,
     GAIN: tl.constexpr,
@@ -150,9 +161,9 @@ def attend(
 
     Shapes: q [B, Hq, D], k, v [B, Hkv, D], mask [B] by their strides; rows, lengths [B]; heads
     [Hkv, 3] as `head_slots` has it; slots [B, Hkv]; phi [B, Hq, R], psi [B, Hkv, R]; logits
-    [B, N G], a head's [G, C] from G times its first slot; out [B, Hq, D]; part_peak, part_mass
-    [B, Hkv, splits, BLOCK_G], part_numerator [..., BLOCK_D]; the rest as `LayerArrays` has it, by
-    the strides of its rows.
+    [B, N G], a head's [G, C] from G times its first slot; shift [B, Hq]; out [B, Hq, D];
+    part_peak, part_mass [B, Hkv, splits, BLOCK_G], part_numerator [..., BLOCK_D]; the rest as
+    `LayerArrays` has it, by the strides of its rows.
     """
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -178,39 +189,79 @@ def attend(
         kept = logits
         if GAIN != GAIN_NONE:
             kept += sequence * logits_row_stride + first * GROUP
-        peak, mass, numerator = over_slots(
-            queries.to(DOT),
-            row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM,
-            row_start(values, row, values_row_stride, ALIGNED) + first * HEAD_DIM,
-            positions + row * positions_row_stride + first,
-            kept,
-            slot,
-            split * span,
-            last,
-            count,
-            GAIN,
-            SCALE,
-            SOFTCAP,
-            GROUP,
-            HEAD_DIM,
-            BLOCK_G,
-            BLOCK_C,
-            BLOCK_D,
-            DOT,
-        )
+        part = (head * splits + split) * BLOCK_G + g
+        numerators = part_numerator
+        if KEY_CODES != "":
+            numerators += (head * splits + split) * BLOCK_G * BLOCK_D
+            peak, mass = over_codes(
+                q + sequence * q_row_stride + kv_head * GROUP * q_head_stride,
+                q_head_stride,
+                row_start(keys, row, keys_row_stride, ALIGNED)
+                + first * pair_numbers(KEY_CODES, HEAD_DIM),
+                row_start(values, row, values_row_stride, ALIGNED)
+                + first * pair_numbers(VALUE_CODES, HEAD_DIM),
+                key_scales + row * key_scales_row_stride + first,
+                value_scales + row * value_scales_row_stride + first,
+                positions + row * positions_row_stride + first,
+                kept,
+                numerators,
+                slot,
+                split * span,
+                last,
+                count,
+                KEY_CODES,
+                VALUE_CODES,
+                GAIN,
+                SCALE,
+                SOFTCAP,
+                GROUP,
+                BLOCK_G,
+                BLOCK_C,
+                BLOCK_D,
+                DOT,
+            )
+        else:
+            peak, mass, numerator = over_slots(
+                queries.to(DOT),
+                row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM,
+                row_start(values, row, values_row_stride, ALIGNED) + first * HEAD_DIM,
+                positions + row * positions_row_stride + first,
+                kept,
+                slot,
+                split * span,
+                last,
+                count,
+                GAIN,
+                SCALE,
+                SOFTCAP,
+                GROUP,
+                HEAD_DIM,
+                BLOCK_G,
+                BLOCK_C,
+                BLOCK_D,
+                DOT,
+            )
         if SPLIT:
-            part = (head * splits + split) * BLOCK_G + g
             tl.store(part_peak + part, peak)
             tl.store(part_mass + part, mass)
-            tl.store(part_numerator + part[:, None] * BLOCK_D + d[None, :], numerator)
+            if KEY_CODES == "":
+                tl.store(part_numerator + part[:, None] * BLOCK_D + d[None, :], numerator)
         else:
             queries = queries.to(tl.float32)
+            if KEY_CODES != "":
+                # They lie in the order of codes; what others wrote is read in that of channels.
+                tl.debug_barrier()
+                at = numerators + g[:, None] * BLOCK_D + d[None, :]
+                stored = real & (d < stored_channels(VALUE_CODES, HEAD_DIM))[None, :]
+                numerator = tl.load(at, mask=stored, other=0.0)
             conclude(
                 queries,
                 k + sequence * k_row_stride + kv_head * k_head_stride,
                 v + sequence * v_row_stride + kv_head * v_head_stride,
                 keys,
                 values,
+                key_scales,
+                value_scales,
                 scores,
                 positions,
                 history,
@@ -218,6 +269,7 @@ def attend(
                 z,
                 phi,
                 psi,
+                shift,
                 logits,
                 out,
                 sequence,
@@ -232,12 +284,16 @@ def attend(
                 numerator,
                 keys_row_stride,
                 values_row_stride,
+                key_scales_row_stride,
+                value_scales_row_stride,
                 scores_row_stride,
                 positions_row_stride,
                 history_row_stride,
                 H_row_stride,
                 z_row_stride,
                 logits_row_stride,
+                KEY_CODES,
+                VALUE_CODES,
                 START,
                 GAIN,
                 DECAY,
@@ -273,6 +329,8 @@ def conclude_split(
     heads,
     keys,
     values,
+    key_scales,
+    value_scales,
     scores,
     positions,
     history,
@@ -281,6 +339,7 @@ def conclude_split(
     slots,
     phi,
     psi,
+    shift,
     logits,
     out,
     part_peak,
@@ -297,12 +356,16 @@ def conclude_split(
     mask_stride,
     keys_row_stride,
     values_row_stride,
+    key_scales_row_stride,
+    value_scales_row_stride,
     scores_row_stride,
     positions_row_stride,
     history_row_stride,
     H_row_stride,
     z_row_stride,
     logits_row_stride,
+    KEY_CODES: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     START: tl.constexpr,
     GAIN: tl.constexpr,
@@ -343,6 +406,7 @@ def conclude_split(
         peak = tl.full([BLOCK_G], -INFINITY, tl.float32)
         mass = tl.zeros([BLOCK_G], tl.float32)
         numerator = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        held = real & (d < stored_channels(VALUE_CODES, HEAD_DIM))[None, :]
         for split in tl.range(0, bound(splits)):
             part = (head * splits + split) * BLOCK_G + g
             part_top = tl.load(part_peak + part)
@@ -351,7 +415,8 @@ def conclude_split(
             fade = tl.exp(peak - finite)
             gain = tl.exp(part_top - finite)
             mass = mass * fade + tl.load(part_mass + part) * gain
-            gained = tl.load(part_numerator + part[:, None] * BLOCK_D + d[None, :])
+            at = part_numerator + part[:, None] * BLOCK_D + d[None, :]
+            gained = tl.load(at, mask=held, other=0.0)
             numerator = numerator * fade[:, None] + gained * gain[:, None]
             peak = top
         at = q + sequence * q_row_stride + query_heads[:, None] * q_head_stride + d[None, :]
@@ -362,6 +427,8 @@ def conclude_split(
             v + sequence * v_row_stride + kv_head * v_head_stride,
             keys,
             values,
+            key_scales,
+            value_scales,
             scores,
             positions,
             history,
@@ -369,6 +436,7 @@ def conclude_split(
             z,
             phi,
             psi,
+            shift,
             logits,
             out,
             sequence,
@@ -383,12 +451,16 @@ def conclude_split(
             numerator,
             keys_row_stride,
             values_row_stride,
+            key_scales_row_stride,
+            value_scales_row_stride,
             scores_row_stride,
             positions_row_stride,
             history_row_stride,
             H_row_stride,
             z_row_stride,
             logits_row_stride,
+            KEY_CODES,
+            VALUE_CODES,
             START,
             GAIN,
             DECAY,

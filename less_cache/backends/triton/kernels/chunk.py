@@ -46,7 +46,9 @@ def attended(
     values += head * columns_in_all * HEAD_DIM
     for start in tl.range(bound(first), bound(last), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        position = tl.load(positions + columns, mask=columns < columns_in_all, other=-1)
+        position = tl.load(positions + columns, mask=columns < columns_in_all, other=-1).to(
+            tl.int32
+        )
         held = position != -1
         offsets = columns[:, None] * HEAD_DIM + d[None, :]
         wanted = held[:, None] & (d[None, :] < HEAD_DIM)
@@ -66,7 +68,9 @@ def attend_chunk(
     values,
     positions,
     lengths,
+    spoilt_from,
     phi,
+    shift,
     H,
     z,
     out,
@@ -90,10 +94,12 @@ def attend_chunk(
     """Outputs (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), and log_mass = log Σ exp(s).
 
     Program (b·Hq + h, tile) has BLOCK_M queries of one head. `lengths` are the tokens seen before:
-    where there were none, no slot is looked at. A query that sees nothing gives 0, and log_mass 0.
+    where there were none, no slot is looked at. A query that sees nothing gives 0, and log_mass 0;
+    one at column `spoilt_from` or later sees a pair that is no number, which has no position here.
 
     Shapes: q [B, Hq, S, D] by its strides; keys, values [B, Hkv, C + S, D];
-    positions [B, Hkv, C + S]; lengths [B]; phi [B, Hq, S, R]; H [B, Hkv, R, D]; z [B, Hkv, R];
+    positions [B, Hkv, C + S]; lengths [B]; spoilt_from [B, Hkv]; phi [B, Hq, S, R]; shift
+    [B, Hq, S]; H [B, Hkv, R, D]; z [B, Hkv, R];
     out [B, Hq, S, D]; log_mass [B, Hq, S].
     """
     query_head = tl.program_id(0).to(tl.int64)
@@ -151,6 +157,8 @@ def attend_chunk(
                 low_mass += feature * tl.load(z + head * RANK + r)
             safe = tl.where(low_mass > 0, low_mass, 1.0)
             low_log = tl.where(low_mass > 0, tl.log(safe), -INFINITY)
+            if shift is not None:
+                low_log -= SCALE * tl.load(shift + lines, mask=real, other=0.0)
             over = tl.maximum(safe_peak, low_log)
             shrink = tl.exp(safe_peak - over)
             lift = tl.exp(low_log - over)
@@ -161,7 +169,8 @@ def attend_chunk(
                 line = tl.load(H + (head * RANK + r) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
                 share = feature * (lift / safe)
                 numerator += share[:, None] * line[None, :]
-    output = numerator / safe_mass[:, None]
+    spoilt = capacity + row >= tl.load(spoilt_from + head)
+    output = tl.where(spoilt[:, None], float("nan"), numerator / safe_mass[:, None])
     cells = lines[:, None] * HEAD_DIM + d[None, :]
     tl.store(out + cells, output.to(out.dtype.element_ty), mask=inside)
 
@@ -201,7 +210,9 @@ def sum_columns(
     d = tl.arange(0, BLOCK_D)
     columns_in_all = capacity + tokens
     inside = columns < columns_in_all
-    position = tl.load(positions + head * columns_in_all + columns, mask=inside, other=-1)
+    position = tl.load(positions + head * columns_in_all + columns, mask=inside, other=-1).to(
+        tl.int32
+    )
     held = position != -1
     offsets = columns[:, None] * HEAD_DIM + d[None, :]
     wanted = held[:, None] & (d[None, :] < HEAD_DIM)

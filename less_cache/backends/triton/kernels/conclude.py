@@ -16,6 +16,7 @@ from .maths import (
     initial_score,
     popcount,
 )
+from .planes import pair_numbers
 from .slots import load_pair, row_start, store_pair
 
 
@@ -33,12 +34,14 @@ def low_rank(phi, H, SINGLE: tl.constexpr):
 @triton.jit
 def merge(
     values,
+    value_scales,
     position,
     H,
     z,
     psi,
     slot,
     seen,
+    VALUE_CODES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,7 +56,9 @@ def merge(
     begun = seen > 0
     evicted = (position != -1) & begun
     feature = tl.load(psi + r, mask=(r < RANK) & evicted, other=0.0)
-    value = load_pair(values, slot, evicted, HEAD_DIM, BLOCK_D, tl.float32)
+    value = load_pair(
+        values, value_scales, slot, evicted, VALUE_CODES, HEAD_DIM, BLOCK_D, tl.float32
+    )
     real = r < RANK
     cells = r[:, None] * HEAD_DIM + d[None, :]
     inside = real[:, None] & (d[None, :] < HEAD_DIM)
@@ -118,7 +123,7 @@ def update_scores(
             tl.debug_barrier()
         else:
             old = tl.load(history + slots, mask=old_pairs, other=0)
-            position = tl.load(positions + slots, mask=old_pairs, other=-1)
+            position = tl.load(positions + slots, mask=old_pairs, other=-1).to(tl.int32)
             persistent = (total / GROUP * held >= FAIR_SHARE) & ((position != -1) | fresh)
             bits = ((old << 1) | persistent.to(tl.int64)) & newest
             earned = popcount(bits).to(tl.float32)
@@ -133,7 +138,8 @@ def forget(scores, positions, slot, capacity, BLOCK_S: tl.constexpr):
     for start in tl.range(0, bound(capacity), BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         others = (slots < capacity) & (slots != slot)
-        tl.store(positions + slots, tl.full([BLOCK_S], -1, tl.int32), mask=others)
+        empty = tl.full([BLOCK_S], -1, tl.int32).to(positions.dtype.element_ty)
+        tl.store(positions + slots, empty, mask=others)
         tl.store(scores + slots, tl.zeros([BLOCK_S], tl.float32), mask=others)
 
 
@@ -144,6 +150,8 @@ def conclude(
     v,
     keys,
     values,
+    key_scales,
+    value_scales,
     scores,
     positions,
     history,
@@ -151,6 +159,7 @@ def conclude(
     z,
     phi,
     psi,
+    shift,
     logits,
     out,
     sequence,
@@ -165,12 +174,16 @@ def conclude(
     numerator,
     keys_row_stride,
     values_row_stride,
+    key_scales_row_stride,
+    value_scales_row_stride,
     scores_row_stride,
     positions_row_stride,
     history_row_stride,
     H_row_stride,
     z_row_stride,
     logits_row_stride,
+    KEY_CODES: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
     START: tl.constexpr,
     GAIN: tl.constexpr,
     DECAY: tl.constexpr,
@@ -195,13 +208,15 @@ def conclude(
         out = (numerator + exp(s_new) v_new + φH) / (mass + exp(s_new) + φz),  all times exp(-m)
 
     `k`, `v` point at the new pair; queries [BLOCK_G, BLOCK_D] float32; (peak, mass, numerator) as
-    from `over_slots`; `first` is the head's first slot in its row. Nothing else of this head runs
-    at the same time, so what is read here is old.
+    from `over_slots`; `first` is the head's first slot in its row. `shift` [B, Hq] is what each
+    query's products with keys lack, all alike: it tells against the low-rank state alone. Nothing
+    else of this head runs at the same time, so what is read here is old.
     """
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
     r = tl.arange(0, BLOCK_R)
     real = d < HEAD_DIM
+    # While it is entering its slot, a pair is read as it came, not as it is stored.
     new_key = tl.load(k + d, mask=real, other=0.0)
     new_value = tl.load(v + d, mask=real, other=0.0)
     wide_key = new_key.to(tl.float32)
@@ -213,8 +228,13 @@ def conclude(
     mass = mass * fade + gain
     numerator = numerator * fade[:, None] + gain[:, None] * new_value.to(tl.float32)[None, :]
 
-    keys = row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM
-    values = row_start(values, row, values_row_stride, ALIGNED) + first * HEAD_DIM
+    keys = row_start(keys, row, keys_row_stride, ALIGNED)
+    keys += first * pair_numbers(KEY_CODES, HEAD_DIM)
+    values = row_start(values, row, values_row_stride, ALIGNED)
+    values += first * pair_numbers(VALUE_CODES, HEAD_DIM)
+    if key_scales is not None:
+        key_scales += row * key_scales_row_stride + first
+        value_scales += row * value_scales_row_stride + first
     scores += row * scores_row_stride + first
     positions += row * positions_row_stride + first
     head = sequence * KV_HEADS + kv_head
@@ -222,12 +242,14 @@ def conclude(
     if phi is not None:
         new_H, new_z = merge(
             values,
-            tl.load(positions + slot),
+            value_scales,
+            tl.load(positions + slot).to(tl.int32),
             row_start(H, row, H_row_stride, ALIGNED) + kv_head * RANK * HEAD_DIM,
             z + row * z_row_stride + kv_head * RANK,
             psi + head * RANK,
             slot,
             seen,
+            VALUE_CODES,
             HEAD_DIM,
             RANK,
             BLOCK_D,
@@ -242,6 +264,8 @@ def conclude(
         # An empty state has no logarithm, and adds nothing.
         safe = tl.where(low_mass > 0, low_mass, 1.0)
         log_mass = tl.where(low_mass > 0, tl.log(safe), -INFINITY)
+        if shift is not None:
+            log_mass -= SCALE * tl.load(shift + query_heads, mask=g < GROUP, other=0.0)
         over = tl.maximum(top, log_mass)
         shrink = tl.exp(top - over)
         lift = tl.exp(log_mass - over)
@@ -258,8 +282,8 @@ def conclude(
 
     # Every thread has read the victim, and written its logits, before anything is replaced.
     tl.debug_barrier()
-    store_pair(keys, slot, new_key, HEAD_DIM, BLOCK_D)
-    store_pair(values, slot, new_value, HEAD_DIM, BLOCK_D)
+    store_pair(keys, key_scales, slot, k, new_key, KEY_CODES, HEAD_DIM, BLOCK_D)
+    store_pair(values, value_scales, slot, v, new_value, VALUE_CODES, HEAD_DIM, BLOCK_D)
     start_score = initial_score(seen, wide_key, START)
     if GAIN == GAIN_NONE:
         tl.store(scores + slot, start_score)
@@ -285,6 +309,6 @@ def conclude(
             BLOCK_G,
             BLOCK_S,
         )
-    tl.store(positions + slot, seen)
+    tl.store(positions + slot, seen.to(positions.dtype.element_ty))
     if seen == 0:
         forget(scores, positions, slot, capacity, BLOCK_S)

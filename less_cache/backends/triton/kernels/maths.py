@@ -98,6 +98,7 @@ def popcount(bits):
 def two_layers(
     x,
     w1,
+    b1,
     w2,
     HEAD_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -108,7 +109,7 @@ def two_layers(
     BLOCK_R: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Products gelu(x W1) W2 for x [BLOCK_B, BLOCK_D], W1 [D, hidden], W2 [hidden, R].
+    """Products gelu(x W1 + b1) W2 for x [BLOCK_B, BLOCK_D], W1 [D, hidden], W2 [hidden, R].
 
     The hidden numbers are formed BLOCK_H at a time and never stored.
     """
@@ -129,7 +130,10 @@ def two_layers(
             mask=real[:, None] & (r[None, :] < RANK),
             other=0.0,
         ).to(DOT)
-        activated = gelu(tl.dot(x, first, input_precision="ieee")).to(DOT)
+        before = tl.dot(x, first, input_precision="ieee")
+        if b1 is not None:
+            before += tl.load(b1 + hidden, mask=real, other=0.0).to(tl.float32)[None, :]
+        activated = gelu(before).to(DOT)
         features += tl.dot(activated, second, input_precision="ieee")
     return features
 

@@ -27,16 +27,20 @@ def probabilities(
     k_token_stride,
     columns,
     held,
+    own,
+    fresh,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Σ_g softmax(s_g), s_g = q_g·k·scale over the held pairs, whose keys are k[columns].
 
-    `q` points at the first query head of the group, `k` at the head's first key.
+    `q` points at the first query head of the group, `k` at the head's first key. Where pairs are
+    coded, `own` points at the newest key as it came, which is in the slot `fresh`; else it is None.
     """
     total = tl.zeros([BLOCK_C], tl.float32)
     for member in tl.range(0, GROUP):
@@ -48,6 +52,12 @@ def probabilities(
             at = columns.to(tl.int64)[:, None] * k_token_stride + d[None, :]
             key = tl.load(k + at, mask=held[:, None] & real[None, :], other=0.0)
             s += tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], 1)
+        if own is not None:
+            all_d = tl.arange(0, BLOCK_D)
+            real = all_d < HEAD_DIM
+            query = tl.load(q + member * q_head_stride + all_d, mask=real, other=0.0)
+            key = tl.load(own + all_d, mask=real, other=0.0)
+            s = tl.where(fresh, tl.sum(key.to(tl.float32) * query.to(tl.float32), 0), s)
         s = tl.where(held, capped(s * SCALE, SOFTCAP), -INFINITY)
         weights = tl.exp(s - tl.max(s, 0))
         total += weights / tl.sum(weights, 0)
@@ -58,6 +68,7 @@ def probabilities(
 def scan(
     q,
     k,
+    own,
     mask,
     order,
     positions,
@@ -99,7 +110,7 @@ def scan(
     probability earns. Program b·Hkv + h keeps one head's C slots in registers; keys are read where
     they are: position p is column p, or order[p] where there is padding. Values play no part.
 
-    Shapes: q [B, Hq, S, D], k [B, Hkv, S, D], mask [B, S] by their strides; order [B, S];
+    Shapes: q [B, Hq, S, D], k and own [B, Hkv, S, D], mask [B, S] by their strides; order [B, S];
     positions, scores, history [B, Hkv, C] and lengths [B], the state before token `begin`;
     times [B, Hkv, S], written at what is evicted only.
     """
@@ -109,7 +120,8 @@ def scan(
     slots = tl.arange(0, BLOCK_C)
     inside = slots < capacity
     at = head * capacity + slots
-    position = tl.load(positions + at, mask=inside, other=LAST_POSITION)
+    position = tl.load(positions + at, mask=inside, other=-1).to(tl.int32)
+    position = tl.where(inside, position, LAST_POSITION)
     score = tl.load(scores + at, mask=inside, other=0.0)
     bits = tl.zeros([BLOCK_C], tl.int64)
     if GAIN == GAIN_HISTORY:
@@ -143,8 +155,14 @@ def scan(
 
             position = tl.where(fresh, seen, position)
             held = inside & (position != -1)
+            own_key = own
+            if own is not None:
+                own_key += row * k_row_stride + kv_head * k_head_stride + token * k_token_stride
             if START == START_KEY_NORM:
-                key = tl.load(first_key + token * k_token_stride + d, mask=d < HEAD_DIM, other=0.0)
+                newest = first_key + token * k_token_stride
+                if own is not None:
+                    newest = own_key
+                key = tl.load(newest + d, mask=d < HEAD_DIM, other=0.0)
                 score = tl.where(fresh, initial_score(seen, key.to(tl.float32), START), score)
             else:
                 score = tl.where(fresh, initial_score(seen, None, START), score)
@@ -159,11 +177,14 @@ def scan(
                     k_token_stride,
                     column,
                     held,
+                    own_key,
+                    fresh,
                     SCALE,
                     SOFTCAP,
                     GROUP,
                     HEAD_DIM,
                     BLOCK_C,
+                    BLOCK_D,
                     CHUNK,
                 )
                 if GAIN == GAIN_SUM:

@@ -16,6 +16,7 @@ from .maths import (
     last_of_psi,
     two_layers,
 )
+from .planes import pair_numbers
 from .slots import head_slots, load_pair_of_each, recent_of, row_start
 
 
@@ -49,7 +50,7 @@ def victims(
         slots = start + tl.arange(0, BLOCK_C)
         inside = real[:, None] & (slots[None, :] < capacity)
         filled = inside & begun[:, None]
-        position = tl.load(positions[:, None] + slots[None, :], mask=filled, other=-1)
+        position = tl.load(positions[:, None] + slots[None, :], mask=filled, other=-1).to(tl.int32)
         kept = (position < sinks) | (position >= seen[:, None] - recent)
         if GAIN == GAIN_NONE and START != START_KEY_NORM:
             score = tl.where(kept, INFINITY, 0.0)
@@ -78,6 +79,7 @@ def victims(
         "sinks",
         "recent",
         "keys_row_stride",
+        "key_scales_row_stride",
         "scores_row_stride",
         "positions_row_stride",
     ],
@@ -89,11 +91,13 @@ def select_and_map(
     lengths,
     heads,
     keys,
+    key_scales,
     scores,
     positions,
     phi_w1,
     phi_w2,
     psi_w1,
+    psi_b1,
     psi_w2,
     psi_w3,
     psi_s1,
@@ -109,8 +113,10 @@ def select_and_map(
     q_row_stride,
     q_head_stride,
     keys_row_stride,
+    key_scales_row_stride,
     scores_row_stride,
     positions_row_stride,
+    KEY_CODES: tl.constexpr,
     START: tl.constexpr,
     GAIN: tl.constexpr,
     KIND: tl.constexpr,
@@ -134,8 +140,8 @@ def select_and_map(
     for the whole tile.
 
     Shapes: q [B, Hq, D] by its strides; rows, lengths [B]; heads [Hkv, 3] as `head_slots` has it;
-    keys [P, N, D], scores, positions [P, N] by the strides of their rows; slot_out [B, Hkv];
-    phi_out [B, Hq, R]; psi_out [B, Hkv, R].
+    keys [P, N, D], key_scales, scores, positions [P, N] by the strides of their rows; slot_out
+    [B, Hkv]; phi_out [B, Hq, R]; psi_out [B, Hkv, R].
     """
     unit = tl.program_id(0).to(tl.int64)
     sequences = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -165,12 +171,28 @@ def select_and_map(
         )
         tl.store(slot_out + outputs, slot, mask=real)
         if KIND != NO_MAPS:
-            starts = row_start(keys, row, keys_row_stride, ALIGNED) + first * HEAD_DIM
+            starts = row_start(keys, row, keys_row_stride, ALIGNED)
             # A slot that holds no pair may hold anything: what ψ makes of it is not read.
-            x = load_pair_of_each(starts, slot, real & (seen > 0), HEAD_DIM, BLOCK_D, DOT)
+            scales = key_scales
+            if key_scales is not None:
+                scales += row * key_scales_row_stride + first
+            x = load_pair_of_each(
+                starts + first * pair_numbers(KEY_CODES, HEAD_DIM),
+                scales,
+                slot,
+                real & (seen > 0),
+                KEY_CODES,
+                HEAD_DIM,
+                BLOCK_D,
+                DOT,
+            )
+            bias = psi_b1
+            if psi_b1 is not None:
+                bias += unit * HIDDEN
             features = two_layers(
                 x,
                 psi_w1 + unit * HEAD_DIM * HIDDEN,
+                bias,
                 psi_w2 + unit * HIDDEN * RANK,
                 HEAD_DIM,
                 HIDDEN,
@@ -197,10 +219,11 @@ def select_and_map(
         if KIND != NO_MAPS:
             head = unit - KV_HEADS
             at = q + sequences[:, None] * q_row_stride + head * q_head_stride + d[None, :]
-            x = tl.load(at, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
+            x = tl.load(at, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0).to(DOT)
             features = two_layers(
                 x,
                 phi_w1 + head * HEAD_DIM * HIDDEN,
+                None,
                 phi_w2 + head * HIDDEN * RANK,
                 HEAD_DIM,
                 HIDDEN,

@@ -4,10 +4,15 @@
 
 A row's slots lie flat, one head's after another's, and rows may be any distance apart: an engine
 hands out pages. Rows are counted in 64 bits, what lies within one in 32: half the registers.
+
+Pairs are numbers, or codes and scales where CODES is no empty text (see `planes`).
 """
 
 import triton
 import triton.language as tl
+
+from .codes import centred, scale_of, store_codes
+from .planes import pair_numbers
 
 
 @triton.jit
@@ -59,7 +64,7 @@ def row_start(array, row, stride, ALIGNED: tl.constexpr):
 def load_pairs(
     stored, slots, held, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr
 ):
-    """Stored keys or values [BLOCK_C, BLOCK_D] of one head, whose first slot `stored` points at.
+    """Keys or values [BLOCK_C, BLOCK_D] that are stored as they are; `stored` as a head's first.
 
     In the type of computing; zeros where `held` is false, whatever is stored there.
     """
@@ -71,26 +76,67 @@ def load_pairs(
 
 @triton.jit
 def load_pair_of_each(
-    starts, slots, held, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr
+    starts,
+    scales,
+    slots,
+    held,
+    CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
-    """The same of one slot in each of several heads [BLOCK_B], which begin at `starts`."""
+    """Key or value [BLOCK_B, BLOCK_D] of one slot in each of several heads.
+
+    `starts` and `scales` [BLOCK_B] point at the heads' first.
+    """
     d = tl.arange(0, BLOCK_D)
-    at = (starts + slots * HEAD_DIM)[:, None] + d[None, :]
-    wanted = held[:, None] & (d[None, :] < HEAD_DIM)
-    return tl.load(at, mask=wanted, other=0.0).to(TYPE)
+    at = (starts + slots * pair_numbers(CODES, HEAD_DIM))[:, None]
+    if CODES == "":
+        wanted = held[:, None] & (d[None, :] < HEAD_DIM)
+        return tl.load(at + d[None, :], mask=wanted, other=0.0).to(TYPE)
+    else:
+        scale = tl.load(scales + slots, mask=held, other=0.0).to(tl.float32)
+        return (centred(at, held[:, None], d[None, :], CODES) * scale[:, None]).to(TYPE)
 
 
 @triton.jit
 def load_pair(
-    stored, slot, held, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr
+    stored,
+    scales,
+    slot,
+    held,
+    CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
     """The same [BLOCK_D] of one slot of one head."""
     d = tl.arange(0, BLOCK_D)
-    return tl.load(stored + slot * HEAD_DIM + d, mask=(d < HEAD_DIM) & held, other=0.0).to(TYPE)
+    at = stored + slot * pair_numbers(CODES, HEAD_DIM)
+    if CODES == "":
+        return tl.load(at + d, mask=(d < HEAD_DIM) & held, other=0.0).to(TYPE)
+    else:
+        scale = tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)
+        return (centred(at, held, d, CODES) * scale).to(TYPE)
 
 
 @triton.jit
-def store_pair(stored, slot, pair, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Put a key or a value [BLOCK_D] into a slot of one head."""
+def store_pair(
+    stored,
+    scales,
+    slot,
+    source,
+    pair,
+    CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Put a key or a value [BLOCK_D], which lies at `source`, into a slot of one head."""
     d = tl.arange(0, BLOCK_D)
-    tl.store(stored + slot * HEAD_DIM + d, pair.to(stored.dtype.element_ty), mask=d < HEAD_DIM)
+    at = stored + slot * pair_numbers(CODES, HEAD_DIM)
+    if CODES == "":
+        tl.store(at + d, pair.to(stored.dtype.element_ty), mask=d < HEAD_DIM)
+    else:
+        scale = scale_of(pair.to(tl.float32), CODES, BLOCK_D)
+        tl.store(scales + slot, scale)
+        store_codes(at, source, scale, CODES)

@@ -1,0 +1,152 @@
+"""Coded slots in a decode step: splits, pools full of anything, guards, scans, narrow numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import less_cache as lc
+from less_cache.arrays import empty_arrays
+from less_cache.backends.triton import decode
+from less_cache.backends.triton.kernels.planes import codes_text, read_text
+from less_cache.quantization import code_layout
+from less_cache.quantization.layout import PROFILES
+from less_cache.teacher_forced import eviction_times
+from tests.backends.triton.guards import Guards
+from tests.backends.triton.oracle import DEVICE
+from tests.helpers import random_maps
+from tests.quantization.fitted import fitted, some_tokens
+
+
+def coded(policy, bits=(3, 4), kind="hadamard", **changes):
+    parameters = {
+        "num_layers": 1,
+        "query_heads": 2,
+        "kv_heads": 1,
+        "head_dim": 16,
+        "capacity": 6,
+        "policy": policy,
+        "rank": 2,
+        "quantization": lc.Quantization(*bits, kind),
+    }
+    return lc.CacheConfig(**{**parameters, **changes})
+
+
+def plans(config):
+    """The layer's plan on Triton and on torch."""
+    maps = random_maps(config)
+    basis = fitted(config)[0] if config.quantization.transform == "calibrated" else None
+    layer = config.layer(0)
+    return [
+        lc.plan_step(layer, None if maps is None else maps[0], basis, device=DEVICE, backend=name)
+        for name in ("triton", "torch")
+    ]
+
+
+def check_steps(config, monkeypatch, *, batch=2, first=1, steps=5, bound=2e-5):
+    """Steps in rows of a pool of poison, beside the same on torch; buffers are guarded."""
+    triton, torch_plan = plans(config)
+    layer, dtype = config.layer(0), getattr(torch, config.dtype)
+    guards = Guards()
+    rows = torch.tensor([3, 1][:batch], device=DEVICE)
+    pool, other = empty_arrays(layer, 4, device=DEVICE), empty_arrays(layer, 4, device=DEVICE)
+    for array in pool.named().values():
+        # A row of length 0 counts as empty whatever bytes it holds.
+        array.fill_(float("nan") if array.is_floating_point() else 77)
+    pool = guards.arrays(pool)
+    lengths = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    with monkeypatch.context() as patched:
+        for index in range(steps):
+            tokens = [
+                x.to(DEVICE, dtype)
+                for x in some_tokens(config, batch, 1 if index else first, seed=index)
+            ]
+            mask = None
+            if index == 2:
+                mask = torch.tensor([[False], [True]][:batch], device=DEVICE)
+            given = {"lengths": lengths, "rows": rows, "mask": mask}
+            wanted = lc.step(torch_plan, other, *tokens, **given)
+            if index:
+                patched.setattr(torch, "empty", guards.empty)
+            found = lc.step(triton, pool, *tokens, **given)
+            patched.undo()
+            torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+            lengths += tokens[1].shape[2] if mask is None else mask.sum(1)
+    guards.check()
+    for name, array in pool.named().items():
+        expected, own = other.named()[name][rows], array[rows]
+        if name in ("keys", "values", "key_scales", "value_scales"):
+            order = [a.positions[rows].argsort(1) for a in (pool, other)]
+            index = [i if own.ndim == 2 else i.unsqueeze(2).expand_as(own) for i in order]
+            held = other.positions[rows].gather(1, order[1]) >= 0
+            own, expected = own.gather(1, index[0])[held], expected.gather(1, index[1])[held]
+            assert torch.equal(own, expected), name
+        elif name in ("H", "z"):
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+    assert bool((pool.keys[0] == 77).all()), "a row that nobody named"
+
+
+POLICIES = (
+    lc.FullCache(),
+    lc.H2O(),
+    lc.Scissorhands(window=5),
+    lc.KeyNorm(recent=2),
+    lc.ObservationWindow(window=3),
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_steps_over_any_bytes_are_those_of_torch(policy, monkeypatch):
+    check_steps(coded(policy, capacity=9 if not policy.evicts else 4), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "head_dim"), [("hadamard", (3, 2), 20), ("calibrated", (4, 2), 16)]
+)
+def test_shared_slots(kind, bits, head_dim, monkeypatch):
+    # 16 slots a tile; of three programs the last has none.
+    monkeypatch.setattr(decode, "CODED_TILE_BYTES", {4: 16 * 4 * head_dim})
+    tiles = decode.tiles
+    monkeypatch.setattr(
+        decode, "tiles", lambda layer, batch, count, splits: tiles(layer, batch, count, 3)
+    )
+    config = coded(lc.H2O(), bits, kind, head_dim=head_dim, capacity=70)
+    check_steps(config, monkeypatch, batch=1, first=69, steps=3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_models(dtype, monkeypatch):
+    config = coded(lc.SinkWindow(1), (4, 4), dtype=dtype, capacity=4, rank=0)
+    check_steps(config, monkeypatch, bound=0.05 if dtype == "bfloat16" else 0.01)
+
+
+@pytest.mark.parametrize("policy", [lc.H2O(), lc.KeyNorm(recent=2)], ids=str)
+@pytest.mark.parametrize("prompt", [1, 7])
+def test_scans_say_what_steps_say(policy, prompt):
+    config = coded(policy, (2, 2), capacity=[[5, 7]], kv_heads=2)
+    q, k, _ = (x.float().to(DEVICE) for x in some_tokens(config, 1, 14))
+    mask = torch.ones(1, 14, dtype=torch.bool, device=DEVICE)
+    mask[0, 3] = False
+    found, wanted = (
+        eviction_times(config.layer(0), q, k, mask, prompt=prompt, backend=name)
+        for name in ("triton", "torch")
+    )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 20, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("kind", "bits"), PROFILES)
+def test_a_text_says_all_of_a_layout(kind, bits, head_dim):
+    layout = code_layout(kind, bits, head_dim)
+    planes = []
+    for part in read_text(codes_text(layout)):
+        low = (part.first, part.channels, part.low_width, 0, part.low_offset, part.low_bytes)
+        planes.append(low)
+        if part.high_width:
+            high = (part.first, part.channels, part.high_width, part.low_width)
+            planes.append((*high, part.high_offset, part.high_bytes))
+        # What kernels ask of sizes: powers of two, long enough for a product.
+        assert part.places >= 16
+        assert part.places & (part.places - 1) == 0
+        assert part.padded_bytes >= part.low_bytes
+    assert tuple(planes) == tuple(dataclasses.astuple(plane) for plane in layout.planes)

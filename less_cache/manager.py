@@ -17,7 +17,7 @@ from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
 from .ops import StepPlan, plan_step
-from .quantization.transforms import LayerTransforms, Transforms
+from .quantization.transforms import LayerTransforms, Transforms, check_transforms
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
 
@@ -84,7 +84,7 @@ class CacheManager:
             raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
         if maps is not None:
             maps.check_against(config)
-        _check_transforms(config, transforms)
+        check_transforms(config, transforms)
         if backend != "auto":
             get_backend(backend).check_config(config)
         self.config = config
@@ -285,17 +285,6 @@ class CacheManager:
         )
         self._plans[key] = _Plan(self, name, layers)
         return self._plans[key]
-
-
-def _check_transforms(config: CacheConfig, transforms: Transforms | None) -> None:
-    if transforms is not None:
-        if not isinstance(transforms, Transforms):
-            raise TypeError(f"transforms: got {type(transforms).__name__}, expected Transforms")
-        transforms.check_against(config)
-    quantization = config.quantization
-    calibrated = quantization is not None and quantization.transform == "calibrated"
-    if calibrated and transforms is None:
-        raise ValueError(f"transforms: got None, but {quantization} needs calibrated ones")
 
 
 def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
+from .quantization import Quantization
+from .quantization.transforms import Transforms
 
 
 def trained_for(maps: FeatureMaps) -> CacheConfig | None:
@@ -21,7 +23,18 @@ def trained_for(maps: FeatureMaps) -> CacheConfig | None:
     return None
 
 
-def mismatches(maps: FeatureMaps, config: CacheConfig, model_id: str | None = None) -> list[str]:
+def bases_of(maps: FeatureMaps) -> str | None:
+    """The digest of the transforms that maps were trained with last; ``None``: without any."""
+    record = maps.record.get("distill", maps.record)
+    return record.get("transforms_sha256") if isinstance(record, dict) else None
+
+
+def mismatches(
+    maps: FeatureMaps,
+    config: CacheConfig,
+    model_id: str | None = None,
+    transforms: Transforms | None = None,
+) -> list[str]:
     """In words what maps of fitting shapes were trained for besides what they are to serve.
 
     Parameters
@@ -32,6 +45,8 @@ def mismatches(maps: FeatureMaps, config: CacheConfig, model_id: str | None = No
         What they are to serve.
     model_id
         The model that they are to serve, where its name is known.
+    transforms
+        The bases of codes that they are to serve with.
     """
     told = []
     if None not in (model_id, maps.model_id) and model_id != maps.model_id:
@@ -51,7 +66,23 @@ def mismatches(maps: FeatureMaps, config: CacheConfig, model_id: str | None = No
             f"trained for a capacity of {slots_text(before.capacity)}, not "
             f"{slots_text(config.capacity)}"
         )
+    if before.quantization != config.quantization:
+        told.append(
+            f"trained for pairs stored {codes_text(before.quantization)}, not "
+            f"{codes_text(config.quantization)}"
+        )
+    elif transforms is not None and bases_of(maps) != transforms.digest:
+        told.append("trained with other transforms than those given")
     return told
+
+
+def codes_text(quantization: Quantization | None) -> str:
+    """How pairs are stored, in words."""
+    if quantization is None:
+        return "as they are"
+    keys, values = quantization.key_bits, quantization.value_bits
+    bits = f"{keys}" if keys == values else f"{keys} and {values}"
+    return f"in {bits} bits ({quantization.transform})"
 
 
 def slots_text(capacity: Any) -> str:

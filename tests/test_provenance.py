@@ -7,6 +7,7 @@ import pytest
 import less_cache as lc
 from less_cache.provenance import mismatches, slots_text, trained_for
 from tests.helpers import random_maps, small_config
+from tests.quantization.fitted import fitted
 
 
 def maps_for(config, **record):
@@ -46,6 +47,26 @@ def test_every_mismatch_is_named_once():
     assert capacity == "trained for a capacity of 6, not 4 to 9, mean 7.8"
     # Another capacity alone is no other policy, though `recent` follows it.
     assert mismatches(maps, small_config(capacity=20)) == ["trained for a capacity of 6, not 20"]
+
+
+def test_how_pairs_are_stored_is_part_of_the_use():
+    three = lc.Quantization(3, 3)
+    calibrated = small_config(quantization=lc.Quantization(3, 2, "calibrated"))
+    plain = maps_for(small_config())
+    assert mismatches(plain, small_config(quantization=three)) == [
+        "trained for pairs stored as they are, not in 3 bits (hadamard)"
+    ]
+    assert mismatches(maps_for(small_config(quantization=three)), calibrated) == [
+        "trained for pairs stored in 3 bits (hadamard), not in 3 and 2 bits (calibrated)"
+    ]
+    bases, others = (fitted(calibrated, seed) for seed in (0, 7))
+    made = maps_for(calibrated, transforms_sha256=bases.digest)
+    last = {"config": calibrated.to_dict(), "transforms_sha256": bases.digest}
+    for maps in (made, maps_for(calibrated, transforms_sha256="x", distill=last)):
+        assert mismatches(maps, calibrated, transforms=bases) == []
+        assert mismatches(maps, calibrated, transforms=others) == [
+            "trained with other transforms than those given"
+        ]
 
 
 def test_slots_in_words():

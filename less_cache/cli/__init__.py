@@ -1,4 +1,4 @@
-"""The command line, ``less-cache``: demo, train, distill, merge, eval, export, bench, info."""
+"""The command line, ``less-cache``, a file a command."""
 
 from .main import app, main
 

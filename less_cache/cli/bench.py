@@ -9,7 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .._checks import check_choice
+from ..quantization import TRANSFORMS, Quantization
 from .options import parse_capacity
+from .quantized import BitsOption, KeyBitsOption, ValueBitsOption, parse_bits
 
 if TYPE_CHECKING:
     from ..evaluation.bench import Timing
@@ -28,8 +31,16 @@ def bench(
             "one a KV head."
         ),
     ] = "0.05",
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: Annotated[
+        str, typer.Option(help="Basis of the codes: hadamard, or calibrated to random pairs.")
+    ] = "hadamard",
 ) -> None:
     """Time one layer's decode step on every backend that this machine can run."""
+    check_choice("transform", transform, TRANSFORMS)
+    chosen = parse_bits(bits, key_bits, value_bits)
     import torch
 
     from ..evaluation.bench import bench_layer
@@ -41,6 +52,7 @@ def bench(
         kv_heads=kv_heads,
         head_dim=head_dim,
         capacity=parse_capacity(capacity),
+        quantization=None if chosen is None else Quantization(*chosen, transform),
     )
     title = (
         f"One layer, one step: {context} tokens, batch {batch}, {torch.get_num_threads()} threads"

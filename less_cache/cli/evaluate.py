@@ -28,14 +28,25 @@ from .options import (
     check_out,
     named_maps,
 )
+from .quantized import (
+    BitsOption,
+    KeyBitsOption,
+    TransformOption,
+    TransformsOption,
+    ValueBitsOption,
+    read_codes,
+)
 from .telling import say, warn
 
 
 def evaluate(
     maps: Annotated[
-        list[str],
-        typer.Option(help="FOLDER, or NAME=FOLDER, of maps; may be given more than once."),
-    ],
+        list[str] | None,
+        typer.Option(
+            help="FOLDER, or NAME=FOLDER, of maps; may be given more than once. Needed but with "
+            "--bits or --transforms: coded slots are judged without as well."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     data: Annotated[
         str | None, typer.Option(help="As for train; default: the shipped held-out modules.")
@@ -43,6 +54,11 @@ def evaluate(
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     length: LengthOption = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Continuations to compare; 0: none.")] = 16,
@@ -51,21 +67,29 @@ def evaluate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Judge maps on held-out text: perplexity, gap recovered, agreement of continuations."""
+    """Judge maps, coded slots or both on held-out text.
+
+    Perplexity, gap recovered, agreement of continuations. Coded slots are compared with slots of
+    16 bits a number for the same bytes.
+    """
     import torch
 
     from ..evaluation.comparison import compare, contestants_for
     from ..evaluation.perplexity import cut_windows
     from ..evaluation.report import as_table, check_can_draw, save_report
-    from ..provenance import mismatches
+    from ..provenance import codes_text, mismatches
     from ..training.data import Document, read_documents, tokenize
 
     # What needs no model is checked before one is loaded.
     check_can_draw()
     check_config(capacity, policy)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
+    if not maps and codes.quantization is None:
+        raise ValueError("maps: none given; expected --maps, --bits or --transforms")
     check_out(out)
     check_machine(device, dtype)
-    named = named_maps(maps)
+    named = named_maps(maps or [])
+    ranks = [entry[0].rank for entry in named.values()]
     documents: list[Document]
     if data is None:
         from ..reference_model import held_out_documents
@@ -74,11 +98,11 @@ def evaluate(
     else:
         documents = read_documents(data)
     loaded, tokenizer = load_model(model, device, dtype)
-    config = config_for(loaded, capacity, policy, next(iter(named.values()))[0].rank)
+    config = config_for(loaded, capacity, policy, ranks[0] if ranks else 0, codes)
     size = length_for(config, length)
-    contestants_for(config, named, size)
+    contestants_for(config, named, size, codes.transforms)
     for name, entry in named.items():
-        for told in mismatches(entry, config, model_name(model)):
+        for told in mismatches(entry, config, model_name(model), codes.transforms):
             warn(f"maps {name}: {told}")
     cut = cut_windows(tokenize(documents, tokenizer, vocabulary=vocabulary_of(loaded)), size)
     if windows is not None:
@@ -90,8 +114,17 @@ def evaluate(
         chosen = cut[:: max(1, len(cut) // prompts)][:prompts]
         starts = torch.stack([window.ids[: size - new_tokens] for window in chosen])
     title = f"{model}: {policy} at {capacity}"
+    if codes.quantization is not None:
+        title += f", {codes_text(codes.quantization)}"
     comparison = compare(
-        loaded, cut, config, named, prompts=starts, new_tokens=new_tokens, batch=batch
+        loaded,
+        cut,
+        config,
+        named,
+        transforms=codes.transforms,
+        prompts=starts,
+        new_tokens=new_tokens,
+        batch=batch,
     )
     written = save_report(comparison, out, title)
     Console().print(as_table(comparison, title))

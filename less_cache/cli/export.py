@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .._checks import check_choice
 from .loading import check_config, check_machine, config_for, load_model
 from .options import SHIPPED, CapacityOption, ModelOption, PolicyOption, check_out, named_maps
+from .quantized import (
+    BitsOption,
+    KeyBitsOption,
+    TransformOption,
+    TransformsOption,
+    ValueBitsOption,
+    read_codes,
+)
 from .telling import say
 
 export = typer.Typer(no_args_is_help=True, help="Write a model with its cache for other runtimes.")
@@ -32,6 +40,11 @@ def onnx(
     ] = None,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16; bfloat16: TensorRT.")] = "float32",
     opset: Annotated[int, typer.Option(help="Of ONNX: 20 to 23.")] = 23,
     layout: Annotated[
@@ -51,13 +64,25 @@ def onnx(
         raise ImportError(f"{error}; install less_cache[onnx]") from None
     policy = "fullcache" if policy == "full" else policy
     check_config(capacity, policy)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_machine("cpu", dtype)
     check_out(out)
     read = None if maps is None else next(iter(named_maps([maps]).values()))
     loaded, tokenizer = load_model(model, "cpu", dtype)
-    config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank)
+    config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank, codes)
     write = export_genai if layout == "genai" else export_decoder
-    write(loaded, config, read, out, dtype=dtype, opset=opset, tokenizer=tokenizer, force=force)
+    more: dict[str, Any] = {} if codes.transforms is None else {"transforms": codes.transforms}
+    write(
+        loaded,
+        config,
+        read,
+        out,
+        dtype=dtype,
+        opset=opset,
+        tokenizer=tokenizer,
+        force=force,
+        **more,
+    )
     say(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
     say(f"Written: {out}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -14,8 +15,9 @@ from rich.text import Text
 
 from .. import __version__
 from ..backends import BACKENDS
-from ..provenance import slots_text, trained_for
+from ..provenance import codes_text, slots_text, trained_for
 from .options import named_maps
+from .quantized import load_transforms
 
 OPTIONAL = ("transformers", "triton", "onnxruntime", "tensorrt", "datasets", "matplotlib")
 
@@ -24,9 +26,13 @@ def info(
     maps: Annotated[
         list[str] | None, typer.Option(help="Describe this FOLDER, or NAME=FOLDER, of maps.")
     ] = None,
+    transforms: Annotated[
+        Path | None, typer.Option(help="Describe what less-cache calibrate wrote there.")
+    ] = None,
 ) -> None:
-    """Tell what this machine can run, and what a folder of maps holds."""
+    """Tell what this machine can run, and what maps and transforms hold."""
     described = named_maps(maps or [])
+    bases = None if transforms is None else load_transforms(transforms)
     table = Table(show_header=False, box=None)
 
     def row(name: str, text: str) -> None:
@@ -48,6 +54,12 @@ def info(
         if config is not None:
             row("for the policy", ", ".join(sorted({str(policy) for policy in config.policies})))
             row("for the capacity", slots_text(config.capacity))
+            row("for pairs stored", codes_text(config.quantization))
         row("method", str(entry.record.get("method", "unknown")))
         row("digest", entry.digest)
+    if bases is not None:
+        heads, size, _ = bases[0].key_in.shape
+        row("transforms", f"{bases.kind}, {len(bases)} layers of {heads} KV heads of {size}")
+        row("for bits", f"{bases.key_bits} of keys, {bases.value_bits} of values")
+        row("digest", bases.digest)
     Console().print(table)

@@ -12,7 +12,9 @@ from .._checks import check_device, check_memory
 from ..config import CacheConfig
 from ..dtypes import dtype_name
 from ..policies import parse_policy
+from ..quantization.transforms import check_transforms
 from .options import SHIPPED, parse_capacity
+from .quantized import Codes
 from .telling import warn
 
 logger = logging.getLogger(__name__)
@@ -90,21 +92,27 @@ def check_config(capacity: str, policy: str) -> None:
     parse_policy(policy)
 
 
-def config_for(model: Any, capacity: str, policy: str, rank: int) -> CacheConfig:
+def config_for(
+    model: Any, capacity: str, policy: str, rank: int, codes: Codes | None = None
+) -> CacheConfig:
     """The config of a cache for a model, in its dtype.
 
     Raises
     ------
     ValueError
-        If one sequence's cache is larger than the model's device.
+        If one sequence's cache is larger than the model's device, or the transforms are not for
+        such a model.
     """
+    codes = codes or Codes()
     config = CacheConfig.from_model(
         model.config,
         capacity=parse_capacity(capacity),
         policy=parse_policy(policy),
         rank=rank,
         dtype=model.dtype,
+        quantization=codes.quantization,
     )
+    check_transforms(config, codes.transforms)
     needed = config.bytes_per_sequence()
     check_memory("capacity, rank", f"{capacity}, {rank}", needed, model.device)
     return config

@@ -8,6 +8,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .calibrate import calibrate
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
@@ -17,6 +18,7 @@ from .train import distill, merge, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(calibrate)
 app.command()(train)
 app.command()(distill)
 app.command()(merge)

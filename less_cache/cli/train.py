@@ -32,6 +32,15 @@ from .options import (
     named_maps,
     parse_layers,
 )
+from .quantized import (
+    BitsOption,
+    Codes,
+    KeyBitsOption,
+    TransformOption,
+    TransformsOption,
+    ValueBitsOption,
+    read_codes,
+)
 from .telling import resumable, say
 
 OutOption = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
@@ -43,6 +52,11 @@ def train(
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     rank: Annotated[int, typer.Option(min=1, help="Rows of the low-rank state.")] = 8,
     recipe: Annotated[str, typer.Option(help="paper, or fast: exp maps and sampled rows.")] = (
         "paper"
@@ -83,12 +97,13 @@ def train(
     )
     # What needs no model is checked before one is loaded.
     check_config(capacity, policy)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_out(out)
     check_machine(device, dtype)
     documents = read_documents(data)
     with resumable():
         loaded, tokenizer = load_model(model, device, dtype)
-        config = config_for(loaded, capacity, policy, rank)
+        config = config_for(loaded, capacity, policy, rank, codes)
         part = parse_layers(layers, config.num_layers)
         tokens = load_tokens(
             documents,
@@ -103,6 +118,7 @@ def train(
             config,
             chosen,
             out,
+            transforms=codes.transforms,
             layers=part,
             data_on_disk=data_on_disk,
             batch=batch,
@@ -115,7 +131,7 @@ def train(
     else:
         _say_errors(maps.record["validation_error_share"])
         say(f"Maps: {out}. Next:")
-        say(_judge(model, capacity, policy, out))
+        say(_judge(model, capacity, policy, codes, out))
 
 
 def distill(
@@ -127,6 +143,11 @@ def distill(
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
@@ -154,13 +175,14 @@ def distill(
         recompute=recompute,
     )
     check_config(capacity, policy)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_out(out)
     check_machine(device, dtype)
     (start,) = named_maps([maps]).values()
     documents = read_documents(data)
     with resumable():
         loaded, tokenizer = load_model(model, device, dtype)
-        config = config_for(loaded, capacity, policy, start[0].rank)
+        config = config_for(loaded, capacity, policy, start[0].rank, codes)
         tokens = load_tokens(
             documents,
             tokenizer,
@@ -168,10 +190,10 @@ def distill(
             vocabulary=vocabulary_of(loaded),
             sequences=sequences,
         )
-        fitted = run(loaded, tokens, config, start, recipe, out)
+        fitted = run(loaded, tokens, config, start, recipe, out, transforms=codes.transforms)
     say(f"Validation loss: {fitted.record['validation_loss']:.4f} nats a token")
     say(f"Maps: {out}. Next:")
-    say(_judge(model, capacity, policy, out))
+    say(_judge(model, capacity, policy, codes, out))
 
 
 def merge(
@@ -187,12 +209,13 @@ def merge(
     say(f"Maps: {out}")
 
 
-def _judge(model: str, capacity: str, policy: str, out: Path) -> str:
+def _judge(model: str, capacity: str, policy: str, codes: Codes, out: Path) -> str:
     """The command that judges these maps."""
     options = {
         "--model": model,
         "--capacity": capacity,
         "--policy": policy,
+        **codes.options,
         "--maps": f"LESS={out}",
     }
     return shlex.join(["less-cache", "eval", *(word for pair in options.items() for word in pair)])

@@ -17,7 +17,11 @@ from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
 from ..manager import CacheManager
 from ..policies import H2O, FullCache
+from ..quantization import Quantization
+from ..quantization.calibration import Moments, fit_layer
+from ..quantization.transforms import Transforms
 from ..state import CacheState
+from .comparison import coded_name
 
 WARM_UP, REPEATS = 5, 30
 
@@ -51,8 +55,11 @@ def bench_layer(
     head_dim: int = 128,
     capacity: Slots | Sequence[Slots] = 0.05,
     hidden: int = 512,
+    quantization: Quantization | None = None,
 ) -> list[Timing]:
     """Time a decode step of one layer: the full cache, H2O alone, and LESS on each backend.
+
+    Where codes are asked for, both once more with as many coded slots.
 
     The contestants take turns, so that a busy machine slows them alike; caches hold random pairs.
 
@@ -68,6 +75,8 @@ def bench_layer(
         Of the small caches: slots a head, a share of the context, or one for each KV head.
     hidden
         Hidden size of the maps.
+    quantization
+        Of the coded slots; ``None``: none are timed.
 
     Returns
     -------
@@ -99,11 +108,13 @@ def bench_layer(
             raise ValueError(
                 f"capacity: got {small.capacity}, expected at most the context = {context}"
             )
-        backends = _backends(small, device.type)
-        needed = (
-            full.bytes_per_sequence(dtype)
-            # Alone and with LESS.
-            + 2 * len(backends) * small.bytes_per_sequence()
+        kinds = [small]
+        if quantization is not None:
+            kinds.append(small.replace(quantization=quantization))
+        runs = [(kind, name) for kind in kinds for name in _backends(kind, device.type)]
+        # Alone and with LESS.
+        needed = full.bytes_per_sequence(dtype) + 2 * sum(
+            kind.bytes_per_sequence() for kind, _ in runs
         )
         given = f"{context}, {batch}, {query_heads}, {kv_heads}, {head_dim}"
         weights = (query_heads + kv_heads) * hidden * (head_dim + small.rank) * 4
@@ -130,12 +141,14 @@ def bench_layer(
         contestants: list[tuple[str, int, Callable[[], object]]] = [
             ("full cache", 2 * keys[0].nbytes, attend_over_everything)
         ]
-        for name in backends:
-            for config, used in ((small.replace(rank=0), None), (small, maps)):
-                manager = CacheManager(config, used, backend=name)
+        for kind, name in runs:
+            transforms = _some_transforms(kind)
+            codes = "" if kind.quantization is None else f", {coded_name(kind.quantization)}"
+            for config, used in ((kind.replace(rank=0), None), (kind, maps)):
+                manager = CacheManager(config, used, backend=name, transforms=transforms)
                 state = manager.init(batch, device=device)
                 _fill(state, context)
-                label = f"{'LESS' if used else 'H2O alone'} ({name})"
+                label = f"{'LESS' if used else 'H2O alone'}{codes} ({name})"
 
                 def step(
                     manager: CacheManager = manager,
@@ -174,13 +187,31 @@ def _backends(config: CacheConfig, device: str) -> list[str]:
 def _fill(state: CacheState, length: int) -> None:
     """Let a cache be full of random pairs, as after `length` tokens."""
     for spec, layer in zip(state.config.layers, state.layers, strict=True):
-        layer.keys.normal_()
-        layer.values.normal_()
+        for pairs in (layer.keys, layer.values):
+            # Codes are bytes; any will do.
+            _ = pairs.normal_() if pairs.is_floating_point() else pairs.random_(0, 256)
+        for scales in (layer.key_scales, layer.value_scales):
+            if scales is not None:
+                scales.fill_(0.5)
         layer.scores.uniform_()
         for head, capacity in enumerate(spec.capacities):
             newest = torch.arange(length - capacity, length)
             layer.positions[:, spec.head_slots(head)] = newest.to(layer.positions)
         layer.length.fill_(length)
+
+
+def _some_transforms(config: CacheConfig) -> Transforms | None:
+    """Bases fitted to random pairs, where the config needs some: they cost what others cost."""
+    if config.quantization is None or config.quantization.transform != "calibrated":
+        return None
+    spec = config.layer(0)
+    sums = []
+    for heads in (spec.query_heads, spec.kv_heads, spec.kv_heads):
+        sums.append(Moments.empty(heads, spec.head_dim))
+        sums[-1].add(torch.randn(1, heads, 2 * spec.head_dim, spec.head_dim))
+    q, k, v = sums
+    projection = torch.randn(spec.head_dim, spec.query_heads, spec.head_dim)
+    return Transforms("calibrated", [fit_layer(config.quantization, q, k, v, projection)])
 
 
 def _take_turns(steps: list[Callable[[], object]], device: torch.device) -> list[float]:

@@ -1,17 +1,24 @@
-"""Full cache, policy alone, Baseline+ and LESS, side by side: what a LESS cache must win."""
+"""Full cache, policy alone, Baseline+ and LESS, side by side: what a LESS cache must win.
+
+Where pairs are coded, the policy alone has uncoded slots for the same bytes.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..provenance import slots_text
+from ..quantization import Quantization
+from ..quantization.transforms import Transforms, check_transforms
 from .generation import agreement
 from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
 from .surroundings import surroundings
@@ -84,9 +91,15 @@ class Comparison:
 
 
 def contestants_for(
-    config: CacheConfig, maps: Mapping[str, FeatureMaps], length: int
+    config: CacheConfig,
+    maps: Mapping[str, FeatureMaps],
+    length: int,
+    transforms: Transforms | None = None,
 ) -> list[Contestant]:
     """Full, policy alone, Baseline+ at equal bytes, and LESS with each of the given maps.
+
+    Where the config's pairs are coded, the policy alone has 16-bit slots for the same bytes, and
+    the policy with coded slots comes after it; without maps that is all.
 
     Parameters
     ----------
@@ -96,12 +109,16 @@ def contestants_for(
         By the name that the table uses.
     length
         The windows'; some head must have fewer slots.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
 
     Raises
     ------
     ValueError
-        If nothing would be evicted, or maps do not fit the config.
+        If nothing would be evicted, or maps or transforms do not fit the config.
     """
+    check_transforms(config, transforms)
+    coded = None if config.quantization is None else coded_name(config.quantization)
     least = min(min(layer.capacities) for layer in config.layers)
     if least >= length:
         raise ValueError(
@@ -112,18 +129,51 @@ def contestants_for(
         if not policy.evicts:
             raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to compare")
     for name, entry in maps.items():
-        if name in (FULL, POLICY, BASELINE_PLUS):
+        if name in (FULL, POLICY, BASELINE_PLUS, coded):
             raise ValueError(f"maps: the name {name!r} is that of another line of the table")
         try:
             entry.check_against(config)
         except ValueError as error:
             raise ValueError(f"maps: {name!r} does not fit the model: {error}") from None
-    return [
-        Contestant(FULL),
-        Contestant(POLICY, config.replace(rank=0, hidden=None)),
-        Contestant(BASELINE_PLUS, config.baseline_plus().replace(hidden=None)),
-        *(Contestant(name, config, entry) for name, entry in maps.items()),
-    ]
+    alone = config.replace(rank=0, hidden=None)
+    contestants = [Contestant(FULL)]
+    if coded is None:
+        contestants.append(Contestant(POLICY, alone))
+    else:
+        contestants.append(Contestant(POLICY, uncoded(config)))
+        contestants.append(Contestant(coded, alone, transforms=transforms))
+    if maps or coded is None:
+        plus = config.baseline_plus().replace(hidden=None)
+        contestants.append(Contestant(BASELINE_PLUS, plus, transforms=transforms))
+    less = [Contestant(name, config, entry, transforms) for name, entry in maps.items()]
+    return contestants + less
+
+
+def coded_name(quantization: Quantization) -> str:
+    """What the table calls the policy with coded slots."""
+    keys, values = quantization.key_bits, quantization.value_bits
+    return f"{keys}-bit slots" if keys == values else f"slots of {keys} and {values} bits"
+
+
+def uncoded(config: CacheConfig) -> CacheConfig:
+    """The sparse cache to compare coded slots with: the bytes spent on slots of 16 bits a number.
+
+    Each head's slots are rounded up, so that the comparison never favours codes.
+
+    Raises
+    ------
+    ValueError
+        If the policy's own numbers do not go with so few slots.
+    """
+    plain = config.replace(quantization=None, rank=0, hidden=None, dtype="float16")
+    capacities = []
+    for own, layer in zip(config.with_dtype("float16").layers, plain.layers, strict=True):
+        spent = [c * own.slot_bytes + own.low_rank_bytes for c in own.capacities]
+        capacities.append([math.ceil(bytes_ / layer.slot_bytes) for bytes_ in spent])
+    try:
+        return plain.replace(capacity=capacities, dtype=config.dtype)
+    except ValueError as error:
+        raise ValueError(f"capacity: in uncoded slots of the same bytes: {error}") from None
 
 
 def compare(
@@ -132,6 +182,7 @@ def compare(
     config: CacheConfig,
     maps: Mapping[str, FeatureMaps],
     *,
+    transforms: Transforms | None = None,
     prompts: Tensor | None = None,
     new_tokens: int = 64,
     batch: int = 4,
@@ -149,6 +200,8 @@ def compare(
         Of the LESS cache.
     maps
         By the name that the table uses.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
     prompts
         [n, S] token ids whose greedy continuations are compared. Default: none are.
     new_tokens
@@ -161,10 +214,14 @@ def compare(
     Raises
     ------
     ValueError
-        If nothing would be evicted, or maps do not fit the config.
+        If nothing would be evicted, or maps or transforms do not fit the config.
     """
     length = len(windows[0].ids)
-    contestants = contestants_for(config, maps, length)
+    contestants = contestants_for(config, maps, length, transforms)
+    dtype = model.dtype
+    if config.quantization is not None and dtype.itemsize > 2:
+        # Nobody has to serve in more: codes must not win against a waste.
+        dtype = torch.float16
     scores: dict[str, Scores] = {}
     for contestant in contestants:
         found = score(model, windows, contestant, batch=batch, progress=progress)
@@ -179,11 +236,11 @@ def compare(
         found = scores[contestant.name]
         shape = contestant.config
         if shape is None:
-            pair = 2 * config.head_dim * model.dtype.itemsize
+            pair = 2 * config.head_dim * dtype.itemsize
             cost = config.num_layers * config.kv_heads * pair * length
             capacity: Any = length
         else:
-            cost = shape.bytes_per_sequence(model.dtype)
+            cost = shape.bytes_per_sequence(dtype)
             capacity = shape.capacity
         regained = None
         if contestant.name not in (FULL, POLICY):
@@ -212,6 +269,20 @@ def compare(
         "tokens_scored": sum(len(losses) for losses in scores[FULL].losses),
         "new_tokens": new_tokens if prompts is not None else None,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **_codes_facts(config, transforms, dtype),
         **surroundings(),
     }
     return Comparison(rows, facts, scores)
+
+
+def _codes_facts(
+    config: CacheConfig, transforms: Transforms | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a report says of codes: nothing where there are none."""
+    if config.quantization is None:
+        return {}
+    return {
+        "quantization": config.quantization.to_dict(),
+        "transforms_sha256": None if transforms is None else transforms.digest,
+        "bytes_counted_in": str(dtype).removeprefix("torch."),
+    }

@@ -44,7 +44,9 @@ def continue_greedily(
     """
     attached: Any = nullcontext()
     if contestant.config is not None:
-        attached = attach(model, contestant.config, contestant.maps)
+        attached = attach(
+            model, contestant.config, contestant.maps, transforms=contestant.transforms
+        )
     prompts = prompts.to(model.device)
     with attached:
         whole = model.generate(

@@ -244,6 +244,24 @@ class Transforms(Sequence[LayerTransforms]):
         }
 
 
+def check_transforms(config: Any, transforms: Transforms | None) -> None:
+    """Refuse transforms that do not go with a `CacheConfig`, or that it lacks.
+
+    Raises
+    ------
+    ValueError, TypeError
+        That says what is wrong.
+    """
+    if transforms is not None:
+        if not isinstance(transforms, Transforms):
+            raise TypeError(f"transforms: got {type(transforms).__name__}, expected Transforms")
+        transforms.check_against(config)
+    quantization = config.quantization
+    calibrated = quantization is not None and quantization.transform == "calibrated"
+    if calibrated and transforms is None:
+        raise ValueError(f"transforms: got None, but {quantization} needs calibrated ones")
+
+
 def layer_transforms(layer: LayerConfig, given: LayerTransforms | None) -> LayerTransforms | None:
     """The bases of a layer's codes.
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._checks import check_int
 from ..config import CacheConfig
 from ..integrations.transformers.interception import intercepted
-from ..integrations.transformers.model_check import attention_modules
+from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..quantization.calibration import Moments, fit_layer
 from ..quantization.transforms import Transforms
 from .collect import full_attention, output_projection
@@ -36,14 +37,21 @@ def calibrate(
 
     Raises
     ------
-    ValueError
-        If the config has no quantization with calibrated bases.
+    ValueError, TypeError
+        If the config has no quantization with calibrated bases, it is for another model, there is
+        no text, or the model makes numbers of it that are none.
     """
     quantization = config.quantization
     if quantization is None or quantization.transform != "calibrated":
         raise ValueError(
             f"config: quantization is {quantization!r}, expected one with transform='calibrated'"
         )
+    check_int("batch", batch, minimum=1)
+    if not tokens.numel():
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [n, N] token ids")
+    check_model(model)
+    modules = attention_modules(model)
+    check_fit(model, modules, config)
     size = config.head_dim
     sums = [
         [Moments.empty(heads, size) for heads in (spec.query_heads, spec.kv_heads, spec.kv_heads)]
@@ -62,8 +70,13 @@ def calibrate(
             model(ids, use_cache=False)
             bar.update(len(ids))
     layers = []
-    for spec, moments, module in zip(config.layers, sums, attention_modules(model), strict=True):
+    for index, (spec, moments, module) in enumerate(zip(config.layers, sums, modules, strict=True)):
         queries, keys, values = moments
+        if not all(bool(entry.second.isfinite().all()) for entry in moments):
+            raise ValueError(
+                f"model: its queries, keys or values in layer {index} are not finite in "
+                f"{model.dtype}; load it in a wider dtype"
+            )
         projection = output_projection(module, spec)
         centred = spec.softcap is None
         layers.append(fit_layer(quantization, queries, keys, values, projection, centred=centred))

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from ..integrations.transformers.interception import intercepted
 from ..integrations.transformers.model_check import attention_modules
 from ..layer_config import LayerConfig
-from ..teacher_forced import attend_all, eviction_times
+from ..layer_maps import LayerMaps
+from ..quantization.transforms import LayerTransforms
+from ..teacher_forced import attend, attend_all, eviction_times, stored_pairs
 
 SIMULATED_AT_ONCE = 32
 """Sequences whose evictions are simulated together: a step's overhead is shared among them."""
@@ -36,6 +38,10 @@ class LayerData:
         [n, Hkv, N] int32, when each pair leaves its slot (`teacher_forced.eviction_times`).
     projection
         [hidden, Hq, D], the weights of the projection that follows the attention.
+    spec
+        The layer whose evictions these are.
+    transforms
+        The bases of its codes, where it has calibrated ones.
     """
 
     q: Tensor
@@ -44,6 +50,30 @@ class LayerData:
     out: Tensor
     times: Tensor
     projection: Tensor
+    spec: LayerConfig
+    transforms: LayerTransforms | None = None
+
+    def attend(self, maps: LayerMaps | None, chosen: Tensor, rows: Tensor) -> Tensor:
+        """What the small cache gives, over the pairs as its slots and its state have them.
+
+        Parameters
+        ----------
+        maps
+            φ and ψ; ``None``: the policy alone.
+        chosen
+            [B], which sequences.
+        rows
+            [n], which queries.
+
+        Returns
+        -------
+        Tensor
+            [B, Hq, n, D].
+        """
+        q, k, v = (t[chosen].float() for t in (self.q, self.k, self.v))
+        # Codes are read anew for every batch: kept, they would double what lies in memory.
+        stored = stored_pairs(self.spec, k, v, self.transforms)
+        return attend(self.spec, maps, q, k, v, self.times[chosen], rows, stored=stored)
 
     def project(self, out: Tensor) -> Tensor:
         """[B, Hq, n, D] -> [B, n, hidden]: what the layer adds to the residual stream."""
@@ -60,6 +90,7 @@ def collect_layer(
     layer: int,
     spec: LayerConfig,
     *,
+    transforms: LayerTransforms | None = None,
     batch: int = 4,
     folder: Path | None = None,
     progress: bool = True,
@@ -76,6 +107,8 @@ def collect_layer(
         Which full-attention layer, from 0.
     spec
         Capacity and policy whose evictions are simulated.
+    transforms
+        The bases of the layer's codes, where it has calibrated ones.
     batch
         Sequences a forward pass.
     folder
@@ -112,10 +145,14 @@ def collect_layer(
         for start in range(0, count, SIMULATED_AT_ONCE):
             part = slice(start, start + SIMULATED_AT_ONCE)
             q, k = (filled[name][part].to(model.device) for name in "qk")
-            times[part] = eviction_times(spec, q, k).cpu()
+            times[part] = eviction_times(spec, q, k, transforms=transforms).cpu()
             bar.update(len(q))
     return LayerData(
-        **filled, times=times, projection=output_projection(modules[layer], spec).float().cpu()
+        **filled,
+        times=times,
+        projection=output_projection(modules[layer], spec).float().cpu(),
+        spec=spec,
+        transforms=transforms,
     )
 
 

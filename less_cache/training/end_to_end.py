@@ -25,6 +25,7 @@ from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..integrations.transformers.teacher_forcing import small_cache_logits
 from ..layer_maps import LayerMaps
+from ..quantization.transforms import Transforms, check_transforms
 from .curves import save_curves
 from .recipe import generator
 from .runs import (
@@ -36,6 +37,7 @@ from .runs import (
     model_digest,
     optimizer_tensors,
     save_checkpoint,
+    transforms_record,
 )
 
 SAVE_EVERY_SECONDS = 60.0
@@ -103,6 +105,7 @@ def distill(
     recipe: DistillRecipe,
     out: Path,
     *,
+    transforms: Transforms | None = None,
     progress: bool = True,
 ) -> FeatureMaps:
     """Fit all layers' maps to the model's logits under the full cache.
@@ -124,6 +127,8 @@ def distill(
         The numbers.
     out
         Folder of the run: checkpoint, log, a picture of it, and the finished maps.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
     progress
         Show a bar.
 
@@ -139,6 +144,7 @@ def distill(
         holds a run with other settings, or the loss becomes infinite.
     """
     maps.check_against(config)
+    check_transforms(config, transforms)
     if len(tokens) < recipe.validation + recipe.batch:
         raise ValueError(
             f"tokens: got {len(tokens)} sequences, "
@@ -157,13 +163,14 @@ def distill(
     settings = {
         "model_sha256": model_digest(model),
         "config": config.to_dict(),
+        **transforms_record(transforms),
         "distill": dataclasses.asdict(recipe),
         "start": maps.digest,
         "data_sha256": digest_tokens(tokens),
         "torch": torch.__version__,
     }
     claim(out, settings)
-    run = _Distillation(model, tokens, config, maps, recipe)
+    run = _Distillation(model, tokens, config, maps, recipe, transforms)
     path = out / "checkpoint.safetensors"
     step = run.restore(path)
     if step:
@@ -221,8 +228,10 @@ class _Distillation:
         config: CacheConfig,
         maps: FeatureMaps,
         recipe: DistillRecipe,
+        transforms: Transforms | None = None,
     ) -> None:
         self.model, self.config, self.recipe = model, config, recipe
+        self.transforms = transforms
         self.training = tokens[: -recipe.validation]
         self.held = tokens[-recipe.validation :]
         self.past = _least(config)
@@ -285,7 +294,12 @@ class _Distillation:
         with torch.no_grad():
             wanted = self.model(ids, use_cache=False).logits[:, self.past :].float()
         logits = small_cache_logits(
-            self.model, self.config, self.maps, ids, recompute=self.recipe.recompute
+            self.model,
+            self.config,
+            self.maps,
+            ids,
+            recompute=self.recipe.recompute,
+            transforms=self.transforms,
         )
         found = logits[:, self.past :].float()
         return F.kl_div(

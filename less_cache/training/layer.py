@@ -17,7 +17,6 @@ from tqdm import tqdm
 from .._checks import check_memory
 from ..layer_config import LayerConfig
 from ..layer_maps import LayerMaps, tensor_shapes, untrained_layer
-from ..teacher_forced import attend
 from .collect import LayerData
 from .recipe import Recipe, generator
 from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
@@ -255,10 +254,8 @@ class _Fit:
         return sum(losses) / len(losses)
 
     def _loss(self, maps: LayerMaps | None, chosen: Tensor, rows: Tensor) -> Tensor:
-        data = self.data
-        q, k, v, out = (t[chosen].float() for t in (data.q, data.k, data.v, data.out))
-        found = attend(self.spec, maps, q, k, v, data.times[chosen], rows)
-        return data.project(found - out[:, :, rows]).square().mean()
+        wanted = self.data.out[chosen].float()[:, :, rows]
+        return self.data.project(self.data.attend(maps, chosen, rows) - wanted).square().mean()
 
     def save(self, path: Path, step: int) -> None:
         """Write everything that `restore` needs."""

@@ -19,6 +19,7 @@ from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..layer_maps import LayerMaps
 from ..maps_io import public_name
+from ..quantization.transforms import Transforms, check_transforms
 from .collect import collect_layer
 from .curves import save_curves
 from .layer import check_can_fit, fit_layer
@@ -32,6 +33,7 @@ from .runs import (
     model_digest,
     read_settings,
     save_checkpoint,
+    transforms_record,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def train(
     recipe: Recipe,
     out: Path,
     *,
+    transforms: Transforms | None = None,
     layers: Sequence[int] | None = None,
     data_on_disk: bool = False,
     batch: int = 4,
@@ -68,6 +71,8 @@ def train(
         How they are fitted.
     out
         Folder of the run: checkpoints, logs, a picture of them, and the finished maps.
+    transforms
+        The bases of codes; needed where ``config.quantization`` has calibrated ones.
     layers
         Which layers to fit. Default: all.
     data_on_disk
@@ -94,12 +99,13 @@ def train(
         raise ValueError("config: rank is 0, expected a rank above 0: there is nothing to fit")
     chosen = list(range(config.num_layers)) if layers is None else list(layers)
     check_int("batch", batch, minimum=1)
+    check_transforms(config, transforms)
     check_model(model)
     check_fit(model, attention_modules(model), config)
     sequences, length = tokens.shape
     for layer in chosen:
         check_can_fit(config.layer(layer), sequences, length, recipe, layer)
-    claim(out, run_settings(model, config, recipe, tokens, model_id))
+    claim(out, run_settings(model, config, recipe, tokens, model_id, transforms))
     for layer in chosen:
         folder = layer_folder(out, layer)
         spec = config.layer(layer)
@@ -109,7 +115,14 @@ def train(
                 continue
             started = time.monotonic()
             data = collect_layer(
-                model, tokens, layer, spec, batch=batch, folder=scratch, progress=progress
+                model,
+                tokens,
+                layer,
+                spec,
+                transforms=None if transforms is None else transforms[layer],
+                batch=batch,
+                folder=scratch,
+                progress=progress,
             )
             maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
         save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
@@ -122,13 +135,19 @@ def train(
 
 
 def run_settings(
-    model: Any, config: CacheConfig, recipe: Recipe, tokens: Tensor, model_id: str | None
+    model: Any,
+    config: CacheConfig,
+    recipe: Recipe,
+    tokens: Tensor,
+    model_id: str | None,
+    transforms: Transforms | None = None,
 ) -> dict[str, Any]:
     """What makes two runs the same, as JSON-ready data."""
     return {
         "model_id": public_name(model_id),
         "model_sha256": model_digest(model),
         "config": config.to_dict(),
+        **transforms_record(transforms),
         "recipe": recipe.to_dict(),
         "sequences": list(tokens.shape),
         "data_sha256": digest_tokens(tokens),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._files import json_text, parse_json, write_text
 from .._tensor_files import read_tensors, write_tensors
+from ..quantization.transforms import Transforms
 
 SAMPLED = 1024
 """Numbers of a parameter that tell models apart."""
@@ -37,6 +38,11 @@ def model_digest(model: Any) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
+
+
+def transforms_record(transforms: Transforms | None) -> dict[str, str]:
+    """What a run notes of the bases of its codes: nothing where there are none."""
+    return {} if transforms is None else {"transforms_sha256": transforms.digest}
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -16,11 +16,14 @@ from less_cache.evaluation.comparison import (
     POLICY,
     Comparison,
     Row,
+    coded_name,
     compare,
+    contestants_for,
 )
 from less_cache.evaluation.generation import accepted_prefix, agreement
-from less_cache.evaluation.perplexity import Contestant, Recovery, Window, recovery
+from less_cache.evaluation.perplexity import Contestant, Recovery, Window, recovery, score
 from less_cache.evaluation.report import as_table, gap_text, save_report
+from less_cache.training import calibrate
 from tests.integrations.models import build
 from tests.policies import MostSeen, MostSeenOneByOne
 
@@ -165,3 +168,52 @@ def test_the_table_fits_eighty_columns(capacity):
     assert "[a title]" in told
     assert "(22% to 24%)" in told
     assert "no gap" in told
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_coded_slots_are_compared_at_equal_bytes(model, config, kind, tmp_path):
+    config = config.replace(capacity=24, quantization=lc.Quantization(3, 2, kind))
+    windows = windows_of(2, 32)
+    ids = torch.stack([window.ids for window in windows])
+    transforms = calibrate(model, config, ids, progress=False) if kind == "calibrated" else None
+    maps = {"LESS": lc.FeatureMaps.initialise(config, hidden=8)}
+    prompts = ids[:, :28]
+    found = compare(
+        model, windows, config, maps, transforms=transforms, prompts=prompts, new_tokens=2,
+        progress=False,
+    )  # fmt: skip
+    coded = coded_name(config.quantization)
+    assert [row.name for row in found.rows] == [FULL, POLICY, coded, BASELINE_PLUS, "LESS"]
+    less, policy = found.row("LESS"), found.row(POLICY)
+    assert found.row(coded).slots == less.slots == "24"
+    # Counted in 16 bits, though the model is of 32; one slot more or less is rounding.
+    slot = config.replace(quantization=None, dtype="float16").layer(0).slot_bytes
+    assert less.bytes_per_sequence == config.bytes_per_sequence("float16")
+    assert 0 <= policy.bytes_per_sequence - less.bytes_per_sequence < 2 * 2 * slot
+    assert found.row(FULL).bytes_per_sequence == 2 * 2 * 2 * 12 * 2 * 32
+    assert found.facts["bytes_counted_in"] == "float16"
+    assert found.facts["transforms_sha256"] == (transforms.digest if transforms else None)
+    exact = score(
+        model,
+        windows,
+        Contestant("plain", config.replace(quantization=None), *maps.values()),
+        progress=False,
+    )
+    assert less.perplexity != pytest.approx(exact.perplexity(), rel=1e-4)
+    save_report(found, tmp_path, "a title")
+    assert json.loads((tmp_path / "comparison.json").read_text())["quantization"]["key_bits"] == 3
+
+
+def test_codes_alone_need_no_maps_and_bases_where_they_are_calibrated(model, config):
+    config = config.replace(capacity=24, quantization=lc.Quantization(3, 3))
+    found = compare(model, windows_of(2, 32), config, {}, progress=False)
+    assert [row.name for row in found.rows] == [FULL, POLICY, "3-bit slots"]
+    with pytest.raises(ValueError, match=r"^transforms: got None"):
+        contestants_for(config.replace(quantization=lc.Quantization(3, 3, "calibrated")), {}, 32)
+    taken = {"3-bit slots": lc.FeatureMaps.initialise(config, hidden=8)}
+    with pytest.raises(ValueError, match="the name '3-bit slots'"):
+        contestants_for(config, taken, 32)
+    with pytest.raises(
+        ValueError, match=r"^capacity: in uncoded slots of the same bytes: capacity"
+    ):
+        contestants_for(config.replace(policy=lc.SinkWindow(sinks=16), rank=0), {}, 32)

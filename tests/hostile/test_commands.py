@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import less_cache as lc
 from less_cache import cli, reference_model
 
 pytest.importorskip("transformers")
 
 from tests.helpers import random_maps, small_config
+from tests.quantization.fitted import fitted
 
 from .rule import files_below
 
@@ -37,6 +39,7 @@ def reached(*arguments, **keywords):
 
 
 WORK = (
+    "less_cache.training.calibrate",
     "less_cache.training.train",
     "less_cache.training.distill",
     "less_cache.evaluation.comparison.compare",
@@ -73,6 +76,12 @@ def run(*arguments):
     return status, out.getvalue(), error.getvalue()
 
 
+@functools.cache
+def bases():
+    """Transforms of another model than the shipped one."""
+    return fitted(small_config(rank=0, quantization=lc.Quantization(3, 3, "calibrated")))
+
+
 @contextlib.contextmanager
 def workplace():
     """A working folder with things in it that are not what they are taken for."""
@@ -87,6 +96,8 @@ def workplace():
         (folder / "ids.npy").mkdir()
         (folder / "empty").mkdir()
         random_maps(small_config()).save_pretrained(folder / "maps")
+        (folder / "bases").mkdir()
+        bases().save(folder / "bases" / "transforms.safetensors")
         (folder / "half").mkdir()
         (folder / "half" / "less_maps.safetensors").write_bytes(b"x" * 99)
         os.chdir(folder)
@@ -131,30 +142,44 @@ TEXTS = (
     *("a-file", "a-file/x", "deep.json", "object.json", "bytes.txt", "ids.npy", "empty", "half"),
     *("maps", "nowhere", "a=nowhere", "=maps", "nobody/nothing-at-all", "datasets:", "banana"),
     *("cuda:77", "cpu:9", "meta", "mps", "int8", "float16", "h2o:recent=x", "h2o:x=1", "fullcache"),
+    *("2", "3", "hadamard", "calibrated", "bases", "bases/transforms.safetensors"),
     *("lru", "h2o:recent=nan", "scissorhands:window=63", "5:9", "3:1", ":", "a:b", "x" * 300),
 )
 COMMON = ("--model", "--capacity", "--policy", "--length", "--device", "--dtype", "--data", "--out")
+BITS = ("--bits", "--key-bits", "--value-bits", "--transform")
+CODES = (*BITS, "--transforms")
 COMMANDS = {
+    "calibrate": (
+        ("--data", "text.txt", "--out", "out", "--length", "96"),
+        (*("--model", "--length", "--device", "--dtype", "--data", "--out"), *BITS, "--sequences"),
+    ),
     "train": (
         ("--data", "text.txt", "--out", "out", "--length", "96"),
         (
             *(*COMMON, "--rank", "--recipe", "--kind", "--hidden", "--epochs", "--rows", "--seed"),
             *("--learning-rate", "--patience", "--sequences", "--layers", "--batch", "--banana"),
+            *CODES,
         ),
     ),
     "distill": (
         ("--data", "text.txt", "--maps", "maps", "--out", "out", "--length", "96"),
-        (*COMMON, "--maps", "--steps", "--batch", "--learning-rate", "--micro-batch", "--seed"),
+        (
+            *(*COMMON, *CODES, "--maps", "--steps", "--batch", "--learning-rate", "--micro-batch"),
+            "--seed",
+        ),
     ),
     "eval": (
         ("--maps", "maps", "--data", "text.txt", "--length", "96"),
-        (*COMMON, "--maps", "--windows", "--prompts", "--new-tokens", "--batch"),
+        (*COMMON, *CODES, "--maps", "--windows", "--prompts", "--new-tokens", "--batch"),
     ),
     "bench": (
         (),
-        ("--context", "--batch", "--query-heads", "--kv-heads", "--head-dim", "--capacity"),
+        (
+            *("--context", "--batch", "--query-heads", "--kv-heads", "--head-dim", "--capacity"),
+            *BITS,
+        ),
     ),
-    "info": ((), ("--maps",)),
+    "info": ((), ("--maps", "--transforms")),
     "merge": (("empty", "--out", "out"), ("--out", "")),
 }
 """By command: a call that is right as far as it goes, and the options that are spoilt."""
@@ -193,6 +218,10 @@ EACH = [
     ("distill", "--maps", "half"),
     ("eval", "--maps", "nowhere"),
     ("eval", "--out", "a-file"),
+    ("eval", "--bits", "5"),
+    ("train", "--transforms", "bases"),
+    ("calibrate", "--out", "a-file"),
+    ("calibrate", "--key-bits", "3"),
     ("bench", "--batch", "-1"),
     ("bench", "--capacity", "0"),
 ]

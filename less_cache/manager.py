@@ -43,7 +43,8 @@ class CacheManager:
     backend
         ``"auto"``, or one by name: ``"reference"`` is the definition, plain and slow;
         ``"torch"`` is fast on the CPU and on a GPU; ``"triton"`` has kernels for a CUDA GPU, and
-        is what ``"auto"`` takes for a state that lives on one.
+        is what ``"auto"`` takes for a state that lives on one; ``"inductor"`` compiles attention
+        over coded pairs for a CPU, once for each layout, which takes a C++ compiler and a while.
     transforms
         The bases of codes; needed where ``config.quantization`` has calibrated ones.
 

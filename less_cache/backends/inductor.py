@@ -1,7 +1,7 @@
-"""The PyTorch backend for CPUs, with attention over coded pairs compiled by Inductor.
+"""The PyTorch backend for coded pairs on a CPU, with attention over them compiled by Inductor.
 
 The first step of a layout compiles for some tens of seconds; PyTorch keeps what it compiled on
-disk. All else, and layers whose pairs are stored as they are, is the backend ``torch``.
+disk. All else is the backend ``torch``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
 
 
 def check_config(config: CacheConfig) -> None:
-    """Refuse what the backend ``torch`` does, and everything where nothing can be compiled.
+    """Refuse what the backend ``torch`` does, and that for which there is nothing to compile.
 
     Raises
     ------
     ValueError
-        If the backend ``torch`` refuses the config, or PyTorch finds no C++ compiler.
+        If the backend ``torch`` refuses the config, pairs are stored as they are, or PyTorch finds
+        no C++ compiler.
     """
     eager.check_config(config)
+    if config.quantization is None:
+        raise ValueError(
+            "backend: got 'inductor', which compiles attention over coded pairs, but quantization "
+            "is None; expected 'torch'"
+        )
     _check_compiler()
 
 
@@ -49,9 +55,8 @@ def attend(
     shift: Tensor | None = None,
 ) -> Tensor:
     """The step; see `Backend.attend`."""
-    coded = layer.quantization is not None
     return eager.attend_by(
-        functools.partial(attend_step, pairs=attend_codes) if coded else attend_step,
+        functools.partial(attend_step, pairs=attend_codes),
         layer,
         arrays,
         maps,

@@ -71,15 +71,10 @@ def test_compiled_steps_are_torchs():
     compare(coded_config(bits=(3, 2), kind="calibrated", dtype="float32"), rtol=2e-5)
 
 
-@pytest.mark.usefixtures("compiler")
-def test_layers_without_codes_are_torchs():
+def test_pairs_stored_as_they_are_are_refused():
     config = coded_config(quantization=None)
-    states = []
-    for name in ("torch", "inductor"):
-        run = lc.CacheManager(config, manager(coded_config(), "torch").maps, backend=name)
-        state = run.init(2)
-        states.append((feed(run, config, state, CHUNKS), state.layers[0].keys))
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    with pytest.raises(ValueError, match=r"^backend: got 'inductor', .* quantization is None"):
+        lc.CacheManager(config, manager(coded_config(), "torch").maps, backend="inductor")
 
 
 def test_without_a_compiler_it_is_refused_when_it_is_chosen():

@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._checks import check_choice, check_device, check_int, check_memory, check_path
+from ._hub import locate, upload
 from .config import CacheConfig, kv_shard
 from .layer_maps import LAST_LAYERS, LayerMaps, checked_layer, tensor_shapes, untrained_layer
-from .maps_io import load_folder, load_official, locate, public_name, save_folder, upload
+from .maps_io import (
+    CARD,
+    WEIGHTS,
+    by_layer,
+    card_text,
+    load_folder,
+    load_official,
+    named_tensors,
+    public_name,
+    read_card,
+    save_folder,
+)
 
 
 class FeatureMaps:
@@ -225,9 +238,24 @@ class FeatureMaps:
 
         Whoever reads meanwhile, or after a crash, finds the old maps or the new ones.
         """
-        save_folder(
-            check_path("folder", folder), [layer.tensors for layer in self.layers], self._card()
-        )
+        tensors = [layer.tensors for layer in self.layers]
+        save_folder(check_path("folder", folder), tensors, self._card())
+
+    def to_parts(self) -> tuple[dict[str, Tensor], str]:
+        """What a file of something larger holds of them: tensors by name, and a card."""
+        return named_tensors([layer.tensors for layer in self.layers]), card_text(self._card())
+
+    @classmethod
+    def from_parts(cls, where: str, tensors: Mapping[str, Tensor], card: str) -> FeatureMaps:
+        """The maps that `to_parts` took apart; `where` begins the messages of errors.
+
+        Raises
+        ------
+        ValueError
+            If tensors and card disagree.
+        """
+        fields = read_card(where, card)
+        return cls._checked(where, by_layer(where, tensors, fields["num_layers"]), fields)
 
     @classmethod
     def from_pretrained(
@@ -252,17 +280,9 @@ class FeatureMaps:
             If a file is damaged, or tensors and description disagree.
         """
         check_path("name", name)
-        folder = locate(name, subfolder, revision)
-        layers, card = load_folder(folder)
-        maps = cls.from_tensors(
-            layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
-        )
-        for size, found in maps[0].shapes.items():
-            if card.get(size) != found:
-                raise ValueError(
-                    f"{folder}: says {size} = {card.get(size)}, but the maps have {found}"
-                )
-        return maps
+        # A repository of format 1 has a card beside its weights.
+        folder = locate(name, subfolder, revision, [WEIGHTS, CARD])
+        return cls._checked(str(folder), *load_folder(folder))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the maps to a repository of the Hugging Face hub, made if need be.
@@ -272,8 +292,8 @@ class FeatureMaps:
         str
             The address of the commit.
         """
-        tensors = [layer.tensors for layer in self.layers]
-        return upload(tensors, self._card(), repo_id, private=private, token=token)
+        message = "Upload LESS feature maps"
+        return upload(self.save_pretrained, repo_id, message, private=private, token=token)
 
     @classmethod
     def from_official(cls, folder: str | Path) -> FeatureMaps:
@@ -293,6 +313,20 @@ class FeatureMaps:
         return cls.from_tensors(
             load_official(check_path("folder", folder)), kind="paper", record=record
         )
+
+    @classmethod
+    def _checked(
+        cls, where: str, layers: Sequence[Mapping[str, Tensor]], card: Mapping[str, Any]
+    ) -> FeatureMaps:
+        maps = cls.from_tensors(
+            layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
+        )
+        for size, found in maps[0].shapes.items():
+            if card.get(size) != found:
+                raise ValueError(
+                    f"{where}: says {size} = {card.get(size)}, but the maps have {found}"
+                )
+        return maps
 
     def _card(self) -> dict[str, Any]:
         return {

@@ -213,19 +213,37 @@ class Transforms(Sequence[LayerTransforms]):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of transforms")
         header, tensors = read_tensors(path)
+        return cls.from_parts(str(path), tensors, header)
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a file holds of them: tensors by name, and a header."""
+        return self._tensors(), self._header()
+
+    @classmethod
+    def from_parts(
+        cls, where: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
+    ) -> Transforms:
+        """The transforms that `to_parts` took apart; `where` begins the messages of errors.
+
+        Raises
+        ------
+        ValueError
+            If tensors and header disagree.
+        """
         if header.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: no transforms: format {header.get('format')!r}, expected {FORMAT!r}"
+                f"{where}: no transforms: format {header.get('format')!r}, expected {FORMAT!r}"
             )
         try:
             count = int(header["layers"])
             bits = {name: int(header[name]) for name in ("key_bits", "value_bits")}
             layers = [_read_layer(tensors, f"layers.{i}.") for i in range(count)]
+            kind = header["kind"]
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+            raise ValueError(f"{where}: damaged: {error}") from None
         if len(tensors) != sum(len(layer.named()) for layer in layers):
-            raise ValueError(f"{path}: holds tensors of other layers than its {count}")
-        return cls(header["kind"], layers, **bits)
+            raise ValueError(f"{where}: holds tensors of other layers than its {count}")
+        return cls(kind, layers, **bits)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -12,7 +12,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from benchmarks import onnx_decode, onnx_profile
+from benchmarks import onnx_codes, onnx_decode, onnx_profile
 
 SIZES = ("--tiny", "--batch=2", "--capacity=8", "--rank=2", "--hidden=8", "--steps=2")
 
@@ -45,6 +45,17 @@ def test_decode_compares_with_full_caches(genai, tmp_path):
     assert ("genai" in middle) == (report["genai"] == "built")
     assert genai or report["genai"] == "not asked for"
     assert (tmp_path / "d.png").stat().st_size > 1000
+
+
+def test_every_way_of_unpacking_takes_a_step(tmp_path):
+    path = tmp_path / "c.json"
+    sizes = ("--bits=3,8", "--batch=2", "--capacity=8", "--repeats=4")
+    output = invoke(onnx_codes.main, *sizes, f"--json={path}")
+    results = json.loads(path.read_text())["results"]
+    # 128 channels: 48 and 128 bytes of codes, a scale each, a score and a position.
+    assert results["slot_bytes"] == {"32": 1032, "3": 108, "8": 268}
+    assert len(results["times"]) == 1 + 2 * len(onnx_codes.WAYS)
+    assert all(way in output for way in onnx_codes.WAYS)
 
 
 def test_profile_accounts_for_every_product():

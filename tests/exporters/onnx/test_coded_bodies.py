@@ -5,6 +5,9 @@ import pytest
 import torch
 
 import less_cache as lc
+import less_cache.arrays
+from exporters.onnx import parts
+from less_cache.arrays import array_shapes
 from tests.exporters.onnx.single_layer import OnnxLayers
 from tests.helpers import POLICIES, held_by, policy_id, random_maps
 from tests.quantization.fitted import fitted, some_tokens
@@ -124,3 +127,20 @@ def test_rank_0_and_a_head_size_that_fills_no_byte(kind):
 
 def test_a_soft_cap():
     follow(coded_config(lc.H2O(), (4, 4), "hadamard", softcap=5.0))
+
+
+def test_positions_keep_the_dtype_that_they_are_stored_in(monkeypatch):
+    def narrow(layer):
+        shapes = array_shapes(layer)
+        return {**shapes, "positions": (shapes["positions"][0], "int16")}
+
+    for module in (less_cache.arrays, parts):
+        monkeypatch.setattr(module, "array_shapes", narrow)
+    config = coded_config(lc.H2O(), (4, 4), "hadamard")
+    layers = OnnxLayers(config, random_maps(config), 2)
+    for size in (9, 1, 1, 6, 1):
+        layers.attend(*(x.numpy() for x in some_tokens(config, 2, size)))
+    assert layers.states[0].positions.dtype == np.int16
+    # Every head of 7 and 11 slots is full, of tokens among the 18 seen.
+    assert layers.states[0].positions.min() >= 0
+    assert (layers.states[0].positions.max(1) == 17).all()

@@ -28,6 +28,10 @@ def test_kernels_compile_and_spill_no_registers(capability, tmp_path):
     for kernel in report:
         assert kernel["capability"] == capability
         assert 0 < kernel["registers"] <= 255
+        assert 0 <= kernel["loop"] < kernel["instructions"]
+        if kernel["kernel"] == "attend" and "3 bits" in kernel["variant"]:
+            # A conversion of each byte by itself would take more.
+            assert kernel["loop"] * kernel["warps"] / kernel["tile"] < 64
         if " D=256 " not in kernel["variant"]:
             assert kernel["spilled_bytes"] == 0, kernel
 

@@ -6,6 +6,7 @@ choices of a question do, go through it once: each continues a copy of the promp
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -244,3 +245,74 @@ def padded(texts: Sequence[Sequence[int]], *, side: str) -> tuple[Tensor, Tensor
         ids[row, columns] = torch.tensor(text, dtype=torch.int64)
         mask[row, columns] = 1
     return ids, mask
+
+
+@functools.lru_cache(maxsize=1)
+def _task_manager(include_path: str | None) -> Any:
+    """lm_eval's list of tasks: reading it takes longer than many a task."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def judge_tasks(
+    model: Any,
+    tokenizer: Any,
+    config: CacheConfig | None,
+    maps: FeatureMaps | None,
+    *,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+    max_length: int | None = None,
+) -> dict[str, float]:
+    """A loaded model's figures on tasks of lm_eval, with a cache or its own full one.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A transformers model that `attach` takes.
+    config
+        Of the cache, with one policy; ``None``: the model's own.
+    maps
+        Where the config's rank is above 0.
+    tasks, include_path, limit
+        As of lm_eval's command.
+    batch
+        Requests at a time.
+    max_length
+        Tokens that the model reads at once; ``None``: its longest sequence.
+
+    Returns
+    -------
+    dict
+        By task and measure, without standard errors.
+    """
+    from lm_eval import simple_evaluate
+
+    given = {"tokenizer": tokenizer, "batch_size": batch, "max_length": max_length}
+    if config is None:
+        judge = HFLM(pretrained=model, **given)
+    else:
+        judge = LessCacheLM(
+            model, capacity=config.capacity, policy=config.policies[0], maps=maps, **given
+        )
+    try:
+        found = simple_evaluate(
+            judge,
+            tasks=[*tasks],
+            task_manager=_task_manager(include_path),
+            limit=limit,
+            # Standard errors are not asked for.
+            bootstrap_iters=0,
+        )
+    finally:
+        if config is not None:
+            judge.attachment.detach()
+    return {
+        f"{task} {measure.partition(',')[0]}": float(value)
+        for task, values in found["results"].items()
+        for measure, value in values.items()
+        if isinstance(value, float) and "stderr" not in measure
+    }

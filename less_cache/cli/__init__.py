@@ -1,4 +1,7 @@
-"""The command line, ``less-cache``: demo, train, distill, merge, eval, export, bench, info."""
+"""The command line, ``less-cache``: a file a command.
+
+Among them demo; train, distill, merge; eval, longrange, reproduce, lm-eval; export; bench, info.
+"""
 
 from .main import app, main
 

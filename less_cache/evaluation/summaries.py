@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..integrations.transformers import attach
+from ..integrations.transformers.padding import padded
 from .perplexity import Contestant
 
 STOP = "###"
@@ -83,12 +84,7 @@ def write_summaries(
     with attached, tqdm(total=len(prompts), desc=contestant.name, disable=not progress) as bar:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            width = max(len(prompts[i]) for i in part)
-            ids = torch.zeros(len(part), width, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(part):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
+            ids, mask = padded([prompts[i] for i in part], side="left")
             with torch.random.fork_rng(devices):
                 torch.manual_seed(seed + start)
                 whole = model.generate(
@@ -99,7 +95,7 @@ def write_summaries(
                     **drawn,
                 )
             for row, i in enumerate(part):
-                text = tokenizer.decode(whole[row, width:], skip_special_tokens=True)
+                text = tokenizer.decode(whole[row, ids.shape[1] :], skip_special_tokens=True)
                 texts[i] = text.partition(STOP)[0].strip()
             bar.update(len(part))
     return [texts[i] for i in range(len(prompts))]

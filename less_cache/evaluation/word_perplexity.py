@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .._checks import check_int
+from ..integrations.transformers.padding import padded
 from ..integrations.transformers.teacher_forcing import small_cache_logits
 from .perplexity import Contestant
 
@@ -187,7 +187,8 @@ def score_words(
     ) as bar:
         for start in range(0, len(stretches), batch):
             part = stretches[start : start + batch]
-            ids = _padded([stretch.ids for stretch in part]).to(model.device)
+            # On the right, where nothing that is scored sees it.
+            ids = padded([stretch.ids for stretch in part], side="right")[0].to(model.device)
             read = ids[:, :-1]
             if contestant.config is None:
                 logits = model(read, use_cache=False).logits
@@ -202,9 +203,3 @@ def score_words(
     return WordScores(
         nats, [words for _, words in documents], [len(tokens) for tokens, _ in documents]
     )
-
-
-def _padded(texts: list[list[int]]) -> Tensor:
-    # On the right, where nothing that is scored sees it.
-    width = max(map(len, texts))
-    return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])

@@ -19,6 +19,7 @@ from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
 from ..policies import Policy, parse_policy
 from .transformers import attach
+from .transformers.padding import padded
 
 try:
     from lm_eval.api.registry import register_model
@@ -233,18 +234,6 @@ def run_command(words: Sequence[str]) -> None:
 def parts_of(items: Sequence[Any], size: int) -> Iterable[Any]:
     """Stretches of at most `size` items."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def padded(texts: Sequence[Sequence[int]], *, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, longest] of texts, with zeros on one side."""
-    width = max(map(len, texts))
-    ids = torch.zeros(len(texts), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        columns = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
-        ids[row, columns] = torch.tensor(text, dtype=torch.int64)
-        mask[row, columns] = 1
-    return ids, mask
 
 
 @functools.lru_cache(maxsize=1)

@@ -70,7 +70,7 @@ def one_by_one(model, config, maps, requests):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("size", [1, 3, 16, "auto"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon_new"])
 def test_answers_are_those_of_decoding(family, size):
     model = model_of(family)

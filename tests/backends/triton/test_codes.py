@@ -117,10 +117,13 @@ def test_shared_slots(kind, bits, head_dim, monkeypatch):
     check_steps(config, monkeypatch, batch=1, first=69, steps=3)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_models(dtype, monkeypatch):
-    config = coded(lc.SinkWindow(1), (4, 4), dtype=dtype, capacity=4, rank=0)
-    check_steps(config, monkeypatch, bound=0.05 if dtype == "bfloat16" else 0.01)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "bits", "bound"),
+    [("float16", "hadamard", (3, 4), 0.01), ("bfloat16", "calibrated", (4, 8), 0.06)],
+)
+def test_narrow_models(dtype, kind, bits, bound, monkeypatch):
+    config = coded(lc.SinkWindow(1), bits, kind, dtype=dtype, capacity=4, head_dim=64, rank=0)
+    check_steps(config, monkeypatch, bound=bound)
 
 
 @pytest.mark.parametrize("policy", [lc.H2O(), lc.KeyNorm(recent=2)], ids=str)

@@ -68,7 +68,8 @@ def test_soft_caps_and_pools_of_rows():
 
 @pytest.mark.usefixtures("compiler")
 def test_compiled_steps_are_torchs():
-    compare(coded_config(bits=(3, 2), kind="calibrated", dtype="float32"), rtol=2e-5)
+    with torch.inference_mode():
+        compare(coded_config(bits=(3, 2), kind="calibrated", dtype="float32"), rtol=2e-5)
 
 
 def test_pairs_stored_as_they_are_are_refused():

@@ -27,7 +27,14 @@ import triton
 
 from ..launch import Launch, recording
 from .compiling import compile_kernel, signature
-from .variants import Variant, coded_variants, every_variant, launches_of, selected_variants
+from .variants import (
+    Variant,
+    coded_variants,
+    every_variant,
+    few_variants,
+    launches_of,
+    selected_variants,
+)
 
 CAPABILITIES = (80, 90, 100)
 SPILL_FREE_HEAD_DIM = 128
@@ -123,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="the whole matrix, not a selection")
     parser.add_argument("--codes", action="store_true", help="coded pairs alone, in all widths")
+    parser.add_argument("--few", action="store_true", help="the usual kernels and a coded one's")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--json", type=Path, help="also write the report there")
@@ -130,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     variants = every_variant() if options.all else selected_variants()
     if options.codes:
         variants = coded_variants()
+    if options.few:
+        variants = few_variants()
     head_dims = {str(variant): variant.head_dim for variant in variants}
     capabilities = tuple(options.capability or CAPABILITIES)
     start = time.monotonic()

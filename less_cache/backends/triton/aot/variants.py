@@ -149,6 +149,11 @@ def selected_variants() -> list[Variant]:
     ]
 
 
+def few_variants() -> list[Variant]:
+    """The usual one, split over programs and coded: each kernel at least once."""
+    return [Variant(), Variant(batch=1, capacity=8192), Variant(codes=Quantization(3, 3))]
+
+
 def coded_variants() -> list[Variant]:
     """Each number of bits with both bases, and each size with 3 bits."""
     usual = Variant(codes=Quantization())

@@ -12,7 +12,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ class StepPlan:
         if torch.compiler.is_compiling():
             state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        with without_autocast(q), _undone_by_errors(self.layer, arrays, rows):
+        undone = _undone_by_errors(arrays, rows) if self.layer.policy.custom else nullcontext()
+        with without_autocast(q), undone:
             if self.transforms is not None:
                 return self._run_inside(
                     self.transforms, arrays, q, k, v, lengths, rows, mask, clean
@@ -136,11 +137,8 @@ class StepPlan:
 
 
 @contextmanager
-def _undone_by_errors(layer: LayerConfig, arrays: LayerArrays, rows: Any) -> Iterator[None]:
-    """Where a user's own policy may raise in the midst of a step, it takes back what was done."""
-    if not layer.policy.custom:
-        yield
-        return
+def _undone_by_errors(arrays: LayerArrays, rows: Any) -> Iterator[None]:
+    """Take back what was done where a user's own policy raises in the midst of a step."""
     own = slice(None) if rows is None else rows
     before = {name: _copy(array[own]) for name, array in arrays.named().items()}
     try:

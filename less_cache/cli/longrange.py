@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .loading import check_config, check_machine, config_for, load_model, model_name
+from .loading import (
+    check_config,
+    check_machine,
+    config_for,
+    held_out,
+    length_for,
+    load_model,
+    model_name,
+)
 from .options import (
     SHIPPED,
     CapacityOption,
@@ -74,7 +82,6 @@ def longrange(
     from ..evaluation.needles import NOISE, STYLES
     from ..evaluation.report import check_can_draw
     from ..training.data import read_documents
-    from .loading import length_for
 
     # What needs no model is checked before one is loaded.
     check_can_draw()
@@ -173,13 +180,6 @@ def number(name: str, text: str, kind: type[Any]) -> Any:
     if value < 0:
         raise ValueError(f"{name}: got {text!r}, expected a number")
     return value
-
-
-def held_out() -> list[tuple[str, str]]:
-    """Names and texts of the modules that the shipped model never saw."""
-    from ..reference_model import held_out_documents
-
-    return [(document.name, document.text) for document in held_out_documents()]
 
 
 def lines_of(documents: list[Any]) -> list[str]:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..integrations.transformers.teacher_forcing import small_cache_logits
-from .perplexity import Contestant
+from .perplexity import Contestant, logits_under
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{3,}")
 CONTRAST = 2.0
@@ -168,15 +167,10 @@ def read(
         Windows at a time.
     """
     found = []
-    maps = None
-    if contestant.maps is not None:
-        maps = list(contestant.maps.to(model.device, torch.float32))
+    logits_of = logits_under(model, contestant)
     for start in range(0, len(windows), batch):
         ids = torch.stack([*windows[start : start + batch]]).to(model.device)
-        if contestant.config is None:
-            logits = model(ids, use_cache=False).logits
-        else:
-            logits = small_cache_logits(model, contestant.config, maps, ids)
+        logits = logits_of(ids)
         for own, wanted in zip(logits[:, :-1], ids[:, 1:], strict=True):
             nats = F.cross_entropy(own.float(), wanted, reduction="none")
             found.append(Reading(nats.cpu(), (own.argmax(1) == wanted).cpu()))

@@ -76,7 +76,9 @@ def recall(
     more = max(new_tokens, *(len(example.reference) for example in examples))
     config = cache_of(model, contestant, max(len(x.prompt) for x in examples) + more)
     found = []
-    with attach(model, config, contestant.maps, scoring=True) as handle:
+    with attach(
+        model, config, contestant.maps, scoring=True, transforms=contestant.transforms
+    ) as handle:
         for start in range(0, len(examples), batch):
             part = examples[start : start + batch]
             # On the left, so that every prompt ends in the last column.

@@ -74,7 +74,9 @@ def write_summaries(
     """
     attached: Any = nullcontext()
     if contestant.config is not None:
-        attached = attach(model, contestant.config, contestant.maps)
+        attached = attach(
+            model, contestant.config, contestant.maps, transforms=contestant.transforms
+        )
     drawn: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from .._checks import check_int
 from ..integrations.transformers.padding import padded
-from ..integrations.transformers.teacher_forcing import small_cache_logits
-from .perplexity import Contestant
+from .perplexity import Contestant, logits_under
 
 DETOKENIZED = (
     *((f" @{mark}@ ", mark) for mark in "-,."),
@@ -175,9 +174,7 @@ def score_words(
         raise ValueError("data: holds no tokens, expected at least one")
     # Of like length together, the longest first: memory runs out at once or never.
     stretches.sort(key=lambda stretch: -len(stretch.ids))
-    maps = None
-    if contestant.maps is not None:
-        maps = list(contestant.maps.to(model.device, torch.float32))
+    logits_of = logits_under(model, contestant)
     nats = [0.0] * len(documents)
     with tqdm(
         total=sum(stretch.scored for stretch in stretches),
@@ -189,11 +186,7 @@ def score_words(
             part = stretches[start : start + batch]
             # On the right, where nothing that is scored sees it.
             ids = padded([stretch.ids for stretch in part], side="right")[0].to(model.device)
-            read = ids[:, :-1]
-            if contestant.config is None:
-                logits = model(read, use_cache=False).logits
-            else:
-                logits = small_cache_logits(model, contestant.config, maps, read)
+            logits = logits_of(ids[:, :-1])
             for row, stretch in enumerate(part):
                 stop = len(stretch.ids) - 1
                 own = logits[row, stop - stretch.scored : stop].float().log_softmax(1)

@@ -6,8 +6,8 @@ import torch
 
 import less_cache as lc
 from less_cache.backends import inductor
-from tests.quantization.fitted import some_tokens
-from tests.quantization.test_step import coded_config, feed, manager
+from tests.quantization.fitted import coded_config, some_tokens
+from tests.quantization.test_step import feed, manager
 
 CHUNKS = (5, 1, 1, 9, 1, 1, 1, 4, 1)
 

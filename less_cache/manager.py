@@ -12,7 +12,7 @@ import torch
 from ._checks import check_choice, check_device, check_int, check_memory
 from .arrays import MOST_ROWS, Array
 from .backends import BACKENDS, best_backend, get_backend
-from .call import check_room, check_tokens, checked_mask, most_tokens
+from .call import check_room, check_tokens, checked_mask
 from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
@@ -297,7 +297,7 @@ def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_token
     int
         `LayerState.tokens_bound` once it has taken them.
     """
-    limit = most_tokens(plan.layer)
+    limit = plan.most_tokens
     if not isinstance(state.length, np.ndarray) and torch.compiler.is_compiling():
         if not plan.layer.policy.evicts:
             incoming = new_tokens if mask is None else mask.sum(1)

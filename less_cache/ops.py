@@ -12,7 +12,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class StepPlan:
     ----------
     layer : LayerConfig
     backend : str
+    most_tokens : int
+        That a sequence may have in all.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class StepPlan:
         self.backend = backend
         self.module: Backend = get_backend(backend)
         self.maps = maps
+        # Looked up once: each costs as much as a check of a call.
+        self.most_tokens = call.most_tokens(layer)
+        self._may_raise = layer.policy.custom
         # An operator takes numbers, but no objects.
         self.number = next(_NUMBERS)
         _PLANS[self.number] = self
@@ -79,7 +84,7 @@ class StepPlan:
         if torch.compiler.is_compiling():
             state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        undone = _undone_by_errors(arrays, rows) if self.layer.policy.custom else nullcontext()
+        undone = _undone_by_errors(arrays, rows) if self._may_raise else _NOTHING_TO_UNDO
         with without_autocast(q), undone:
             if self.transforms is not None:
                 return self._run_inside(
@@ -134,6 +139,9 @@ class StepPlan:
                 padding = ~(torch.from_numpy(mask) if numpy else mask)
                 left = left.masked_fill(padding.view(len(padding), 1, -1, 1), 0)
             return left.numpy().astype(q.dtype) if numpy else left.to(q.dtype)
+
+
+_NOTHING_TO_UNDO: AbstractContextManager[None] = nullcontext()
 
 
 @contextmanager

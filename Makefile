@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Two threads of tests, one of arithmetic each: OpenMP teams that wait for each other are slower.
+# As many tests at once as there are cores, with one thread of arithmetic each: OpenMP teams that
+# wait for each other are slower.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
-PYTEST_ARGUMENTS ?= -n 2
+PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
 # Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=

@@ -18,6 +18,7 @@ import less_cache as lc
 from examples.custom_loop import Shape
 from less_cache.arrays import EMPTY
 from less_cache.policies import Policy
+from less_cache.quantization.transforms import hadamard_transforms
 
 
 class Contestant(Protocol):
@@ -74,7 +75,12 @@ class Less:
             quantization=quantization,
         )
         maps = lc.FeatureMaps.initialise(self.config) if rank else None
-        self.manager = lc.CacheManager(self.config, maps, backend=backend)
+        transforms = None
+        if quantization is not None and quantization.transform == "calibrated":
+            # Which bases they are makes no difference to a step's cost.
+            bases = hadamard_transforms(shape.kv_heads, shape.head_dim)
+            transforms = lc.Transforms("calibrated", [bases] * shape.layers)
+        self.manager = lc.CacheManager(self.config, maps, backend=backend, transforms=transforms)
         self.state = self.manager.init(batch)
         last = torch.arange(context - 1 - capacity, context - 1)
         for layer in self.state.layers:

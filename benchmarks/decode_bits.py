@@ -9,6 +9,7 @@ from rich.table import Table
 import less_cache as lc
 from benchmarks.contestants import Less
 from benchmarks.measuring import spread
+from benchmarks.tables import for_a_page, for_terminal
 
 if TYPE_CHECKING:
     from benchmarks.decode import Bench
@@ -90,19 +91,9 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def table(report: dict[str, Any]) -> Table:
     """For the terminal."""
-    shown = Table(title="One decode step, rank 0", padding=(0, 0))
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="right")
-    for row in report["results"]:
-        shown.add_row(*cells(row))
-    return shown
+    return for_terminal("One decode step, rank 0", HEADINGS, map(cells, report["results"]))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """For docs/benchmarks.md."""
-    lines = [
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + " ---: |" * len(HEADINGS),
-        *("| " + " | ".join(cells(row)) + " |" for row in report["results"]),
-    ]
-    return "\n".join(lines)
+    return "\n".join(for_a_page(HEADINGS, map(cells, report["results"])))

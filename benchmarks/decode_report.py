@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib as mpl
 from rich.table import Table
 
+from benchmarks.tables import for_a_page, for_terminal
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -42,20 +44,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def table(report: dict[str, Any]) -> Table:
     """For the terminal."""
-    shown = Table(title="One decode step", caption=summary(report), padding=(0, 0))
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="right")
-    for row in report["results"]:
-        shown.add_row(*cells(row))
-    return shown
+    rows = map(cells, report["results"])
+    return for_terminal("One decode step", HEADINGS, rows, caption=summary(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """For docs/benchmarks.md."""
     lines = [
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + " ---: |" * len(HEADINGS),
-        *("| " + " | ".join(cells(row)) + " |" for row in report["results"]),
+        *for_a_page(HEADINGS, map(cells, report["results"])),
         "",
         summary(report),
         "",

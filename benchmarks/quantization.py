@@ -212,6 +212,19 @@ def perplexity(model: Any, entry: Entry, windows: Sequence[Window], batch: int) 
     return math.exp(float(torch.cat(losses).double().mean()))
 
 
+def quality_row(model: Any, entry: Entry, windows: Sequence[Window], batch: int) -> dict[str, Any]:
+    """What the result file says of an entry."""
+    row = {
+        "name": entry.name,
+        "slots": entry.slots,
+        "nbytes": entry.nbytes,
+        "grows": entry.grows,
+    }
+    if entry.missing:
+        return {**row, "missing": entry.missing}
+    return {**row, "perplexity": perplexity(model, entry, windows, batch)}
+
+
 @torch.no_grad()
 def decode_seconds(model: Any, entry: Entry, prompt: Tensor, steps: int) -> float:
     """Seconds of so many greedy steps after a prompt, which is not timed."""
@@ -253,6 +266,12 @@ def measure_speed(
         }
         for name, taken in seconds.items()
     ]
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """Write the result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 HEAD = ("cache", "slots", "bytes a sequence", "perplexity", "gap won back", "tokens a second")
@@ -317,29 +336,20 @@ def main(
     ]
     report = json.loads(json_file.read_text()) if json_file.exists() else {}
     if quality:
-        rows = []
-        for entry in entries:
-            row: dict[str, Any] = {
-                "name": entry.name,
-                "slots": entry.slots,
-                "nbytes": entry.nbytes,
-                "grows": entry.grows,
-            }
-            if entry.missing:
-                row["missing"] = entry.missing
-            else:
-                row["perplexity"] = perplexity(model, entry, cut, batch)
-            rows.append(row)
+        rows: list[dict[str, Any]] = []
         facts = {"windows": len(cut), "length": length, "calibration": calibration}
         report["quality"] = {"rows": rows, **facts, **surroundings()}
+        for entry in entries:
+            rows.append(quality_row(model, entry, cut, batch))
+            # It takes long: whoever stops it keeps what there is.
+            save(report, json_file)
     if speed:
         timed = [entry for entry in entries if entry.timed and not entry.missing]
         prompt = torch.stack([cut[i % len(cut)].ids[: length - steps - 1] for i in range(batch)])
         rows = measure_speed(model, timed, prompt, steps, repeats)
         facts = {"prompt": prompt.shape[1], "batch": batch, "steps": steps, "repeats": repeats}
         report["speed"] = {"rows": rows, **facts, **surroundings()}
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, json_file)
     rows_of_text = table_rows(report)
     if markdown:
         for cells in (HEAD, ["---"] * len(HEAD), *rows_of_text):

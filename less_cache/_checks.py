@@ -110,8 +110,9 @@ def check_dense(name: str, array: Any) -> None:
         masked one or a matrix.
     """
     if isinstance(array, torch.Tensor):
-        kind = str(array.layout).removeprefix("torch.").removeprefix("_")
+        # Every step of every layer comes by here: the text is made for what is refused alone.
         if array.layout is not torch.strided or array.is_nested or array.is_quantized:
+            kind = str(array.layout).removeprefix("torch.").removeprefix("_")
             kind = "nested" if array.is_nested else "quantised" if array.is_quantized else kind
             raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
     elif isinstance(array, (np.ma.MaskedArray, np.matrix)):

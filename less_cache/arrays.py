@@ -35,6 +35,9 @@ ARRAYS = (
 )
 """What a layer's cache consists of, in this order; the last three only for some configs."""
 
+PAIRS = ("keys", "values", "key_scales", "value_scales")
+"""Those that hold pairs; the scales only of coded ones."""
+
 MAX_TOKENS = 2**31 - 128
 """The most tokens that a sequence may have: positions are 32-bit numbers, and this, the largest
 that float32 holds exactly, comes after every one of them."""

@@ -12,7 +12,7 @@ import torch
 from ._checks import check_choice, check_device, check_int, check_memory
 from .arrays import MOST_ROWS, Array
 from .backends import BACKENDS, best_backend, get_backend
-from .call import check_room, check_tokens, checked_mask, most_tokens
+from .call import check_room, check_tokens, checked_mask
 from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
@@ -236,8 +236,9 @@ class CacheManager:
         check_tokens(plan.layer, held.keys, len(held.length), q, k, v)
         if mask is not None:
             mask = checked_mask(k, mask)
-        _check_room(plan, held, mask, int(k.shape[2]))
+        bound = _check_room(plan, held, mask, int(k.shape[2]))
         out = plan.run(held, q, k, v, held.length, mask=mask, clean=True)
+        held.tokens_bound = bound
         held.length += k.shape[2] if mask is None else mask.sum(1, dtype=held.length.dtype)
         return out
 
@@ -300,9 +301,15 @@ class CacheManager:
         return self._plans[key]
 
 
-def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> None:
-    """Refuse tokens that a cache cannot take, asking the device only when it may matter."""
-    limit = most_tokens(plan.layer)
+def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_tokens: int) -> int:
+    """Refuse tokens that a cache cannot take, asking the device only when it may matter.
+
+    Returns
+    -------
+    int
+        `LayerState.tokens_bound` once it has taken them.
+    """
+    limit = plan.most_tokens
     if not isinstance(state.length, np.ndarray) and torch.compiler.is_compiling():
         if not plan.layer.policy.evicts:
             incoming = new_tokens if mask is None else mask.sum(1)
@@ -311,11 +318,10 @@ def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_token
                 f"FullCache: more tokens than capacity = {limit}",
             )
         # Nobody counts while compiled: the next call that is not has to ask the device.
-        state.tokens_bound = limit
-        return
+        return limit
     if state.tokens_bound + new_tokens > limit:
         length = state.length if isinstance(state.length, np.ndarray) else state.length.cpu()
         padding = mask if mask is None or isinstance(mask, np.ndarray) else mask.cpu()
         state.tokens_bound = int(length.max())
         check_room(plan.layer, length, padding, new_tokens)
-    state.tokens_bound += new_tokens
+    return state.tokens_bound + new_tokens

@@ -12,7 +12,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class StepPlan:
     ----------
     layer : LayerConfig
     backend : str
+    most_tokens : int
+        That a sequence may have in all.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class StepPlan:
         self.backend = backend
         self.module: Backend = get_backend(backend)
         self.maps = maps
+        # Looked up once: each costs as much as a check of a call.
+        self.most_tokens = call.most_tokens(layer)
+        self._may_raise = layer.policy.custom
         # An operator takes numbers, but no objects.
         self.number = next(_NUMBERS)
         _PLANS[self.number] = self
@@ -79,7 +84,8 @@ class StepPlan:
         if torch.compiler.is_compiling():
             state = [getattr(arrays, name) for name in array_shapes(self.layer)]
             return step_in_place(q, k, v, mask, lengths, rows, state, self.number, clean)
-        with without_autocast(q), _undone_by_errors(self.layer, arrays, rows):
+        undone = _undone_by_errors(arrays, rows) if self._may_raise else _NOTHING_TO_UNDO
+        with without_autocast(q), undone:
             if self.transforms is not None:
                 return self._run_inside(
                     self.transforms, arrays, q, k, v, lengths, rows, mask, clean
@@ -135,12 +141,12 @@ class StepPlan:
             return left.numpy().astype(q.dtype) if numpy else left.to(q.dtype)
 
 
+_NOTHING_TO_UNDO: AbstractContextManager[None] = nullcontext()
+
+
 @contextmanager
-def _undone_by_errors(layer: LayerConfig, arrays: LayerArrays, rows: Any) -> Iterator[None]:
-    """Where a user's own policy may raise in the midst of a step, it takes back what was done."""
-    if not layer.policy.custom:
-        yield
-        return
+def _undone_by_errors(arrays: LayerArrays, rows: Any) -> Iterator[None]:
+    """Take back what was done where a user's own policy raises in the midst of a step."""
     own = slice(None) if rows is None else rows
     before = {name: _copy(array[own]) for name, array in arrays.named().items()}
     try:

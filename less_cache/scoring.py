@@ -140,8 +140,8 @@ def _as_outer(
         return arrays.keys, arrays.values, arrays.H.clone()
     wide = arrays.scores.dtype
     basis = basis.to(arrays.scores.device, wide)
-    keys = codes.decode(layer.key_layout, arrays.keys, arrays.key_scales, wide)
-    values = codes.decode(layer.value_layout, arrays.values, arrays.value_scales, wide)
+    stored = arrays.named()
+    keys, values = codes.decode_pairs(layer.key_layout, layer.value_layout, stored, wide)
     H = arrays.H.to(wide) @ basis.value_out
     if basis.value_mean is not None:
         H = H + arrays.z.to(wide).unsqueeze(3) * basis.value_mean.unsqueeze(1)

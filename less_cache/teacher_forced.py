@@ -109,10 +109,10 @@ def stored_pairs(
         return None
     wide = torch.promote_types(k.dtype, torch.float32)
     own = own.to(k.device, wide)
-    inner_k, inner_v = own.enter_keys(k.to(wide)), own.enter_values(v.to(wide))
-    inner_k = codes.decode(layer.key_layout, *codes.encode(layer.key_layout, inner_k), wide)
-    inner_v = codes.decode(layer.value_layout, *codes.encode(layer.value_layout, inner_v), wide)
-    return own.leave_keys(inner_k), own.leave(inner_v)
+    layouts = (layer.key_layout, layer.value_layout)
+    held = codes.encode_pairs(*layouts, own.enter_keys(k.to(wide)), own.enter_values(v.to(wide)))
+    keys, values = codes.decode_pairs(*layouts, held, wide)
+    return own.leave_keys(keys), own.leave(values)
 
 
 def _sparse_config(layer: LayerConfig, k: Tensor) -> CacheConfig:

@@ -8,7 +8,7 @@ from onnxscript import ir
 
 from .building import Builder, Value
 from .heads import HeadRun, ModelLayer
-from .nodes import CHUNK, DOMAIN, STEP, function, node_attributes, node_outputs
+from .nodes import CHUNK, DOMAIN, STEP, function, node_attributes, node_inputs, node_outputs
 from .parts import Layer
 from .tracing import APPEND, outputs_of
 
@@ -78,6 +78,9 @@ def _choose(graph: ir.Graph, node: ir.Node, single: Value, run: HeadRun, overloa
     layer, prefix = run.layer, f"layers.{run.name}"
     taken = outputs_of(node)
     inputs = list(node.inputs)
+    wanted = node_inputs(layer.config, layer.kind)
+    if len(inputs) != len(wanted):
+        raise AssertionError(f"{prefix}: {len(inputs)} inputs, expected {wanted}")
     names = node_outputs(layer.config)
     branches = {}
     for branch, op in (("then_branch", STEP), ("else_branch", CHUNK)):

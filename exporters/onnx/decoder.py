@@ -20,6 +20,7 @@ from .bases import Bases
 from .experts import traceable_experts
 from .heads import ModelLayer
 from .nodes import map_inputs
+from .parts import is_shifted
 from .positions import stateless_positions
 from .tracing import trace
 
@@ -98,6 +99,8 @@ class Decoder(nn.Module):
         """One layer's attention: a single operator for each run of heads of equal capacity."""
         layer, dtype = self.layers[index], q.dtype
         q, k, v, shift = self.bases.enter(index, q, k, v)
+        if not is_shifted(layer.config, layer.kind):
+            shift = None
         outs = []
         for run in layer.runs:
             heads = run.run

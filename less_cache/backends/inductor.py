@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import functools
 
-from torch import Tensor
-
-from ..arrays import LayerArrays
 from ..config import CacheConfig
-from ..layer_config import LayerConfig
 from . import torch as eager
 from .torch import eviction_times, prepare_maps
 from .torch.compiled import attend_codes
-from .torch.maps import JoinedMaps
-from .torch.step import attend as attend_step
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
+
+attend = functools.partial(eager.attend, pairs=attend_codes)
+"""The step; see `Backend.attend`."""
 
 
 def check_config(config: CacheConfig) -> None:
@@ -38,37 +35,6 @@ def check_config(config: CacheConfig) -> None:
             "is None; expected 'torch'"
         )
     _check_compiler()
-
-
-def attend(
-    layer: LayerConfig,
-    arrays: LayerArrays,
-    maps: tuple[JoinedMaps, ...] | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    lengths: Tensor,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    clean: bool = False,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """The step; see `Backend.attend`."""
-    return eager.attend_by(
-        functools.partial(attend_step, pairs=attend_codes),
-        layer,
-        arrays,
-        maps,
-        q,
-        k,
-        v,
-        lengths=lengths,
-        rows=rows,
-        mask=mask,
-        clean=clean,
-        shift=shift,
-    )
 
 
 @functools.cache

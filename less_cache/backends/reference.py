@@ -14,7 +14,7 @@ import array_api_compat
 import numpy as np
 import torch
 
-from ..arrays import EMPTY, LayerArrays
+from ..arrays import EMPTY, PAIRS, LayerArrays
 from ..config import CacheConfig
 from ..layer_config import LayerConfig
 from ..layer_maps import EXPONENT_LIMIT, LayerMaps
@@ -23,9 +23,6 @@ from ..quantization import codes
 from . import following
 
 Array = Any
-
-STORED = ("keys", "values", "key_scales", "value_scales")
-"""The arrays that hold pairs."""
 
 
 def check_config(config: CacheConfig) -> None:
@@ -238,27 +235,16 @@ def _as_stored(xp: Any, layer: LayerConfig, k: Array, v: Array) -> dict[str, Arr
     if layer.key_layout is None or layer.value_layout is None:
         dtype = getattr(xp, layer.dtype)
         return {"keys": xp.astype(k, dtype), "values": xp.astype(v, dtype)}
-    keys, key_scales = codes.encode(layer.key_layout, k)
-    values, value_scales = codes.encode(layer.value_layout, v)
-    return {
-        "keys": keys,
-        "values": values,
-        "key_scales": key_scales,
-        "value_scales": value_scales,
-    }
+    return codes.encode_pairs(layer.key_layout, layer.value_layout, k, v)
 
 
 def _as_read(
     xp: Any, layer: LayerConfig, stored: dict[str, Array], dtype: Any
 ) -> tuple[Array, Array]:
     """Keys and values as attention reads them from what slots hold."""
-    keys, values = stored["keys"], stored["values"]
     if layer.key_layout is None or layer.value_layout is None:
-        return xp.astype(keys, dtype), xp.astype(values, dtype)
-    return (
-        codes.decode(layer.key_layout, keys, stored["key_scales"], dtype),
-        codes.decode(layer.value_layout, values, stored["value_scales"], dtype),
-    )
+        return xp.astype(stored["keys"], dtype), xp.astype(stored["values"], dtype)
+    return codes.decode_pairs(layer.key_layout, layer.value_layout, stored, dtype)
 
 
 def weigh_visible(xp: Any, weights: Array, values: Array, kept: int) -> Array:
@@ -371,7 +357,7 @@ def _read(
     order = order[positions[order] != EMPTY]
     stored = {
         name: getattr(arrays, name)[row, slots]
-        for name in STORED
+        for name in PAIRS
         if getattr(arrays, name) is not None
     }
     return Head(

@@ -1,4 +1,4 @@
-"""The command line, ``less-cache``, a file a command."""
+"""The command line, ``less-cache``: a file a command."""
 
 from .main import app, main
 

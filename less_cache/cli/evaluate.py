@@ -12,6 +12,7 @@ from .loading import (
     check_config,
     check_machine,
     config_for,
+    held_out,
     length_for,
     load_model,
     model_name,
@@ -90,13 +91,7 @@ def evaluate(
     check_machine(device, dtype)
     named = named_maps(maps or [])
     ranks = [entry[0].rank for entry in named.values()]
-    documents: list[Document]
-    if data is None:
-        from ..reference_model import held_out_documents
-
-        documents = [(d.name, d.text) for d in held_out_documents()]
-    else:
-        documents = read_documents(data)
+    documents: list[Document] = [*held_out()] if data is None else read_documents(data)
     loaded, tokenizer = load_model(model, device, dtype)
     config = config_for(loaded, capacity, policy, ranks[0] if ranks else 0, codes)
     size = length_for(config, length)

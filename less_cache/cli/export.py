@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -71,7 +71,6 @@ def onnx(
     loaded, tokenizer = load_model(model, "cpu", dtype)
     config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank, codes)
     write = export_genai if layout == "genai" else export_decoder
-    more: dict[str, Any] = {} if codes.transforms is None else {"transforms": codes.transforms}
     write(
         loaded,
         config,
@@ -81,7 +80,7 @@ def onnx(
         opset=opset,
         tokenizer=tokenizer,
         force=force,
-        **more,
+        transforms=codes.transforms,
     )
     say(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
     say(f"Written: {out}")

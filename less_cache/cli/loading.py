@@ -137,3 +137,10 @@ def length_for(config: CacheConfig, length: int | None) -> int:
 def vocabulary_of(model: Any) -> int:
     """The number of tokens that a model knows."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def held_out() -> list[tuple[str, str]]:
+    """Names and texts of the modules that the shipped model never saw."""
+    from ..reference_model import held_out_documents
+
+    return [(document.name, document.text) for document in held_out_documents()]

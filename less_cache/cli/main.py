@@ -13,6 +13,9 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .info import info
+from .lm_eval import PASSED_ON, lm_eval
+from .longrange import longrange
+from .reproduce import reproduce
 from .telling import log_to_stderr, plain_errors
 from .train import distill, merge, train
 
@@ -24,6 +27,9 @@ app.command()(distill)
 app.command()(merge)
 app.command(name="eval")(evaluate)
 app.add_typer(export, name="export")
+app.command()(longrange)
+app.command()(reproduce)
+app.command(name="lm-eval", context_settings=PASSED_ON)(lm_eval)
 app.command()(bench)
 app.command()(info)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -146,6 +146,18 @@ def cut_windows(documents: Sequence[tuple[str, Tensor]], length: int) -> list[Wi
     return windows
 
 
+def logits_under(model: Any, contestant: Contestant) -> Callable[[Tensor], Tensor]:
+    """What gives a model's logits [B, N, V] for token ids [B, N], as if it decoded them."""
+    config, maps = contestant.config, None
+    if config is None:
+        return lambda ids: model(ids, use_cache=False).logits
+    if contestant.maps is not None:
+        maps = list(contestant.maps.to(model.device, torch.float32))
+    return lambda ids: small_cache_logits(
+        model, config, maps, ids, transforms=contestant.transforms
+    )
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -171,19 +183,12 @@ def score(
         Show a bar.
     """
     losses: list[Tensor] = []
+    logits_of = logits_under(model, contestant)
     bar = tqdm(total=len(windows), desc=contestant.name, unit="window", disable=not progress)
     with bar:
         for start in range(0, len(windows), batch):
             ids = torch.stack([w.ids for w in windows[start : start + batch]]).to(model.device)
-            if contestant.config is None:
-                logits = model(ids, use_cache=False).logits
-            else:
-                maps = None
-                if contestant.maps is not None:
-                    maps = list(contestant.maps.to(model.device, torch.float32))
-                logits = small_cache_logits(
-                    model, contestant.config, maps, ids, transforms=contestant.transforms
-                )
+            logits = logits_of(ids)
             log_likelihoods = logits[:, :-1].float().log_softmax(2)
             picked = log_likelihoods.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
             losses.extend((-picked).cpu())

@@ -7,6 +7,7 @@ root of their mean square, each in units of its own step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import array_api_compat
@@ -85,6 +86,28 @@ def decode(layout: CodeLayout, codes: Array, scales: Array, dtype: Any) -> Array
         device=array_api_compat.device(levels),
     )
     return xp.concat([levels, rest], axis=-1)
+
+
+def encode_pairs(keys: CodeLayout, values: CodeLayout, k: Array, v: Array) -> dict[str, Array]:
+    """What slots hold of pairs [..., D] in the inner basis, by the names of `LayerArrays`."""
+    key_codes, key_scales = encode(keys, k)
+    value_codes, value_scales = encode(values, v)
+    return {
+        "keys": key_codes,
+        "values": value_codes,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
+
+
+def decode_pairs(
+    keys: CodeLayout, values: CodeLayout, stored: Mapping[str, Array], dtype: Any
+) -> tuple[Array, Array]:
+    """Keys and values [..., D] in the inner basis, of what `encode_pairs` made."""
+    return (
+        decode(keys, stored["keys"], stored["key_scales"], dtype),
+        decode(values, stored["values"], stored["value_scales"], dtype),
+    )
 
 
 def pack(layout: CodeLayout, codes: Array) -> Array:

@@ -210,10 +210,9 @@ def test_export_hands_codes_on(bases, tmp_path, monkeypatch):
     assert seen[2][1].digest == lc.Transforms.load(bases / FILE).digest
 
 
-@pytest.mark.parametrize("transform", ["hadamard", "calibrated"])
-def test_bench_times_coded_slots_beside_others(transform):
+def test_bench_times_coded_slots_beside_others():
     shape = ("--context", 256, "--batch", 1, "--query-heads", 2, "--kv-heads", 1, "--head-dim", 16)
-    result = run("bench", *shape, "--bits", 3, "--transform", transform)
+    result = run("bench", *shape, "--bits", 3, "--transform", "calibrated")
     assert result.exit_code == 0, result.output
     for name in ("LESS (torch)", "H2O alone, 3-bit slots", "LESS, 3-bit slots"):
         assert name in result.output

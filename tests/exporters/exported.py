@@ -17,6 +17,8 @@ CODED = {
     "calibrated": ("llama_mha", [[7, 7, 12, 7], 9], 4, lc.Quantization(3, 4, "calibrated"), {}),
     # Grouped queries, no low-rank state, 16 bits.
     "hadamard": ("llama", 8, 0, lc.Quantization(4, 2), {"dtype": "float16"}),
+    # Means of keys, but no low-rank state that would ask for them.
+    "rank 0": ("llama_one", 8, 0, lc.Quantization(3, 3, "calibrated"), {}),
     # A soft cap, and a sliding window, whose pairs are stored as they are.
     "windows": ("gemma2", 8, 4, lc.Quantization(8, 8), {"opset": 20}),
 }
@@ -72,6 +74,8 @@ class CodedParts:
         if family == "gemma2":
             kinds = ["sliding_attention", "full_attention"]
             changes = {"num_hidden_layers": 2, "layer_types": kinds}
+        if family == "llama_one":
+            family, changes = "llama", {"num_hidden_layers": 1}
         self.model = build(family, **changes)
         self.config, self.maps = less(self.model, capacity=capacity)
         self.config = self.config.replace(quantization=quantization, rank=rank)

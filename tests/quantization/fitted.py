@@ -1,4 +1,4 @@
-"""Bases fitted to random tokens that have means and uneven channels."""
+"""Coded configs, and bases fitted to random tokens that have means and uneven channels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import torch
 
 import less_cache as lc
 from less_cache.quantization.calibration import Moments, fit_layer
+from tests.helpers import POLICIES
+
+CODED = tuple(policy for policy in POLICIES if not isinstance(policy, lc.KeyNorm))
+"""The policies that calibrated bases take."""
+
+
+def coded_config(policy=CODED[2], bits=(3, 4), kind="hadamard", **changes):
+    """A layer whose heads differ, with coded pairs."""
+    parameters = {
+        "num_layers": 1,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "capacity": 60 if not policy.evicts else [[7, 11]],
+        "policy": policy,
+        "rank": 2,
+        "dtype": "float64",
+        "quantization": lc.Quantization(*bits, kind),
+    }
+    return lc.CacheConfig(**{**parameters, **changes})
 
 
 def some_tokens(config: lc.CacheConfig, batch: int, tokens: int, seed: int = 0):

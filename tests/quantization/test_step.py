@@ -9,26 +9,10 @@ from hypothesis import strategies as st
 import less_cache as lc
 from less_cache.scoring import attend_from_empty, attend_one_by_one
 from less_cache.teacher_forced import attend_all, eviction_times, stored_pairs
-from tests.helpers import POLICIES, held_by, policy_id, random_maps
-from tests.quantization.fitted import fitted, some_tokens
+from tests.helpers import held_by, policy_id, random_maps
+from tests.quantization.fitted import CODED, coded_config, fitted, some_tokens
 
-CODED = tuple(policy for policy in POLICIES if not isinstance(policy, lc.KeyNorm))
 KINDS = ("hadamard", "calibrated")
-
-
-def coded_config(policy=CODED[2], bits=(3, 4), kind="hadamard", **changes):
-    parameters = {
-        "num_layers": 1,
-        "query_heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "capacity": 60 if not policy.evicts else [[7, 11]],
-        "policy": policy,
-        "rank": 2,
-        "dtype": "float64",
-        "quantization": lc.Quantization(*bits, kind),
-    }
-    return lc.CacheConfig(**{**parameters, **changes})
 
 
 def manager(config, backend, seed=0):

@@ -7,7 +7,6 @@ through `chunk`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ...layer_maps import LayerMaps
 from .. import following
 from . import chunk, step
 from .maps import JoinedMaps, join
+from .pairs import AttendPairs, attend_pairs
 from .slots import open_run
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
@@ -61,41 +61,10 @@ def attend(
     mask: Tensor | None = None,
     clean: bool = False,
     shift: Tensor | None = None,
+    pairs: AttendPairs = attend_pairs,
 ) -> Tensor:
-    """The step; see `Backend.attend`."""
-    return attend_by(
-        step.attend,
-        layer,
-        arrays,
-        maps,
-        q,
-        k,
-        v,
-        lengths=lengths,
-        rows=rows,
-        mask=mask,
-        clean=clean,
-        shift=shift,
-    )
-
-
-def attend_by(
-    one: Callable[..., Tensor],
-    layer: LayerConfig,
-    arrays: LayerArrays,
-    maps: tuple[JoinedMaps, ...] | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    lengths: Tensor,
-    rows: Tensor | None,
-    mask: Tensor | None,
-    clean: bool,
-    shift: Tensor | None,
-) -> Tensor:
-    """`attend`, with `one` as the step of a single token."""
-    work = one if k.shape[2] == 1 else chunk.attend
+    """The step; see `Backend.attend`. `pairs` attends over the slots where one token is new."""
+    one = k.shape[2] == 1
     with torch.no_grad():
         if rows is not None:
             rows = rows.long()
@@ -105,7 +74,8 @@ def attend_by(
             heads = (q[:, run.query_heads], k[:, run.kv_heads], v[:, run.kv_heads])
             own = None if maps is None else maps[index]
             added = None if shift is None else shift[:, run.query_heads]
-            outs.append(work(run.layer, held, own, *heads, lengths, mask, added))
+            given = (run.layer, held, own, *heads, lengths, mask, added)
+            outs.append(step.attend(*given, pairs=pairs) if one else chunk.attend(*given))
             held.close()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 

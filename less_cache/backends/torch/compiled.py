@@ -8,8 +8,10 @@ unpacked pair several times.
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from ...arrays import EMPTY
 from ...layer_config import LayerConfig
 from ...quantization import CodeLayout
+from ...quantization.layout import Plane
 from .pairs import Attended
 from .slots import RunSlots
 
@@ -43,9 +46,10 @@ def attend_codes(
 def _compiled(
     key_layout: CodeLayout, value_layout: CodeLayout, scale: float, softcap: float | None
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    # Dynamo counts compilations by code object, and gives up at eight: each layout has its own.
+    # Dynamo counts compilations by code object, and runs what is beyond eight as it is: each layout
+    # has its own. The first shape's code knows it; a second one makes code for any.
     own = types.FunctionType(_attend.__code__.replace(), globals(), _attend.__name__)
-    compiled = torch.compile(own, fullgraph=True, dynamic=True)
+    compiled = torch.compile(own)
     return functools.partial(compiled, key_layout, value_layout, scale, softcap)
 
 
@@ -83,37 +87,72 @@ def _attend(
 
 def _products(layout: CodeLayout, q: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """q·k = s (q·code - q·center) of queries [B, H, G, D]: [B, H, G, C]."""
-    center = q[..., : layout.stored] @ torch.as_tensor(layout.centers[: layout.stored]).to(q)
-    total = -center.unsqueeze(3)
-    for plane in layout.planes:
-        fields = 8 // plane.width
-        part = codes[..., plane.offset : plane.offset + plane.nbytes].unsqueeze(2)
-        own = q[..., plane.first : plane.first + plane.channels] * float(2**plane.shift)
-        own = torch.nn.functional.pad(own, (0, fields * plane.nbytes - plane.channels))
-        own = own.unflatten(3, (fields, plane.nbytes)).unsqueeze(3)
-        summed = sum(
-            _field(part, i, plane.width).to(q.dtype) * own[..., i, :] for i in range(fields)
-        )
-        total = total + summed.sum(4)
+    total = torch.zeros_like(scales, dtype=q.dtype).unsqueeze(2)
+    for run in _runs(layout):
+        own = q[..., run.first : run.first + run.channels]
+        pieces = _pieces(run, codes)
+        size = pieces[0].shape[4]
+        spread = torch.nn.functional.pad(own, (0, len(pieces) * size - run.channels))
+        spread = spread.unflatten(3, (len(pieces), size)).unsqueeze(3)
+        summed = sum(piece.to(q.dtype) * spread[..., i, :] for i, piece in enumerate(pieces))
+        total = total + summed.sum(4) - (run.center * own.sum(3)).unsqueeze(3)
     return total * scales.unsqueeze(2).to(q.dtype)
 
 
 def _mix(layout: CodeLayout, weights: Tensor, codes: Tensor) -> Tensor:
     """Σ w (code - center) of weights [B, H, G, C]: [B, H, G, D]."""
-    weights = weights.unsqueeze(4)
-    sums: dict[int, Tensor] = {}
-    for plane in layout.planes:
-        part = codes[..., plane.offset : plane.offset + plane.nbytes].unsqueeze(2)
-        fields = [
-            (_field(part, i, plane.width).to(weights.dtype) * weights).sum(3)
-            for i in range(8 // plane.width)
+    everything = weights.sum(3, keepdim=True)
+    mixed = []
+    for run in _runs(layout):
+        sums = [
+            (piece.to(weights.dtype) * weights.unsqueeze(4)).sum(3) for piece in _pieces(run, codes)
         ]
-        whole = torch.cat(fields, 3)[..., : plane.channels] * float(2**plane.shift)
-        sums[plane.first] = sums[plane.first] + whole if plane.first in sums else whole
-    mixed = torch.cat([*sums.values()], 3)
-    mixed = mixed - weights.sum(3) * torch.as_tensor(layout.centers[: layout.stored]).to(weights)
-    return torch.nn.functional.pad(mixed, (0, len(layout.bits) - layout.stored))
+        mixed.append(torch.cat(sums, 3)[..., : run.channels] - run.center * everything)
+    return torch.nn.functional.pad(torch.cat(mixed, 3), (0, len(layout.bits) - layout.stored))
 
 
-def _field(packed: Tensor, index: int, width: int) -> Tensor:
-    return (packed >> (index * width)) & (2**width - 1)
+class _Run(NamedTuple):
+    """Channels side by side that have the same number of bits, and the code that stands for 0."""
+
+    first: int
+    channels: int
+    center: float
+    planes: tuple[Plane, ...]
+
+
+def _runs(layout: CodeLayout) -> list[_Run]:
+    found: dict[int, list[Plane]] = {}
+    for plane in layout.planes:
+        found.setdefault(plane.first, []).append(plane)
+    return [
+        _Run(first, planes[0].channels, (2 ** layout.bits[first] - 1) / 2, tuple(planes))
+        for first, planes in found.items()
+    ]
+
+
+def _pieces(run: _Run, codes: Tensor) -> list[Tensor]:
+    """The run's codes [B, H, 1, C, n], n channels after n channels; the last may have some over.
+
+    Where a code lies in two planes, a field of the wider one is cut into as many pieces as the
+    narrower one's bytes fit into its own.
+    """
+    parts = [
+        (codes[..., plane.offset : plane.offset + plane.nbytes].unsqueeze(2), plane)
+        for plane in run.planes
+    ]
+    if len(parts) == 1:
+        (low, plane) = parts[0]
+        return [_field(low, i * plane.nbytes, plane, plane.nbytes) for i in range(8 // plane.width)]
+    size = math.gcd(*(plane.nbytes for plane in run.planes))
+    (low, below), (high, above) = parts
+    return [
+        _field(low, start, below, size) | _field(high, start, above, size) << above.shift
+        for start in range(0, run.channels, size)
+    ]
+
+
+def _field(packed: Tensor, start: int, plane: Plane, size: int) -> Tensor:
+    """A plane's bits of `size` channels from `start` on, which lie in one field."""
+    byte = start % plane.nbytes
+    shift = start // plane.nbytes * plane.width
+    return (packed[..., byte : byte + size] >> shift) & (2**plane.width - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,3 +68,7 @@ def attend_pairs(
         share = probabilities.gather(3, slot.unsqueeze(2).expand(-1, -1, layer.group, -1))
         mean.addcmul_(share, v.to(slots.wide) - slots.take(slot)[1])
     return Attended(mean, probabilities, log_mass_of(logits, probabilities) if with_mass else None)
+
+
+AttendPairs = Callable[..., Attended]
+"""What does as `attend_pairs` does."""

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...arrays import EMPTY, LayerArrays
+from ...arrays import EMPTY, PAIRS, LayerArrays
 from ...layer_config import LayerConfig, Run
 from ...quantization import codes
-
-PAIRS = ("keys", "values", "key_scales", "value_scales")
-"""The arrays that hold pairs."""
 
 
 @dataclass
@@ -241,14 +238,7 @@ def as_stored(layer: LayerConfig, stored: LayerArrays, k: Tensor, v: Tensor) -> 
     """What slots hold of pairs [..., D]: in the dtype of storing, or codes and scales."""
     if layer.key_layout is None or layer.value_layout is None:
         return {"keys": k.to(stored.keys.dtype), "values": v.to(stored.values.dtype)}
-    keys, key_scales = codes.encode(layer.key_layout, k)
-    values, value_scales = codes.encode(layer.value_layout, v)
-    return {
-        "keys": keys,
-        "values": values,
-        "key_scales": key_scales,
-        "value_scales": value_scales,
-    }
+    return codes.encode_pairs(layer.key_layout, layer.value_layout, k, v)
 
 
 def as_read(
@@ -257,10 +247,7 @@ def as_read(
     """Keys and values [..., D] of what slots hold; `wide` is the dtype of computing."""
     if layer.key_layout is None or layer.value_layout is None:
         return stored["keys"].to(wide), stored["values"].to(wide)
-    return (
-        codes.decode(layer.key_layout, stored["keys"], stored["key_scales"], wide),
-        codes.decode(layer.value_layout, stored["values"], stored["value_scales"], wide),
-    )
+    return codes.decode_pairs(layer.key_layout, layer.value_layout, stored, wide)
 
 
 def pairs_of(stored: LayerArrays) -> dict[str, Tensor]:

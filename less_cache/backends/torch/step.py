@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import array_api_compat.torch as torch_namespace
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from .maths import (
     popcount,
     with_low_rank,
 )
-from .pairs import Attended, attend_pairs
+from .pairs import AttendPairs, attend_pairs
 from .slots import RunSlots
 
 
@@ -35,7 +33,7 @@ def attend(
     mask: Tensor | None,
     shift: Tensor | None = None,
     *,
-    pairs: Callable[..., Attended] = attend_pairs,
+    pairs: AttendPairs = attend_pairs,
 ) -> Tensor:
     """The victim's slot, or the first empty one, becomes the new pair's.
 

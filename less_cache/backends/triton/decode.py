@@ -83,9 +83,14 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     # Small tiles and many programs a multiprocessor: more reads are under way at any time.
     itemsize = getattr(torch, layer.dtype).itemsize
     tile_bytes = TILE_BYTES if layer.key_layout is None else CODED_TILE_BYTES[itemsize]
-    slots = max(16, tile_bytes // (head_dim * itemsize))
+    slots = tile_bytes // (head_dim * itemsize)
+    if layer.key_layout is not None and group > 16:
+        # The more queries, the more logits of each slot there are besides.
+        slots //= group // 8
+    slots = max(16, slots)
     blocks = triton.cdiv(max(layer.capacities), slots)
-    large = group * head_dim > 4096 or layer.rank > 16 or layer.dtype == "float32"
+    most = 4096 if layer.key_layout is None else 2048
+    large = group * head_dim > most or layer.rank > 16 or layer.dtype == "float32"
     if splits is None:
         wanted = triton.cdiv(2 * multiprocessors, max(1, batch * layer.kv_heads))
         splits = max(1, min(wanted, blocks // BLOCKS_A_SPLIT))

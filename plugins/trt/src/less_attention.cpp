@@ -121,6 +121,7 @@ std::int32_t LessAttention::getOutputDataTypes(nvinfer1::DataType* types, std::i
                                                const nvinfer1::DataType* given,
                                                std::int32_t inputs) const noexcept {
     return guarded(recorder_, kFailure, [&] {
+        std::for_each(given, given + inputs, refuse_codes);
         require_count("inputs", input_names(data_.attributes).size(), inputs);
         require_count("outputs", state_names(data_.attributes).size() + 1, outputs);
         for (std::int32_t i = 0; i < outputs; ++i) {

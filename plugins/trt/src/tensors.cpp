@@ -85,6 +85,14 @@ Dtype dtype_of(nvinfer1::DataType type) {
     }
 }
 
+void refuse_codes(nvinfer1::DataType type) {
+    if (type == nvinfer1::DataType::kUINT8) {
+        throw Refusal(ErrorKind::kInvalidArgument,
+                      "keys and values: got codes of quantised pairs (uint8), expected float32, "
+                      "float16 or bfloat16: this plugin has no kernels for codes");
+    }
+}
+
 nvinfer1::DataType tensorrt_type(Dtype dtype) {
     switch (dtype) {
         case Dtype::kFloat16:
@@ -121,6 +129,9 @@ std::vector<Given> given_of(const nvinfer1::DynamicPluginTensorDesc* tensors, st
 }
 
 Layer read_layer(const Attributes& attributes, const std::vector<Given>& inputs) {
+    for (const Given& input : inputs) {
+        refuse_codes(input.type);
+    }
     const auto names = input_names(attributes);
     check_count(names.size(), inputs.size(), "input");
     const auto index_of = [&names](const char* name) {

@@ -124,6 +124,19 @@ TEST(wrong_numbers_of_tensors_are_refused) {
     CHECK_CONTAINS(library().logger().take(), "inputs: got 9, expected 16 for these attributes");
 }
 
+TEST(codes_of_quantised_pairs_are_refused_by_name) {
+    const Plugin plugin = made(plain_layer());
+    // As a quantised layer has them: two tensors of scales more.
+    std::vector<nvinfer1::DataType> given(inputs_of(plain_layer()).size() + 2,
+                                          nvinfer1::DataType::kFLOAT);
+    given[5] = given[6] = nvinfer1::DataType::kUINT8;
+    std::vector<nvinfer1::DataType> types(outputs_of(plain_layer()).size() + 2);
+    CHECK(plugin.build->getOutputDataTypes(types.data(), static_cast<std::int32_t>(types.size()),
+                                           given.data(),
+                                           static_cast<std::int32_t>(given.size())) != 0);
+    CHECK_CONTAINS(library().logger().take(), "got codes of quantised pairs (uint8)");
+}
+
 TEST(each_state_output_is_aliased_with_its_input) {
     const Plugin plugin = made(history_layer());
     const auto inputs = inputs_of(history_layer());

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 import less_cache as lc
+import less_cache.arrays
+from exporters.onnx import parts
+from less_cache.arrays import array_shapes
 from tests.exporters.onnx.single_layer import OnnxLayers
 from tests.helpers import POLICIES, held_by, policy_id, random_maps
-from tests.quantization.fitted import fitted, some_tokens
+from tests.quantization.fitted import coded_config, fitted, some_tokens
 
 CHUNKS = (9, *(1,) * 7, 6, 1, 1)
 
@@ -74,21 +77,6 @@ def assert_close(found, wanted, bound):
     np.testing.assert_allclose(found, wanted, atol=bound, rtol=bound)
 
 
-def coded_config(policy, bits, kind, **changes):
-    parameters = {
-        "num_layers": 1,
-        "query_heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "capacity": 60 if not policy.evicts else [[7, 11]],
-        "policy": policy,
-        "rank": 2,
-        "dtype": "float32",
-        "quantization": lc.Quantization(*bits, kind),
-    }
-    return lc.CacheConfig(**{**parameters, **changes})
-
-
 def follow(config, chunks=CHUNKS, seed=0, bound=5e-5):
     sides = Sides(config, seed)
     for index, size in enumerate(chunks):
@@ -107,20 +95,37 @@ def follow(config, chunks=CHUNKS, seed=0, bound=5e-5):
 @pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (4, 2)])
 def test_every_width_and_both_transforms(bits, kind):
-    follow(coded_config(lc.H2O(), bits, kind), seed=sum(bits))
+    follow(coded_config(lc.H2O(), bits, kind, dtype="float32"), seed=sum(bits))
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != lc.H2O()], ids=policy_id)
 def test_every_policy(policy):
     kind = "hadamard" if isinstance(policy, lc.KeyNorm) else "calibrated"
-    follow(coded_config(policy, (3, 4), kind))
+    follow(coded_config(policy, (3, 4), kind, dtype="float32"))
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
 def test_rank_0_and_a_head_size_that_fills_no_byte(kind):
-    config = coded_config(lc.TOVA(), (3, 2), kind, rank=0, head_dim=12)
+    config = coded_config(lc.TOVA(), (3, 2), kind, rank=0, head_dim=12, dtype="float32")
     follow(config)
 
 
 def test_a_soft_cap():
-    follow(coded_config(lc.H2O(), (4, 4), "hadamard", softcap=5.0))
+    follow(coded_config(lc.H2O(), (4, 4), "hadamard", softcap=5.0, dtype="float32"))
+
+
+def test_positions_keep_the_dtype_that_they_are_stored_in(monkeypatch):
+    def narrow(layer):
+        shapes = array_shapes(layer)
+        return {**shapes, "positions": (shapes["positions"][0], "int16")}
+
+    for module in (less_cache.arrays, parts):
+        monkeypatch.setattr(module, "array_shapes", narrow)
+    config = coded_config(lc.H2O(), (4, 4), "hadamard", dtype="float32")
+    layers = OnnxLayers(config, random_maps(config), 2)
+    for size in (9, 1, 1, 6, 1):
+        layers.attend(*(x.numpy() for x in some_tokens(config, 2, size)))
+    assert layers.states[0].positions.dtype == np.int16
+    # Every head of 7 and 11 slots is full, of tokens among the 18 seen.
+    assert layers.states[0].positions.min() >= 0
+    assert (layers.states[0].positions.max(1) == 17).all()

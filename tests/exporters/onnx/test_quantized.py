@@ -10,8 +10,11 @@ import torch
 import less_cache as lc
 from exporters.common.manifest import MANIFEST, MODEL
 from exporters.onnx import OnnxDecoder, OnnxState, export_decoder
-from less_cache import snapshot
+from exporters.onnx.nodes import map_inputs
+from less_cache import ops, snapshot
+from less_cache.quantization.transforms import layer_transforms
 from tests.exporters.exported import CODED, TorchSide, attached
+from tests.helpers import random_maps, small_config, torch_inputs
 from tests.integrations.models import less, model_of, prompts
 from tests.quantization.fitted import fitted
 
@@ -139,3 +142,30 @@ def test_transforms_that_do_not_fit_are_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_decoder(model, config, maps, tmp_path / "out", transforms=transforms)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_the_operator_works_in_the_basis_of_the_codes(kind):
+    quantization = lc.Quantization(3, 4, kind)
+    config = small_config(num_layers=1, head_dim=16, quantization=quantization)
+    layer, maps = config.layer(0), random_maps(config)
+    transforms = fitted(config) if kind == "calibrated" else None
+    basis = layer_transforms(layer, transforms and transforms[0]).to(dtype=torch.float32)
+    folded = basis.fold(maps[0])
+    tensors = [folded.tensors[name] for name in map_inputs(layer, maps.kind)]
+    manager = lc.CacheManager(config, maps, backend="torch", transforms=transforms)
+    state = manager.init(2)
+    held = state.layers[0].of_run(layer.runs[0]).named()
+    arrays = [held[name].clone() for name in ops.state_names(layer)]
+    length = torch.zeros(2, dtype=torch.int32)
+    spec = ops.layer_spec(layer, maps.kind)
+    for tokens in (9, 1):
+        inputs = torch_inputs(config, 2, tokens, seed=tokens)
+        *inner, shift = basis.enter(*inputs)
+        mask = torch.ones(2, tokens, dtype=torch.int32)
+        out, *arrays = ops.functional_step(*inner, mask, length, arrays, tensors, spec, shift)
+        expected = manager.attend(state, 0, *inputs)
+        torch.testing.assert_close(basis.leave(out), expected, rtol=1e-5, atol=1e-5)
+        for name, array in zip(ops.state_names(layer), arrays, strict=True):
+            assert torch.equal(array, held[name]), name
+        length = length + tokens

@@ -6,6 +6,7 @@ read from the compiler's report::
 
     python -m less_cache.backends.triton.aot.compile_gate          # a selection, as the tests do
     python -m less_cache.backends.triton.aot.compile_gate --all    # the whole matrix
+    python -m less_cache.backends.triton.aot.compile_gate --codes  # coded pairs of all widths
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ import triton
 
 from ..launch import Launch, recording
 from .compiling import compile_kernel, signature
-from .variants import Variant, every_variant, launches_of, selected_variants
+from .variants import (
+    Variant,
+    coded_variants,
+    every_variant,
+    few_variants,
+    launches_of,
+    selected_variants,
+)
 
 CAPABILITIES = (80, 90, 100)
 SPILL_FREE_HEAD_DIM = 128
@@ -45,6 +53,11 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    instructions: int
+    loop: int
+    """of `instructions`, those of the loop that has most matrix products"""
+    tile: int
+    """slots that a turn of that loop takes in; 0 where there are none"""
 
 
 def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resources:
@@ -66,6 +79,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
     """
     compiled = compile_kernel(wanted, signature(wanted), capability)
     registers, spilled = read_usage(compiled.asm["cubin"])
+    instructions, loop = count_instructions(compiled.asm["cubin"])
     return Resources(
         kernel=wanted.kernel.__name__,
         variant=variant,
@@ -74,6 +88,9 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
+        instructions=instructions,
+        loop=loop,
+        tile=wanted.constants.get("BLOCK_C", 0) if wanted.kernel.__name__ == "attend" else 0,
     )
 
 
@@ -112,11 +129,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile, print one line a kernel, and return 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="the whole matrix, not a selection")
+    parser.add_argument("--codes", action="store_true", help="coded pairs alone, in all widths")
+    parser.add_argument("--few", action="store_true", help="the usual kernels and a coded one's")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--json", type=Path, help="also write the report there")
     options = parser.parse_args(arguments)
     variants = every_variant() if options.all else selected_variants()
+    if options.codes:
+        variants = coded_variants()
+    if options.few:
+        variants = few_variants()
     head_dims = {str(variant): variant.head_dim for variant in variants}
     capabilities = tuple(options.capability or CAPABILITIES)
     start = time.monotonic()
@@ -128,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{found.kernel:16} sm_{found.capability:<4} registers {found.registers:3} "
             f"spilled {found.spilled_bytes:5} shared {found.shared_bytes:6} "
+            f"instructions {found.instructions:5} loop {found.loop:4} tile {found.tile:3} "
             f"{found.variant} {'; '.join(wrong)}",
             flush=True,
         )
@@ -146,14 +170,39 @@ def _compile_job(job: tuple[Variant, int, tuple[int, ...]]) -> list[Resources]:
 
 def read_usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of local memory, which is where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = _tool("cuobjdump", "--dump-resource-usage", cubin)
+    numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def count_instructions(cubin: bytes) -> tuple[int, int]:
+    """A kernel's instructions, and those of its loop that has most matrix products (0: none)."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+    bodies = [
+        code[labels[to] : index + 1]
+        for index, text in enumerate(code)
+        for to in re.findall(r"\bBRA.*?(\.L_\w+)", text)
+        if labels.get(to, index) < index
+    ]
+    products = {len(body): sum("MMA" in text for text in body) for body in bodies}
+    loop = max(products, key=lambda size: products[size], default=0)
+    return len(code), loop if products.get(loop) else 0
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What a tool that comes with Triton says of a kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(tool), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+        command = [str(tool), option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -134,11 +134,24 @@ def selected_variants() -> list[Variant]:
         ),
         replace(usual, kv_heads=2, batch=1, capacity=(300, 6000), policy=Scissorhands()),
         replace(usual, codes=Quantization(3, 3)),
-        replace(usual, codes=Quantization(3, 3, "calibrated"), dtype="bfloat16", pooled=True),
-        replace(usual, codes=Quantization(4, 2), head_dim=64, batch=1, capacity=4000),
-        replace(usual, codes=Quantization(4, 4, "calibrated"), group=8, kv_heads=4, head_dim=96),
-        replace(usual, codes=Quantization(8, 8), dtype="float32", policy=SinkWindow(), rank=0),
+        replace(
+            usual,
+            codes=Quantization(4, 4, "calibrated"),
+            dtype="bfloat16",
+            group=8,
+            kv_heads=4,
+            head_dim=96,
+            pooled=True,
+        ),
+        replace(
+            usual, codes=Quantization(8, 2), dtype="float32", head_dim=64, batch=1, capacity=4000
+        ),
     ]
+
+
+def few_variants() -> list[Variant]:
+    """The usual one, split over programs and coded: each kernel at least once."""
+    return [Variant(), Variant(batch=1, capacity=8192), Variant(codes=Quantization(3, 3))]
 
 
 def coded_variants() -> list[Variant]:
@@ -155,6 +168,10 @@ def coded_variants() -> list[Variant]:
         variants.append(replace(coded, head_dim=head_dim, dtype=dtype))
     variants += [replace(usual, group=group, kv_heads=8) for group in (4, 8, 16)]
     variants += [replace(usual, policy=policy, rank=0) for policy in POLICIES]
+    variants += [
+        replace(usual, group=71, kv_heads=1, head_dim=64),
+        replace(usual, group=32, kv_heads=2, codes=Quantization(4, 4, "calibrated")),
+    ]
     return variants
 
 

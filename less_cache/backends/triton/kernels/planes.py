@@ -132,7 +132,7 @@ class Assembly:
             lines += [
                 # What comes over from the next byte lies where no bit is wanted.
                 f"shr.b32 t, ${count + 1}, {part.high_width};",
-                f"lop3.b32 t, t, ${count + 1}, ${count + 2}, 0xAC;",
+                f"lop3.b32 t, t, ${count + 1}, ${count + 2}, 0xE4;",
                 "prmt.b32 h0, t, 0, 0x4140;",
                 "prmt.b32 h1, t, 0, 0x4342;",
                 f"shl.b32 h0, h0, {part.low_width};",

@@ -46,6 +46,38 @@ def calibrate(
         raise ValueError(
             f"config: quantization is {quantization!r}, expected one with transform='calibrated'"
         )
+    sums = collect_moments(model, config, tokens, batch=batch, progress=progress)
+    modules = attention_modules(model)
+    layers = []
+    for spec, moments, module in zip(config.layers, sums, modules, strict=True):
+        queries, keys, values = moments
+        projection = output_projection(module, spec)
+        centred = spec.softcap is None
+        layers.append(fit_layer(quantization, queries, keys, values, projection, centred=centred))
+    return Transforms(
+        "calibrated",
+        layers,
+        key_bits=quantization.key_bits,
+        value_bits=quantization.value_bits,
+    )
+
+
+def collect_moments(
+    model: Any, config: CacheConfig, tokens: Tensor, *, batch: int = 4, progress: bool = True
+) -> list[list[Moments]]:
+    """Moments of the queries, keys and values of every layer: one pass over some text.
+
+    Parameters
+    ----------
+    model, config, tokens, batch, progress
+        As of `calibrate`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the config is for another model, there is no text, or the model makes numbers of it that
+        are none.
+    """
     check_int("batch", batch, minimum=1)
     if not tokens.numel():
         raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [n, N] token ids")
@@ -69,20 +101,10 @@ def calibrate(
             ids = tokens[start : start + batch].to(model.device)
             model(ids, use_cache=False)
             bar.update(len(ids))
-    layers = []
-    for index, (spec, moments, module) in enumerate(zip(config.layers, sums, modules, strict=True)):
-        queries, keys, values = moments
-        if not all(bool(entry.second.isfinite().all()) for entry in moments):
+    for index, layer in enumerate(sums):
+        if not all(bool(entry.second.isfinite().all()) for entry in layer):
             raise ValueError(
                 f"model: its queries, keys or values in layer {index} are not finite in "
                 f"{model.dtype}; load it in a wider dtype"
             )
-        projection = output_projection(module, spec)
-        centred = spec.softcap is None
-        layers.append(fit_layer(quantization, queries, keys, values, projection, centred=centred))
-    return Transforms(
-        "calibrated",
-        layers,
-        key_bits=quantization.key_bits,
-        value_bits=quantization.value_bits,
-    )
+    return sums

@@ -72,7 +72,7 @@ def test_nothing_handed_out_otherwise_is_better(row, more):
                     [[min(k, max(lower_hull("", c))[0]) for k, c in zip(kept, row, strict=True)]],
                 )
                 + 1e-9
-            )  # noqa: E501
+            )
 
 
 def test_each_layer_takes_the_way_that_adds_least():

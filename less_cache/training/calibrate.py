@@ -13,7 +13,7 @@ from ..config import CacheConfig
 from ..integrations.transformers.interception import intercepted
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..quantization.calibration import Moments, fit_layer
-from ..quantization.transforms import Transforms
+from ..quantization.transforms import LayerTransforms, Transforms
 from .collect import full_attention, output_projection
 
 
@@ -27,7 +27,7 @@ def calibrate(
     model
         A transformers model that `attach` takes.
     config
-        Its `quantization` says for how many bits.
+        Its `quantization` says for how many bits; layers that have no calibrated bases get none.
     tokens
         [n, N] token ids, no padding. Some 20,000 tokens are enough.
     batch
@@ -38,13 +38,17 @@ def calibrate(
     Raises
     ------
     ValueError, TypeError
-        If the config has no quantization with calibrated bases, it is for another model, there is
+        If no layer of the config has calibrated bases, it is for another model, there is
         no text, or the model makes numbers of it that are none.
     """
-    quantization = config.quantization
-    if quantization is None or quantization.transform != "calibrated":
+    wanted = [
+        codes if codes is not None and codes.transform == "calibrated" else None
+        for codes in config.quantizations
+    ]
+    if not any(wanted):
         raise ValueError(
-            f"config: quantization is {quantization!r}, expected one with transform='calibrated'"
+            f"config: quantization is {config.quantization!r}, expected one with "
+            "transform='calibrated'"
         )
     check_int("batch", batch, minimum=1)
     if not tokens.numel():
@@ -59,8 +63,9 @@ def calibrate(
     ]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for moments, vectors in zip(sums[layer], (q, k, v), strict=True):
-            moments.add(vectors)
+        if wanted[layer] is not None:
+            for moments, vectors in zip(sums[layer], (q, k, v), strict=True):
+                moments.add(vectors)
         return full_attention(config.layer(layer), q, k, v)
 
     bar = tqdm(total=len(tokens), desc="calibrate", unit="seq", disable=not progress)
@@ -69,8 +74,12 @@ def calibrate(
             ids = tokens[start : start + batch].to(model.device)
             model(ids, use_cache=False)
             bar.update(len(ids))
-    layers = []
+    layers: list[LayerTransforms | None] = []
     for index, (spec, moments, module) in enumerate(zip(config.layers, sums, modules, strict=True)):
+        codes = wanted[index]
+        if codes is None:
+            layers.append(None)
+            continue
         queries, keys, values = moments
         if not all(bool(entry.second.isfinite().all()) for entry in moments):
             raise ValueError(
@@ -79,10 +88,10 @@ def calibrate(
             )
         projection = output_projection(module, spec)
         centred = spec.softcap is None
-        layers.append(fit_layer(quantization, queries, keys, values, projection, centred=centred))
+        layers.append(fit_layer(codes, queries, keys, values, projection, centred=centred))
     return Transforms(
         "calibrated",
         layers,
-        key_bits=quantization.key_bits,
-        value_bits=quantization.value_bits,
+        key_bits=[0 if codes is None else codes.key_bits for codes in wanted],
+        value_bits=[0 if codes is None else codes.value_bits for codes in wanted],
     )

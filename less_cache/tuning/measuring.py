@@ -64,7 +64,7 @@ def measure_heads(
     ValueError
         If the rank is not 0, windows differ in length, or `slots` are none that can be tried.
     """
-    if config.rank:
+    if config.has_state:
         raise ValueError(f"config: rank is {config.rank}, expected 0: slots alone are measured")
     lengths = {len(window.ids) for window in windows}
     if len(lengths) != 1:

@@ -90,7 +90,7 @@ def evaluate(
     check_out(out)
     check_machine(device, dtype)
     named = named_maps(maps or [])
-    ranks = [entry[0].rank for entry in named.values()]
+    ranks = [entry.rank for entry in named.values()]
     documents: list[Document] = [*held_out()] if data is None else read_documents(data)
     loaded, tokenizer = load_model(model, device, dtype)
     config = config_for(loaded, capacity, policy, ranks[0] if ranks else 0, codes)

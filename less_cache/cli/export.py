@@ -69,7 +69,7 @@ def onnx(
     check_out(out)
     read = None if maps is None else next(iter(named_maps([maps]).values()))
     loaded, tokenizer = load_model(model, "cpu", dtype)
-    config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank, codes)
+    config = config_for(loaded, capacity, policy, 0 if read is None else read.rank, codes)
     write = export_genai if layout == "genai" else export_decoder
     write(
         loaded,

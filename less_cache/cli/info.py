@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..backends import BACKENDS
-from ..provenance import codes_text, slots_text, trained_for
+from ..provenance import codes_text, ranks_text, slots_text, trained_for
 from .options import named_maps
 from .quantized import load_transforms
 
@@ -54,12 +54,18 @@ def info(
         if config is not None:
             row("for the policy", ", ".join(sorted({str(policy) for policy in config.policies})))
             row("for the capacity", slots_text(config.capacity))
+            row("for the rank", ranks_text(config.rank))
             row("for pairs stored", codes_text(config.quantization))
         row("method", str(entry.record.get("method", "unknown")))
         row("digest", entry.digest)
     if bases is not None:
-        heads, size, _ = bases[0].key_in.shape
-        row("transforms", f"{bases.kind}, {len(bases)} layers of {heads} KV heads of {size}")
-        row("for bits", f"{bases.key_bits} of keys, {bases.value_bits} of values")
+        held = [layer for layer in bases if layer is not None]
+        heads, size, _ = held[0].key_in.shape
+        few = "" if len(held) == len(bases) else f"{len(held)} of "
+        row("transforms", f"{bases.kind}, {few}{len(bases)} layers of {heads} KV heads of {size}")
+        row(
+            "for bits",
+            f"{ranks_text(bases.key_bits)} of keys, {ranks_text(bases.value_bits)} of values",
+        )
         row("digest", bases.digest)
     Console().print(table)

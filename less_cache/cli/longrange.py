@@ -103,7 +103,7 @@ def longrange(
     elif style == "code":
         lines = lines_of(held_out())
     loaded, tokenizer = load_model(model, device, dtype)
-    rank = next(iter(named.values()))[0].rank if named else 0
+    rank = next(iter(named.values())).rank if named else 0
     config = config_for(loaded, capacity, policy, rank)
     positions = length_for(config, window)
     most = max(NEW_TOKENS.get(task, 0) for task in wanted)

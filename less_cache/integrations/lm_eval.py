@@ -89,7 +89,7 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
             self.model.config,
             capacity=capacity,
             policy=policy,
-            rank=0 if maps is None else maps[0].rank,
+            rank=0 if maps is None else maps.rank,
             dtype=self.model.dtype,
         )
         self.attachment = attach(self.model, config, maps, cache_backend, scoring=True)

@@ -128,7 +128,7 @@ def distill(
     out
         Folder of the run: checkpoint, log, a picture of it, and the finished maps.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
     progress
         Show a bar.
 
@@ -152,8 +152,9 @@ def distill(
         )
     check_model(model)
     check_fit(model, attention_modules(model), config)
-    for policy in config.policies:
-        if not policy.evicts:
+    for layer in config.layers:
+        policy = layer.policy
+        if layer.rank and not policy.evicts:
             raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to fit")
     if tokens.shape[1] <= (least := _least(config)):
         raise ValueError(
@@ -206,7 +207,7 @@ def distill(
         "distill": settings,
         "validation_loss": run.best_loss,
     }
-    best = [LayerMaps(maps.kind, tensors) for tensors in run.best]
+    best = run.maps_of(run.best)
     fitted = FeatureMaps(best, model_id=maps.model_id, record=record)
     fitted.save_pretrained(out)
     save_curves(out, {"end to end": log.read()}, "validation loss, nats a token")
@@ -214,8 +215,8 @@ def distill(
 
 
 def _least(config: CacheConfig) -> int:
-    """The fewest slots of any head of any layer: before that nothing is lost."""
-    return min(min(capacities) for capacities in config.capacities)
+    """The fewest slots of any head of a layer with maps: before that they change nothing."""
+    return min(min(layer.capacities) for layer in config.layers if layer.rank)
 
 
 class _Distillation:
@@ -235,14 +236,16 @@ class _Distillation:
         self.training = tokens[: -recipe.validation]
         self.held = tokens[-recipe.validation :]
         self.past = _least(config)
+        self.kind = maps.kind
+        # Empty for a layer without maps.
         self.layers = [
             {
                 name: t.detach().clone().float().to(model.device).requires_grad_()
-                for name, t in layer.tensors.items()
+                for name, t in ({} if layer is None else layer.tensors).items()
             }
             for layer in maps
         ]
-        self.maps = [LayerMaps(maps.kind, tensors) for tensors in self.layers]
+        self.maps = self.maps_of(self.layers)
         parameters = [t for layer in self.layers for t in layer.values()]
         self.optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
         self.parameters = parameters
@@ -250,6 +253,10 @@ class _Distillation:
             {name: t.detach().clone() for name, t in layer.items()} for layer in self.layers
         ]
         self.best_loss = float("inf")
+
+    def maps_of(self, layers: list[dict[str, Tensor]]) -> list[LayerMaps | None]:
+        """The maps that some parameters are, by layer."""
+        return [LayerMaps(self.kind, tensors) if tensors else None for tensors in layers]
 
     def step(self, step: int) -> float:
         """One step of Adam; the loss in nats a token."""

@@ -79,7 +79,7 @@ def draw_heads(report: Mapping[str, Any]) -> Any:
             for x, slots in enumerate(row):
                 dark = norm(slots) > 0.45
                 axes.text(
-                    x, y, slots, ha="center", va="center", fontsize=9,
+                    x, y, str(slots), ha="center", va="center", fontsize=9,
                     color="white" if dark else INK,
                 )  # fmt: skip
     names = []

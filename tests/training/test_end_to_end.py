@@ -85,6 +85,31 @@ def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, t
     assert _Distillation(model, tokens, config, start, recipe).past == 4
 
 
+def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, monkeypatch):
+    config = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
+    start = lc.FeatureMaps.initialise(config, hidden=8)
+    recipe = dataclasses.replace(RECIPE, steps=20, validate_every=5)
+    assert _Distillation(model, tokens, config, start, recipe).past == 8
+    whole = distill(model, tokens, config, start, recipe, tmp_path / "whole", progress=False)
+    assert whole.rank == (0, 4)
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert whole.record["validation_loss"] < log[0]["validation"]
+    original = _Distillation.step
+    with monkeypatch.context() as patch:
+        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
+
+        def step(self, number):
+            if number == 7:
+                raise KeyboardInterrupt
+            return original(self, number)
+
+        patch.setattr(_Distillation, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
+    resumed = distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
+    assert resumed.digest == whole.digest
+
+
 def test_a_distillation_that_diverges_is_an_error(model, tokens, config, tmp_path):
     start = lc.FeatureMaps.initialise(config, hidden=8, kind="paper")
     wild = dataclasses.replace(RECIPE, learning_rate=1e30)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import CacheConfig
+from ...feature_maps import FeatureMaps
 from ...layer_maps import LayerMaps
 from ...quantization.transforms import LayerTransforms
 from ...teacher_forced import attend_all, eviction_times, stored_pairs
@@ -17,11 +18,11 @@ from .interception import intercepted
 def small_cache_logits(
     model: Any,
     config: CacheConfig,
-    maps: Sequence[LayerMaps] | None,
+    maps: FeatureMaps | Sequence[LayerMaps | None] | None,
     ids: Tensor,
     *,
     recompute: bool = True,
-    transforms: Sequence[LayerTransforms] | None = None,
+    transforms: Sequence[LayerTransforms | None] | None = None,
 ) -> Tensor:
     """The model's logits with a small cache, as if it had decoded token by token.
 

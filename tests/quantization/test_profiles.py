@@ -61,7 +61,7 @@ def test_other_profiles_are_refused(bits, told):
 
 
 def test_a_rotation_has_no_channels_that_matter_more():
-    with pytest.raises(ValueError, match="value_bits: got .*'hadamard' makes all channels alike"):
+    with pytest.raises(ValueError, match=r"value_bits: got .*'hadamard' makes all channels alike"):
         lc.Quantization(3, (4,) * 8, "hadamard")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Verdict:
     divergence
         KL divergence of its predictions from the full cache's, in nats a token.
     nbytes
-        Of one sequence; 0 for the full cache.
+        Of one sequence, pairs stored as they are counted in 16 bits; 0 for the full cache.
     """
 
     name: str
@@ -86,13 +87,12 @@ class Judge:
                 loss -= float(b.gather(1, own[1:].unsqueeze(1)).double().sum())
                 divergence += float(F.kl_div(b, a, reduction="sum", log_target=True).double())
         count = sum(part.shape[0] * (part.shape[1] - 1) for part in self.batches)
-        nbytes = 0 if contestant.config is None else contestant.config.bytes_per_sequence()
+        config = contestant.config
+        nbytes = 0 if config is None else config.bytes_per_sequence("float16")
         return Verdict(contestant.name, loss / count, divergence / count, nbytes)
 
 
 def _digest(contestant: Contestant) -> str:
-    import hashlib
-
     parts: Sequence[Any] = (
         None if contestant.config is None else contestant.config.to_dict(),
         None if contestant.maps is None else contestant.maps.digest,

@@ -9,7 +9,9 @@ from itertools import pairwise
 from ..config import CacheConfig
 from ..policies import Policy
 from ..quantization import Quantization
+from ..quantization.settings import EIGHTHS
 from .allocation import Offer, Plan
+from .bases import AVERAGES
 from .measuring import LayerLosses
 
 BETWEEN = 3
@@ -92,6 +94,21 @@ def _offer(
         curves=[smooth(curve, coding / config.kv_heads) for curve in curves],
         slot_bytes=spec.slot_bytes,
         fixed_bytes=spec.bytes_per_sequence - spec.slots * spec.slot_bytes,
+    )
+
+
+def least_bytes(config: CacheConfig, policies: Sequence[Policy], slots: int) -> int:
+    """What so many slots for every head take in the fewest bits that are tried."""
+    bits = (round(min(AVERAGES)),) * EIGHTHS
+    codes = Quantization(bits, bits, "calibrated")
+    return min(
+        config.replace(
+            capacity=max(slots, policy.sinks + (policy.recent or 0) + 1),
+            policy=policy,
+            quantization=codes,
+            rank=0,
+        ).bytes_per_sequence()
+        for policy in policies
     )
 
 

@@ -28,8 +28,8 @@ from .budget import full_cache_bytes, parse_budget
 from .candidates import ablations, simple_caches
 from .effort import Effort, effort_within, seconds_per_pass, split
 from .judging import Judge
-from .offers import config_of, offers_of
-from .stages import Stages
+from .offers import config_of, least_bytes, offers_of
+from .stages import SLOTS, Stages
 
 POLICIES: tuple[Policy, ...] = (SinkWindow(4), DecayedH2O(factor=0.99))
 """What is tried where nothing is asked for."""
@@ -126,6 +126,11 @@ def tune(
         raise ValueError("minutes: given, and effort too; leave one out")
     context = check_int("context", context or config.max_positions or tokens.shape[1], minimum=2)
     total = parse_budget(budget, config, context)
+    if total < (least := least_bytes(config, policies, SLOTS[0])):
+        raise ValueError(
+            f"budget: got {budget!r}, {total:,} bytes, expected at least {least:,}: {SLOTS[0]} "
+            "slots for every head"
+        )
     own = work / f"{total}-bytes"
     split(tokens, effort or Effort())
     chosen = _effort(model, tokens, config, effort, minutes, work)

@@ -164,6 +164,7 @@ class Stages:
             learning_rate=1e-3,
             validation=validation,
             validate_every=max(1, self.effort.steps // 4),
+            full_evictions=True,
         )
         return distill(
             self.model,

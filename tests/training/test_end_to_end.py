@@ -148,6 +148,5 @@ def test_known_evictions_are_worked_out_once(model, tokens, config, start, tmp_p
 
     monkeypatch.setattr("less_cache.training.end_to_end.times_under_full_cache", counted)
     recipe = dataclasses.replace(RECIPE, full_evictions=True)
-    maps = distill(model, tokens, config, start, recipe, tmp_path, progress=False)
-    assert maps.record["validation_loss"] < 1
+    distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     assert sum(calls) == len(tokens)

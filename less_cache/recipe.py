@@ -42,7 +42,7 @@ class CacheRecipe:
         The bases of codes; needed where ``config.quantization`` has calibrated ones.
     model
         What tells the model from others, JSON-ready:
-        ``integrations.transformers.description(model)`` makes it.
+        ``integrations.introspection.description(model.config)`` makes it.
     record
         How it was made, JSON-ready.
 

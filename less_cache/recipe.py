@@ -43,7 +43,7 @@ class CacheRecipe:
         The bases of codes of the layers that have calibrated ones.
     model
         What tells the model from others, JSON-ready:
-        ``integrations.transformers.description(model)`` makes it.
+        ``integrations.introspection.description(model.config)`` makes it.
     record
         How it was made, JSON-ready.
 

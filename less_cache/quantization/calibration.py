@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .layout import CodeLayout, code_layout
 from .settings import Quantization
-from .transforms import LayerTransforms
+from .transforms import LayerTransforms, inverse
 
 REGULARISATION = 1e-4
 """Added to M's and S's diagonal, as a share of its mean: directions never seen keep a basis."""
@@ -105,10 +105,10 @@ def fit_layer(
     return LayerTransforms(
         key_in,
         key_out,
-        keys.mean if centred else None,
+        keys.mean.float().double() if centred else None,
         value_in,
         value_out,
-        values.mean,
+        values.mean.float().double(),
     )
 
 
@@ -143,24 +143,23 @@ def _weights(
     return logits, outputs, keys.covariance if centred else keys.about_zero
 
 
-def _spectrum(weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Variances [heads, D] and eigenvectors U of ``M^1/2 S M^1/2``, descending, and M^±1/2."""
+def _spectrum(weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances [heads, D] and eigenvectors U of ``M^1/2 S M^1/2``, descending, and M^1/2."""
     weight, spread = _regular(weight), _regular(spread)
     levels, vectors = torch.linalg.eigh(weight)
     root = vectors @ torch.diag_embed(levels.sqrt()) @ vectors.transpose(1, 2)
-    inverse_root = vectors @ torch.diag_embed(levels.rsqrt()) @ vectors.transpose(1, 2)
     variances, channels = torch.linalg.eigh(root @ spread @ root)
     # In descending order: the first channels have the most bits.
-    return variances.flip(1).clamp_min(1e-300), channels.flip(2), root, inverse_root
+    return variances.flip(1).clamp_min(1e-300), channels.flip(2), root
 
 
 def _bases(layout: CodeLayout, weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     """A and its inverse, [heads, D, D] each: inner channels have steps of 1."""
-    variances, channels, root, inverse_root = _spectrum(weight, spread)
+    variances, channels, root = _spectrum(weight, spread)
     steps = torch.from_numpy(layout.steps) * variances.sqrt()
-    inner = root @ channels / steps.unsqueeze(1)
-    outer = steps.unsqueeze(2) * channels.transpose(1, 2) @ inverse_root
-    return inner, outer
+    inner = (root @ channels / steps.unsqueeze(1)).float().double()
+    # Rounded, so that a file may hold it in half the bytes and its inverse not at all.
+    return inner, inverse(inner)
 
 
 def _regular(matrix: Tensor) -> Tensor:

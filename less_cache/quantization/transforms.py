@@ -27,6 +27,7 @@ from ..layer_maps import LayerMaps
 
 FORMAT = "less_cache.transforms.1"
 TENSORS = ("key_in", "key_out", "key_mean", "value_in", "value_out", "value_mean")
+INVERSES = {"key_in": "key_out", "value_in": "value_out"}
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,9 @@ class Transforms(Sequence["LayerTransforms | None"]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of everything in them."""
-        return digest_of(self._tensors(), self._header())
+        """SHA-256 of everything in them but what is worked out, which machines differ in."""
+        wide = {name: tensor.to(torch.float64) for name, tensor in self._tensors().items()}
+        return digest_of(wide, self._header())
 
     def check_against(self, config: Any) -> None:
         """Refuse transforms that are not for such a `CacheConfig`.
@@ -283,7 +285,8 @@ class Transforms(Sequence["LayerTransforms | None"]):
             found = cls(header["kind"], layers, **bits)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: damaged: {error}") from None
-        if len(tensors) != sum(len(layer.named()) for layer in layers if layer is not None):
+        wanted = {f"layers.{i}.{name}" for i in {*range(count)} - without for name in TENSORS}
+        if not tensors.keys() <= wanted:
             raise ValueError(f"{where}: holds tensors of other layers than its {count}")
         return found
 
@@ -292,7 +295,7 @@ class Transforms(Sequence["LayerTransforms | None"]):
             f"layers.{i}.{name}": tensor
             for i, layer in enumerate(self.layers)
             if layer is not None
-            for name, tensor in layer.named().items()
+            for name, tensor in _stored(layer).items()
         }
 
     def _header(self) -> dict[str, str]:
@@ -412,10 +415,38 @@ def _read_bits(text: str) -> int | list[int]:
     return bits  # type: ignore[no-any-return]
 
 
+def _stored(layer: LayerTransforms) -> dict[str, Tensor]:
+    """What a file holds of a layer: not what can be worked out, and nothing wider than it needs."""
+    found = layer.named()
+    for entry, leave in INVERSES.items():
+        if torch.equal(found[leave], inverse(found[entry])):
+            del found[leave]
+    return {name: _narrow(tensor) for name, tensor in found.items()}
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """The inverses of matrices [Hkv, D, D], worked out in float64."""
+    return torch.linalg.inv(matrix.to("cpu", torch.float64)).to(matrix)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    narrow = tensor.to(torch.float32)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
 def _read_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTransforms:
-    found: dict[str, Tensor | None] = {name: tensors.get(prefix + name) for name in TENSORS}
-    for name in ("key_in", "key_out", "value_in", "value_out"):
-        if found[name] is None:
-            raise KeyError(prefix + name)
+    found: dict[str, Tensor | None] = {}
+    for name in TENSORS:
+        tensor = tensors.get(prefix + name)
+        found[name] = None if tensor is None else tensor.to(torch.float64)
+    for entry, leave in INVERSES.items():
+        matrix = found[entry]
+        if matrix is None:
+            raise KeyError(prefix + entry)
+        if found[leave] is None:
+            try:
+                found[leave] = inverse(matrix)
+            except RuntimeError:
+                raise ValueError(f"{prefix}{entry} has no inverse") from None
     held: dict[str, Any] = found
     return LayerTransforms(**held)

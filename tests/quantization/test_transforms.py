@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import less_cache as lc
+from less_cache._tensor_files import write_tensors
 from less_cache.quantization.calibration import Moments, fit_layer
 from less_cache.quantization.transforms import (
     LayerTransforms,
     hadamard_matrix,
     hadamard_transforms,
+    inverse,
 )
 from less_cache.teacher_forced import stored_pairs
 from tests.helpers import random_maps
@@ -201,3 +203,29 @@ def test_transforms_of_something_else_are_refused():
         config.replace(policy=lc.KeyNorm())
     with pytest.raises(TypeError, match=r"^quantization: got 3"):
         config.replace(quantization=3)
+
+
+def test_inverses_are_not_stored_and_come_back(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2, 4, 4, generator=draw).double()
+    layer = LayerTransforms(matrix, inverse(matrix), None, matrix, inverse(matrix), None)
+    made = lc.Transforms("calibrated", [layer])
+    made.save(tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < 2 * 2 * 16 * 4 + 1000
+    read = lc.Transforms.load(tmp_path / "small.safetensors")
+    assert read.digest == made.digest
+    for name, tensor in layer.named().items():
+        assert torch.equal(read[0].named()[name], tensor)
+    # What is no inverse is kept as it is.
+    other = lc.Transforms("calibrated", [dataclasses.replace(layer, key_out=matrix)])
+    other.save(tmp_path / "other.safetensors")
+    assert torch.equal(lc.Transforms.load(tmp_path / "other.safetensors")[0].key_out, matrix)
+
+
+def test_a_base_without_an_inverse_is_told(tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    tensors = {f"layers.0.{name}": torch.zeros(1, 2, 2) for name in ("key_in", "value_in")}
+    header = {"kind": "calibrated", "layers": "1", "key_bits": "0", "value_bits": "0"}
+    write_tensors(path, tensors, {"format": "less_cache.transforms.1", **header})
+    with pytest.raises(ValueError, match="damaged: .*key_in has no inverse"):
+        lc.Transforms.load(path)

@@ -227,5 +227,5 @@ def test_a_base_without_an_inverse_is_told(tmp_path):
     tensors = {f"layers.0.{name}": torch.zeros(1, 2, 2) for name in ("key_in", "value_in")}
     header = {"kind": "calibrated", "layers": "1", "key_bits": "0", "value_bits": "0"}
     write_tensors(path, tensors, {"format": "less_cache.transforms.1", **header})
-    with pytest.raises(ValueError, match="damaged: .*key_in has no inverse"):
+    with pytest.raises(ValueError, match=r"damaged: .*key_in has no inverse"):
         lc.Transforms.load(path)

@@ -34,7 +34,7 @@ from .stages import SLOTS, Stages
 POLICIES: tuple[Policy, ...] = (SinkWindow(4), DecayedH2O(factor=0.99))
 """What is tried where nothing is asked for."""
 RANKS = (4,)
-CURVE = (0.25, 0.5, 2.0)
+CURVE = (0.5, 2.0)
 """Shares of the budget at which the curve has points besides the budget itself."""
 FULL = "full cache"
 logger = logging.getLogger(__name__)

@@ -62,7 +62,7 @@ class Judge:
 
     def judge(self, contestant: Contestant) -> Verdict:
         """The verdict, from its file where there is one of the very same cache."""
-        path = self.folder / f"{_digest(contestant)}.json"
+        path = self.folder / f"{digest_of_cache(contestant)}.json"
         if path.exists():
             verdict = Verdict(**parse_json(str(path), path.read_bytes()))
         else:
@@ -92,7 +92,8 @@ class Judge:
         return Verdict(contestant.name, loss / count, divergence / count, nbytes)
 
 
-def _digest(contestant: Contestant) -> str:
+def digest_of_cache(contestant: Contestant) -> str:
+    """What tells a cache from every other one: its config, maps and bases."""
     parts: Sequence[Any] = (
         None if contestant.config is None else contestant.config.to_dict(),
         None if contestant.maps is None else contestant.maps.digest,

@@ -165,12 +165,11 @@ def maps_by_share(entries: list[str]) -> dict[tuple[str, float | None], FeatureM
 
 
 def shipped_maps() -> dict[tuple[str, float | None], FeatureMaps]:
-    """Those of the shipped model: trained at 5 %, and for H2O at 10 %, too."""
+    """Those of the shipped model: trained at 5 %."""
     from ..reference_model.shipped_maps import shipped
 
     return {
         ("h2o", None): shipped("h2o", 0.05),
-        ("h2o", 0.1): shipped("h2o", 0.1, "per-layer"),
         ("lambda", None): shipped("sinkwindow", 0.05),
     }
 

@@ -43,10 +43,10 @@ class Target:
         return f"{self.policy}-{round(self.share * 100)}"
 
 
-TARGETS = (Target("sinkwindow", 0.05), Target("h2o", 0.05), Target("h2o", 0.10))
+TARGETS = (Target("sinkwindow", 0.05), Target("h2o", 0.05))
 
 
-def shipped(policy: str, share: float, method: str = END_TO_END) -> "FeatureMaps":
+def shipped(policy: str, share: float) -> "FeatureMaps":
     """Load maps that ship with the reference model.
 
     Parameters
@@ -54,9 +54,7 @@ def shipped(policy: str, share: float, method: str = END_TO_END) -> "FeatureMaps
     policy : str
         ``"h2o"`` or ``"sinkwindow"``.
     share : float
-        Capacity as a share of the model's positions: 0.05, or 0.1 for H2O.
-    method : str
-        ``"end-to-end"``, or ``"per-layer"``: what that was started from.
+        Capacity as a share of the model's positions: 0.05.
 
     Returns
     -------
@@ -70,13 +68,13 @@ def shipped(policy: str, share: float, method: str = END_TO_END) -> "FeatureMaps
     """
     from less_cache import FeatureMaps
 
-    folder = FOLDER / Target(policy, share).name / method
+    folder = FOLDER / Target(policy, share).name / END_TO_END
     if not folder.is_dir():
         there = sorted(
             str(path.parent.relative_to(FOLDER)) for path in FOLDER.glob("*/*/*.safetensors")
         )
         raise ValueError(
-            f"policy, share, method: no maps ship for {folder.relative_to(FOLDER)}, "
+            f"policy, share: no maps ship for {folder.relative_to(FOLDER)}, "
             f"only for {', '.join(there)}"
         )
     return FeatureMaps.from_pretrained(folder)
@@ -205,7 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs / END_TO_END,
         )
         if options.publish is not None:
-            store(per_layer, options.publish / target.name / PER_LAYER)
             store(end_to_end, options.publish / target.name / END_TO_END)
     return 0
 

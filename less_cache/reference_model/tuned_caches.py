@@ -22,8 +22,8 @@ from less_cache.training.data import tokenize
 from less_cache.tuning import Effort, save_report, tune
 
 POLICIES = (SinkWindow(4),)
-"""The measured heads would lose an eighth less under DecayedH2O, whose scores cost a longer step and
-a longer prompt; a window with sinks has none."""
+"""The measured heads would lose an eighth less under DecayedH2O, whose scores cost longer steps and
+prompts; a window with sinks has none."""
 BUDGETS = ("5%", "2.5%", "1.25%")
 SMALLEST, LARGEST = 12_000, 150_000
 TABLES = ("freq.py", "model.py", "idnadata.py", "uts46data.py", "unistring.py", "package_data.py")

@@ -94,6 +94,49 @@ def scored(
     return Scores(contestant, [*found[0]["losses"]], documents)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against bytes, a line a cache."""
+    from matplotlib.figure import Figure
+
+    whole, full = rows[0]["bytes"], rows[0]["perplexity"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows[1:]:
+        lines.setdefault(row["cache"], []).append((row["bytes"] / whole, row["perplexity"]))
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(full, color="#1d2228", lw=1, ls=":")
+    axes.text(0.0135, full, "full cache", va="bottom", fontsize=8.5, color="#1d2228")
+    markers = iter("os^vDP*Xdph<>")
+    for name, points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        ours = name == "tuned"
+        axes.plot(
+            x,
+            y,
+            marker="o" if ours else next(markers),
+            color="#2f7d6b" if ours else None,
+            lw=2.6 if ours else 1.1,
+            ms=6 if ours else 4,
+            alpha=1 if ours else 0.75,
+            label=name,
+            zorder=3 if ours else 2,
+        )
+    shares = sorted({round(point[0], 4) for line in lines.values() for point in line})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([0.0125, 0.025, 0.05], ["1.25 %", "2.5 %", "5 %"])
+    axes.xaxis.set_minor_formatter(lambda *_: "")
+    axes.set_xlim(min(shares) * 0.92, max(shares) * 1.08)
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:.0f}")
+    axes.set_xlabel("bytes a sequence, as a share of the full cache's in 16 bits")
+    axes.set_ylabel("perplexity, held-out modules")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncol=2)
+    figure.savefig(path, format="png", dpi=140)
+
+
 def main(
     windows: Annotated[int, typer.Option(help="Held-out windows, spread over all.")] = 24,
     budgets: Annotated[str, typer.Option(help="Shares that a tuned cache ships for.")] = (
@@ -160,6 +203,8 @@ def main(
         json_text({**surroundings(), **facts, "rows": rows}, indent=2) + "\n",
     )
     write_text(RESULTS / f"{name}.md", "\n".join(for_a_page(HEADINGS, lines)) + "\n")
+    if not only:
+        draw(rows, RESULTS / f"{name}.png")
     Console(width=120).print(for_terminal(f"{len(cut)} held-out windows", HEADINGS, lines))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .quantization import Quantization
+from .quantization.settings import bits_text
 from .quantization.transforms import Transforms
 
 
@@ -84,8 +85,8 @@ def codes_text(quantization: Quantization | Sequence[Quantization | None] | None
         return _by_layer([codes_text(entry) for entry in quantization])
     if quantization is None:
         return "as they are"
-    keys, values = quantization.key_bits, quantization.value_bits
-    bits = f"{keys}" if keys == values else f"{keys} and {values}"
+    keys, values = bits_text(quantization.key_bits), bits_text(quantization.value_bits)
+    bits = keys if keys == values else f"{keys} and {values}"
     return f"in {bits} bits ({quantization.transform})"
 
 

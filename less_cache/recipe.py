@@ -15,8 +15,10 @@ from ._files import json_text, parse_json, write_text
 from ._hub import locate, upload
 from ._tensor_files import DIGEST, digest_of, read_tensors, write_tensors
 from .config import CacheConfig
+from .dtypes import DTYPE_BYTES
 from .feature_maps import FeatureMaps
-from .maps_io import public_name
+from .maps_io import WEIGHTS, public_name
+from .policies import policy_from_dict
 from .provenance import codes_text, ranks_text
 from .quantization.transforms import Transforms, check_transforms
 
@@ -41,7 +43,7 @@ class CacheRecipe:
         The bases of codes of the layers that have calibrated ones.
     model
         What tells the model from others, JSON-ready:
-        ``integrations.transformers.description(model)`` makes it.
+        ``integrations.introspection.description(model.config)`` makes it.
     record
         How it was made, JSON-ready.
 
@@ -77,6 +79,28 @@ class CacheRecipe:
     def digest(self) -> str:
         """SHA-256 of everything in it."""
         return digest_of(*self._parts())
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes that one sequence takes, whatever its length; of uncoded pairs in 16 bits.
+
+        Nobody has to serve in more: it is what budgets are counted in.
+        """
+        wide = DTYPE_BYTES[self.config.dtype] > 2
+        return self.config.bytes_per_sequence("float16" if wide else None)
+
+    @property
+    def share(self) -> float | None:
+        """Those bytes as a share of the full cache's in 16 bits at the model's longest context.
+
+        ``None`` where the model does not say how long that is.
+        """
+        config = self.config
+        if config.max_positions is None:
+            return None
+        pair = 2 * config.head_dim * DTYPE_BYTES["float16"]
+        full = config.num_layers * config.kv_heads * config.max_positions * pair
+        return self.bytes_per_sequence / full
 
     def check_model(self, description: Mapping[str, Any]) -> None:
         """Refuse another model than the one that this is for.
@@ -139,6 +163,11 @@ class CacheRecipe:
         check_path("name", name)
         path = locate(name, subfolder, revision, [FILE]) / FILE
         if not path.is_file():
+            if (path.parent / WEIGHTS).is_file():
+                raise FileNotFoundError(
+                    f"{path.parent}: holds feature maps only, no {FILE}; use --maps, or "
+                    "FeatureMaps.from_pretrained"
+                )
             raise FileNotFoundError(f"{path.parent}: holds no {FILE}, which every recipe has")
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT or DIGEST not in header:
@@ -189,8 +218,8 @@ class CacheRecipe:
         config = self.config
         slots = sorted(slots for layer in config.capacities for slots in layer)
         lines = [
-            f"A small cache for {name or 'a decoder'}: {config.bytes_per_sequence():,} bytes a "
-            "sequence, whatever its length.",
+            f"A small cache for {name or 'a decoder'}: {self.bytes_per_sequence:,} bytes a "
+            f"sequence, whatever its length{self._share_text()}.",
             "",
             "```python",
             "import less_cache as lc",
@@ -199,12 +228,18 @@ class CacheRecipe:
             "    model.generate(**inputs)",
             "```",
             "",
-            f"- policy: {config.policies[0]}",
+            f"- policy: {policies_text(config)}",
             f"- slots a head: {slots[0]} to {slots[-1]}",
             f"- rank of the low-rank state: {ranks_text(config.rank)}",
             f"- pairs of {config.dtype}, stored {codes_text(config.quantization)}",
         ]
         return f"---\n{front}\n---\n\n" + "\n".join(lines) + "\n"
+
+    def _share_text(self) -> str:
+        if self.share is None:
+            return ""
+        longest = self.config.max_positions
+        return f": {self.share:.2%} of the full cache's in 16 bits at {longest:,} tokens"
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The file's tensors and header."""
@@ -226,6 +261,15 @@ class CacheRecipe:
             header["transforms"] = json_text(fields)
             tensors |= {f"transforms.{key}": tensor for key, tensor in own.items()}
         return tensors, header
+
+
+def policies_text(config: CacheConfig) -> str:
+    """The policies that a config was made with, in words, each once.
+
+    Of a ``recent`` that follows the capacity there would be one a head.
+    """
+    asked = map(policy_from_dict, config.to_dict()["policy"])
+    return ", ".join(dict.fromkeys(map(str, asked)))
 
 
 def check_parts(

@@ -100,7 +100,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"format 'less_cache.transforms.1', expected"):
         lc.CacheRecipe.from_pretrained(tmp_path)
     made.maps.save_pretrained(tmp_path / "maps")
-    with pytest.raises(FileNotFoundError, match=f"holds no {FILE}"):
+    with pytest.raises(FileNotFoundError, match=f"holds feature maps only, no {FILE}; use --maps"):
         lc.CacheRecipe.from_pretrained(tmp_path / "maps")
 
 

@@ -53,7 +53,7 @@ class Codes:
         As they were given, for a command to go on with.
     """
 
-    quantization: Quantization | Sequence[Quantization] | None = None
+    quantization: Quantization | Sequence[Quantization | None] | None = None
     transforms: Transforms | None = None
     options: dict[str, str] = field(default_factory=dict)
 

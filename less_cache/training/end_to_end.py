@@ -23,9 +23,13 @@ from .._checks import check_int, check_real
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
-from ..integrations.transformers.teacher_forcing import small_cache_logits
+from ..integrations.transformers.teacher_forcing import (
+    small_cache_logits,
+    times_under_full_cache,
+)
 from ..layer_maps import LayerMaps
 from ..quantization.transforms import Transforms, check_transforms
+from .collect import SIMULATED_AT_ONCE
 from .curves import save_curves
 from .recipe import generator
 from .runs import (
@@ -69,6 +73,9 @@ class DistillRecipe:
     recompute
         Make attention weights again in the backward pass instead of keeping them: more time, far
         less memory.
+    full_evictions
+        Evict as if all layers before had full caches: worked out once, where the policy's own
+        steps for every sequence anew would take most of the time.
     """
 
     steps: int = 400
@@ -80,6 +87,7 @@ class DistillRecipe:
     seed: int = 0
     micro_batch: int = 1
     recompute: bool = True
+    full_evictions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "validation", "validate_every", "micro_batch"):
@@ -233,6 +241,8 @@ class _Distillation:
     ) -> None:
         self.model, self.config, self.recipe = model, config, recipe
         self.transforms = transforms
+        self.tokens = tokens
+        self.known: dict[bytes, list[Tensor]] = {}
         self.training = tokens[: -recipe.validation]
         self.held = tokens[-recipe.validation :]
         self.past = _least(config)
@@ -257,6 +267,29 @@ class _Distillation:
     def maps_of(self, layers: list[dict[str, Tensor]]) -> list[LayerMaps | None]:
         """The maps that some parameters are, by layer."""
         return [LayerMaps(self.kind, tensors) if tensors else None for tensors in layers]
+
+    def _times(self, ids: Tensor) -> list[Tensor] | None:
+        """When pairs leave, for sequences that stand in `tokens`; ``None``: to be worked out."""
+        if not self.recipe.full_evictions:
+            return None
+        found = []
+        for row in ids:
+            key = row.numpy().tobytes()
+            if key not in self.known:
+                at = next(i for i, own in enumerate(self.tokens) if torch.equal(own, row))
+                self._learn(at)
+            found.append(self.known[key])
+        return [torch.stack(rows).to(self.model.device) for rows in zip(*found, strict=True)]
+
+    def _learn(self, at: int) -> None:
+        """Evictions of the sequence of that place and those around it."""
+        first = at - at % SIMULATED_AT_ONCE
+        chosen = self.tokens[first : first + SIMULATED_AT_ONCE]
+        times = times_under_full_cache(
+            self.model, self.config, chosen.to(self.model.device), transforms=self.transforms
+        )
+        for place, row in enumerate(chosen):
+            self.known[row.numpy().tobytes()] = [layer[place].cpu() for layer in times]
 
     def step(self, step: int) -> float:
         """One step of Adam; the loss in nats a token."""
@@ -297,6 +330,7 @@ class _Distillation:
         return loss
 
     def _loss(self, ids: Tensor) -> Tensor:
+        times = self._times(ids)
         ids = ids.to(self.model.device)
         with torch.no_grad():
             wanted = self.model(ids, use_cache=False).logits[:, self.past :].float()
@@ -307,6 +341,7 @@ class _Distillation:
             ids,
             recompute=self.recipe.recompute,
             transforms=self.transforms,
+            times=times,
         )
         found = logits[:, self.past :].float()
         return F.kl_div(

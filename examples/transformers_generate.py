@@ -84,7 +84,7 @@ def main(
             llm.config,
             capacity=0.05 if capacity is None else capacity,
             policy=lc.H2O(),
-            rank=trained[0].rank if trained else 0,
+            rank=trained.rank if trained else 0,
         )
         recipe = lc.CacheRecipe(config, trained)
     with lc.attach(llm, recipe) as less:

@@ -40,14 +40,14 @@ class CacheManager:
     config
         Shapes, budget and policy.
     maps
-        φ and ψ of each layer; needed where ``config.rank`` is above 0, refused where it is 0.
+        φ and ψ of each layer whose rank is above 0, ``None`` for a layer of rank 0.
     backend
         ``"auto"``, or one by name: ``"reference"`` is the definition, plain and slow;
         ``"torch"`` is fast on the CPU and on a GPU; ``"triton"`` has kernels for a CUDA GPU, and
         is what ``"auto"`` takes for a state that lives on one; ``"inductor"`` compiles attention
         over coded pairs for a CPU, once for each layout, which takes a C++ compiler and a while.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes of each layer that has calibrated ones, ``None`` for others.
 
     Raises
     ------

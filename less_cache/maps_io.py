@@ -47,7 +47,7 @@ def save_folder(
     (folder / CARD).unlink(missing_ok=True)
 
 
-def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+def load_folder(folder: Path) -> tuple[list[dict[str, Tensor] | None], dict[str, Any]]:
     """Read what `save_folder` wrote: each layer's tensors by name, and the card.
 
     Raises
@@ -70,7 +70,7 @@ def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: holds no {CARD}, and {WEIGHTS} has no card either")
         card = read_card(str(path), path.read_bytes(), 1)
-    return by_layer(str(path), tensors, card["num_layers"]), card
+    return by_layer(str(path), tensors, card), card
 
 
 def named_tensors(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -83,15 +83,20 @@ def named_tensors(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def by_layer(where: str, tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Each layer's tensors by name, from `named_tensors`.
+def by_layer(
+    where: str, tensors: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> list[dict[str, Tensor] | None]:
+    """Each layer's tensors by name, from `named_tensors`; ``None`` where the card's rank is 0.
 
     Raises
     ------
     ValueError
-        If there are tensors of other layers than `count`, or fewer than layers.
+        If there are tensors of other layers than the card's, or too few of them.
     """
-    if count not in range(1, len(tensors) + 1):
+    count, ranks = card["num_layers"], card.get("rank")
+    # Ranks by layer are as many as the card is long; a number alone may be any.
+    most = len(ranks) if isinstance(ranks, list) else len(tensors)
+    if count not in range(1, most + 1):
         raise ValueError(
             f"{where}: num_layers = {count!r}, but there are {len(tensors)} tensors in all"
         )
@@ -101,7 +106,9 @@ def by_layer(where: str, tensors: Mapping[str, Tensor], count: int) -> list[dict
         if match is None or int(match[1]) >= len(layers):
             raise ValueError(f"{where}: unexpected tensor {key!r}")
         layers[int(match[1])][match[2]] = tensor
-    return layers
+    if not isinstance(ranks, list):
+        return [*layers]
+    return [own if own or rank else None for own, rank in zip(layers, ranks, strict=False)]
 
 
 def public_name(model_id: str | None) -> str | None:

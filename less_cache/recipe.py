@@ -19,6 +19,7 @@ from .dtypes import DTYPE_BYTES
 from .feature_maps import FeatureMaps
 from .maps_io import WEIGHTS, public_name
 from .policies import policy_from_dict
+from .provenance import codes_text, ranks_text
 from .quantization.transforms import Transforms, check_transforms
 
 FILE = "less_cache.safetensors"
@@ -37,9 +38,9 @@ class CacheRecipe:
     config
         Shapes, slots, policy, rank and bits.
     maps
-        φ and ψ; needed where ``config.rank`` is above 0, refused where it is 0.
+        φ and ψ of the layers whose rank is above 0.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes of the layers that have calibrated ones.
     model
         What tells the model from others, JSON-ready:
         ``integrations.introspection.description(model.config)`` makes it.
@@ -229,8 +230,8 @@ class CacheRecipe:
             "",
             f"- policy: {policies_text(config)}",
             f"- slots a head: {slots[0]} to {slots[-1]}",
-            f"- rank of the low-rank state: {config.rank}",
-            f"- pairs: {config.quantization or config.dtype}",
+            f"- rank of the low-rank state: {ranks_text(config.rank)}",
+            f"- pairs of {config.dtype}, stored {codes_text(config.quantization)}",
         ]
         return f"---\n{front}\n---\n\n" + "\n".join(lines) + "\n"
 
@@ -285,9 +286,9 @@ def check_parts(
         raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
     if maps is not None and not isinstance(maps, FeatureMaps):
         raise TypeError(f"maps: got {type(maps).__name__}, expected FeatureMaps")
-    if config.rank and maps is None:
+    if config.has_state and maps is None:
         raise ValueError(f"maps: got None, but rank = {config.rank} needs feature maps")
-    if maps is not None and not config.rank:
+    if maps is not None and not config.has_state:
         raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
     if maps is not None:
         maps.check_against(config)

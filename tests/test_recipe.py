@@ -43,6 +43,24 @@ def test_what_is_saved_is_what_is_read(tmp_path, kind, rank):
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [CARD, FILE]
 
 
+def test_layers_may_differ_in_rank_and_bits(tmp_path):
+    config = small_config(
+        num_layers=3,
+        rank=[0, 2, 3],
+        quantization=[lc.Quantization(3, 3), None, lc.Quantization(4, 2, "calibrated")],
+    )
+    made = lc.CacheRecipe(config, random_maps(config), fitted(config), model=MODEL)
+    made.save_pretrained(tmp_path)
+    found = lc.CacheRecipe.from_pretrained(tmp_path)
+    assert found.config == config
+    assert found.digest == made.digest
+    assert [own is None for own in found.maps] == [True, False, False]
+    assert [own is None for own in found.transforms] == [True, True, False]
+    card = (tmp_path / CARD).read_text()
+    assert "rank of the low-rank state: 0 in layer 0, 2 in layer 1, 3 in layer 2" in card
+    assert "as they are in layer 1, in 4 and 2 bits (calibrated) in layer 2" in card
+
+
 def test_a_manager_is_had_from_a_folder(tmp_path):
     made = recipe()
     made.save_pretrained(tmp_path)

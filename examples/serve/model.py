@@ -114,7 +114,7 @@ def export_shipped(folder: Path) -> None:
     model, tokenizer = reference_model.load()
     maps = shipped("h2o", 0.05)
     config = lc.CacheConfig.from_model(
-        model.config, capacity=0.05, policy=lc.H2O(), rank=maps[0].rank, dtype=model.dtype
+        model.config, capacity=0.05, policy=lc.H2O(), rank=maps.rank, dtype=model.dtype
     )
     export_decoder(model, config, maps, folder, tokenizer=tokenizer, force=True)
 

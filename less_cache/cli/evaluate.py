@@ -96,7 +96,7 @@ def evaluate(
     named = named_maps(maps or [])
     if whole is not None:
         codes, named = whole.codes, whole.maps
-    ranks = [entry[0].rank for entry in named.values()]
+    ranks = [entry.rank for entry in named.values()]
     documents: list[Document] = [*held_out()] if data is None else read_documents(data)
     loaded, tokenizer = load_model(model, device, dtype)
     if whole is not None:

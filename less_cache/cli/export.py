@@ -74,7 +74,7 @@ def onnx(
     read = None if maps is None else next(iter(named_maps([maps]).values()))
     loaded, tokenizer = load_model(model, "cpu", dtype)
     if whole is None:
-        config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank, codes)
+        config = config_for(loaded, capacity, policy, 0 if read is None else read.rank, codes)
     else:
         config, read, codes = whole.config_for(loaded), whole.recipe.maps, whole.codes
     write = export_genai if layout == "genai" else export_decoder

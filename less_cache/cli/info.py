@@ -18,7 +18,7 @@ from rich.text import Text
 from .. import __version__
 from ..backends import BACKENDS
 from ..config import CacheConfig
-from ..provenance import codes_text, slots_text, trained_for
+from ..provenance import codes_text, ranks_text, slots_text, trained_for
 from ..recipe import CacheRecipe, policies_text
 from .given_cache import load_cache
 from .options import named_maps
@@ -68,13 +68,19 @@ def info(
         if config is not None:
             row("for the policy", ", ".join(sorted({str(policy) for policy in config.policies})))
             row("for the capacity", slots_text(config.capacity))
+            row("for the rank", ranks_text(config.rank))
             row("for pairs stored", codes_text(config.quantization))
         row("method", str(entry.record.get("method", "unknown")))
         row("digest", entry.digest)
     if bases is not None:
-        heads, size, _ = bases[0].key_in.shape
-        row("transforms", f"{bases.kind}, {len(bases)} layers of {heads} KV heads of {size}")
-        row("for bits", f"{bases.key_bits} of keys, {bases.value_bits} of values")
+        held = [layer for layer in bases if layer is not None]
+        heads, size, _ = held[0].key_in.shape
+        few = "" if len(held) == len(bases) else f"{len(held)} of "
+        row("transforms", f"{bases.kind}, {few}{len(bases)} layers of {heads} KV heads of {size}")
+        row(
+            "for bits",
+            f"{ranks_text(bases.key_bits)} of keys, {ranks_text(bases.value_bits)} of values",
+        )
         row("digest", bases.digest)
     for name, text in () if whole is None else cache_lines(whole):
         row(name, text)
@@ -97,7 +103,7 @@ def cache_lines(recipe: CacheRecipe) -> Iterator[tuple[str, str]]:
     yield "pairs stored", codes_text(config.quantization)
     if recipe.transforms is not None:
         yield "their bases", recipe.transforms.digest
-    yield "low-rank state", f"rank {config.rank}" if config.rank else "none"
+    yield "low-rank state", f"rank {ranks_text(config.rank)}" if config.has_state else "none"
     if recipe.maps is not None:
         yield "its maps", f"{recipe.maps!r}, {recipe.maps.digest}"
     share = ""
@@ -112,10 +118,13 @@ def cache_lines(recipe: CacheRecipe) -> Iterator[tuple[str, str]]:
 
 
 def slots_by_head(config: CacheConfig) -> Iterator[str]:
-    """Lines of a table of slots: a layer a line, a KV head a column."""
+    """Lines of a table of slots: a layer a line, a KV head a column, then its bits and rank."""
     width = max(len(str(slots)) for layer in config.capacities for slots in layer)
     width = max(width, len(str(config.kv_heads - 1))) + 2
     yield ""
     yield "slots by KV head" + "".join(f"{head:>{width}}" for head in range(config.kv_heads))
-    for index, layer in enumerate(config.capacities):
-        yield f"layer {index:<10}" + "".join(f"{slots:>{width}}" for slots in layer)
+    for index, layer in enumerate(config.layers):
+        line = f"layer {index:<10}" + "".join(f"{slots:>{width}}" for slots in layer.capacities)
+        if layer.quantization is not None:
+            line += f"   {codes_text(layer.quantization)}"
+        yield f"{line}   rank {layer.rank}" if layer.rank else line

@@ -109,7 +109,7 @@ def longrange(
         lines = lines_of(held_out())
     loaded, tokenizer = load_model(model, device, dtype)
     if whole is None:
-        rank = next(iter(named.values()))[0].rank if named else 0
+        rank = next(iter(named.values())).rank if named else 0
         config = config_for(loaded, capacity, policy, rank)
     else:
         config = whole.config_for(loaded)

@@ -119,7 +119,7 @@ def bench_layer(
             kind.bytes_per_sequence() for kind, _ in runs
         )
         given = f"{context}, {batch}, {query_heads}, {kv_heads}, {head_dim}"
-        weights = (query_heads + kv_heads) * hidden * (head_dim + small.rank) * 4
+        weights = (query_heads + kv_heads) * hidden * (head_dim + small.layer(0).rank) * 4
         check_memory(
             "context, batch, query_heads, kv_heads, head_dim",
             given,
@@ -277,16 +277,16 @@ def _fill(state: CacheState, length: int) -> None:
 
 def _some_transforms(config: CacheConfig) -> Transforms | None:
     """Bases fitted to random pairs, where the config needs some: they cost what others cost."""
-    if config.quantization is None or config.quantization.transform != "calibrated":
-        return None
     spec = config.layer(0)
+    if spec.quantization is None or spec.quantization.transform != "calibrated":
+        return None
     sums = []
     for heads in (spec.query_heads, spec.kv_heads, spec.kv_heads):
         sums.append(Moments.empty(heads, spec.head_dim))
         sums[-1].add(torch.randn(1, heads, 2 * spec.head_dim, spec.head_dim))
     q, k, v = sums
     projection = torch.randn(spec.head_dim, spec.query_heads, spec.head_dim)
-    return Transforms("calibrated", [fit_layer(config.quantization, q, k, v, projection)])
+    return Transforms("calibrated", [fit_layer(spec.quantization, q, k, v, projection)])
 
 
 def _take_turns(steps: list[Callable[[], object]], device: torch.device) -> list[float]:

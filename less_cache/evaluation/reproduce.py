@@ -129,7 +129,7 @@ def contestants_of(
             found.append((policy, share, Contestant(POLICY, plain)))
             found.append((policy, share, Contestant(BASELINE_PLUS, plus)))
             if own is not None:
-                config = plain.replace(rank=own[0].rank)
+                config = plain.replace(rank=own.rank)
                 own.check_against(config)
                 found.append((policy, share, Contestant(LESS, config, own)))
     return found

@@ -107,7 +107,7 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
                 self.model.config,
                 capacity=capacity,
                 policy=H2O() if policy is None else policy,
-                rank=0 if maps is None else maps[0].rank,
+                rank=0 if maps is None else maps.rank,
                 dtype=self.model.dtype,
             )
             cache = CacheRecipe(config, maps)

@@ -1,6 +1,7 @@
-"""The best cache for a number of bytes: measure heads, hand out slots, check."""
+"""The best cache for a number of bytes: measure heads, hand out bytes, train, judge."""
 
-from .allocation import hand_out
-from .measuring import HeadLosses, measure_heads
+from .effort import Effort
+from .report import save_report
+from .tune import Tuned, tune
 
-__all__ = ["HeadLosses", "hand_out", "measure_heads"]
+__all__ = ["Effort", "Tuned", "save_report", "tune"]

@@ -1,98 +1,192 @@
-"""What each KV head loses with how many slots, all others keeping everything."""
+"""What each KV head of a layer loses, all else being full: by policy and slots, by codes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
+import torch
+from torch import Tensor
 
 from .._checks import check_int
 from ..config import CacheConfig
-from ..evaluation.perplexity import Contestant, Window, score
-from ..quantization.transforms import Transforms
+from ..policies import Policy, policy_from_dict
+from ..quantization import Quantization
+from ..teacher_forced import attend_all, eviction_times, stored_pairs
+from .bases import LayerBases
+from .replay import LayerText, Replay
+
+TOLERANCE = 1e-4
+"""Nats a token: heads that lose less together are not told apart, nor tried with more slots."""
+
+
+Profile = tuple[int, ...]
+"""Bits of each eighth of the channels, as `Quantization.key_bits` takes them."""
 
 
 @dataclass(frozen=True)
-class HeadLosses:
-    """Losses by head.
+class LayerLosses:
+    """What a layer's KV heads lose, in nats a token: the divergence of the predictions.
 
     Parameters
     ----------
-    curves
-        For each layer, for each KV head: slots -> nats a token more than with all slots.
-    full
-        Nats a token with all slots, pairs stored as the config says.
+    evicting
+        Of each policy, for each head: slots -> loss, pairs stored as they are.
+    keys, values
+        Bits of keys, or of values -> what all heads together lose with all pairs in slots.
     """
 
-    curves: list[list[dict[int, float]]]
-    full: float
+    evicting: dict[Policy, list[dict[int, float]]]
+    keys: dict[Profile, float]
+    values: dict[Profile, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it back."""
+        return {
+            "evicting": [
+                {"policy": policy.to_dict(), "heads": [[*c.items()] for c in curves]}
+                for policy, curves in self.evicting.items()
+            ],
+            "keys": [[list(bits), loss] for bits, loss in self.keys.items()],
+            "values": [[list(bits), loss] for bits, loss in self.values.items()],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerLosses:
+        """What `to_dict` made."""
+        return cls(
+            {
+                policy_from_dict(entry["policy"]): [
+                    {int(slots): loss for slots, loss in curve} for curve in entry["heads"]
+                ]
+                for entry in data["evicting"]
+            },
+            {tuple(bits): loss for bits, loss in data["keys"]},
+            {tuple(bits): loss for bits, loss in data["values"]},
+        )
 
 
-def measure_heads(
-    model: Any,
-    windows: Sequence[Window],
-    config: CacheConfig,
+@torch.no_grad()
+def measure_layer(
+    replay: Replay,
+    index: int,
+    policies: Sequence[Policy],
     slots: Sequence[int],
-    *,
-    transforms: Transforms | None = None,
-    batch: int = 4,
-    progress: bool = True,
-) -> HeadLosses:
-    """Measure every head at several capacities, one head at a time, on some text.
+    bases: LayerBases | None = None,
+) -> LayerLosses:
+    """Measure every head of a layer.
 
     Parameters
     ----------
-    model
-        A transformers model that `attach` takes.
-    windows
-        All of one length.
-    config
-        Policy and bits; its capacities do not matter. Its rank must be 0.
+    replay
+        The model on the text.
+    index
+        Which full-attention layer, from 0.
+    policies
+        What to try.
     slots
-        What to try; fewer than a window's length.
-    transforms
-        The bases of codes, where they are calibrated.
-    batch
-        Windows a forward pass.
-    progress
-        Show a bar.
-
-    Raises
-    ------
-    ValueError
-        If the rank is not 0, windows differ in length, or `slots` are none that can be tried.
+        What to try them with; fewer than the text's length. What a policy has no room for is left
+        out.
+    bases
+        What the layer's bases of codes are fitted from; ``None``: codes are not measured.
     """
-    if config.rank:
-        raise ValueError(f"config: rank is {config.rank}, expected 0: slots alone are measured")
-    lengths = {len(window.ids) for window in windows}
-    if len(lengths) != 1:
-        raise ValueError(f"windows: of lengths {sorted(lengths)}, expected one length")
-    (length,) = lengths
-    if not slots:
-        raise ValueError("slots: got none to try")
+    text = replay.layer(index)
+    length = text.k.shape[2]
     for tried in slots:
-        check_int("slots", tried, minimum=2, maximum=length - 1)
-    heads = (config.num_layers, config.kv_heads)
+        check_int("slots", tried, minimum=1, maximum=length - 1)
+    keys: dict[Profile, float] = {}
+    values: dict[Profile, float] = {}
+    if bases is not None:
+        for key_bits, value_bits in bases.profiles():
+            stored = _coded(replay, index, text, bases, key_bits, value_bits)
+            for found, bits, pair in (
+                (keys, key_bits, (stored[0], text.v)),
+                (values, value_bits, (text.k, stored[1])),
+            ):
+                if bits not in found:
+                    spec = replay.config.layer(index)
+                    out = attend_all(spec, None, text.q, text.k, text.v, never(text), stored=pair)
+                    found[bits] = replay.distance(text, out)
+    evicting = {}
+    for policy in policies:
+        curves: list[dict[int, float]] = [{length: 0.0} for _ in range(text.k.shape[1])]
+        open_heads = list(range(len(curves)))
+        for tried in sorted(slots):
+            config = with_slots(replay.config, policy, tried)
+            if config is None or not open_heads:
+                continue
+            spec = config.layer(index)
+            times = eviction_times(spec, text.q, text.k)
+            out = attend_all(spec, None, text.q, text.k, text.v, times)
+            losses = by_head(replay, text, out, open_heads)
+            for head, loss in zip(open_heads, losses, strict=True):
+                curves[head][tried] = loss
+            open_heads = [
+                head
+                for head, loss in zip(open_heads, losses, strict=True)
+                if loss > TOLERANCE / len(curves)
+            ]
+        evicting[policy] = curves
+    return LayerLosses(evicting, keys, values)
 
-    def mean_loss(capacities: list[list[int]]) -> float:
-        contestant = Contestant("one", config.replace(capacity=capacities), None, transforms)
-        found = score(model, windows, contestant, batch=batch, progress=False)
-        nats, tokens = found.by_document()
-        return float(nats.sum() / tokens.sum())
 
-    full = mean_loss([[length] * heads[1] for _ in range(heads[0])])
-    curves: list[list[dict[int, float]]] = [
-        [{length: 0.0} for _ in range(heads[1])] for _ in range(heads[0])
-    ]
-    bar = tqdm(total=heads[0] * heads[1] * len(slots), desc="heads", disable=not progress)
-    with bar:
-        for layer in range(heads[0]):
-            for head in range(heads[1]):
-                for tried in slots:
-                    capacities = [[length] * heads[1] for _ in range(heads[0])]
-                    capacities[layer][head] = tried
-                    curves[layer][head][tried] = mean_loss(capacities) - full
-                    bar.update()
-    return HeadLosses(curves, full)
+def _coded(
+    replay: Replay,
+    index: int,
+    text: LayerText,
+    bases: LayerBases,
+    key_bits: Profile,
+    value_bits: Profile,
+) -> tuple[Tensor, Tensor]:
+    """All pairs as slots of so many bits give them back."""
+    quantization = Quantization(key_bits, value_bits, "calibrated")
+    spec = replay.config.replace(quantization=quantization).layer(index)
+    stored = stored_pairs(spec, text.k, text.v, bases.fitted(quantization))
+    assert stored is not None
+    return stored
+
+
+def by_head(
+    replay: Replay, text: LayerText, out: Tensor, heads: Sequence[int] | None = None
+) -> list[float]:
+    """The loss of each KV head whose outputs are taken from `out`, the others' being full.
+
+    Heads are tried together first; only where they lose more than `TOLERANCE`, one by one.
+
+    Parameters
+    ----------
+    replay, text
+        The model, and the layer's text.
+    out
+        [n, Hq, N, D].
+    heads
+        Which. Default: all.
+    """
+    heads = range(text.k.shape[1]) if heads is None else heads
+    together = _distance(replay, text, out, heads)
+    if len(heads) == 1 or together <= TOLERANCE:
+        return [together / len(heads)] * len(heads)
+    return [_distance(replay, text, out, [head]) for head in heads]
+
+
+def _distance(replay: Replay, text: LayerText, out: Tensor, heads: Sequence[int]) -> float:
+    group = text.q.shape[1] // text.k.shape[1]
+    mixed = text.out.clone()
+    for head in heads:
+        mixed[:, head * group : (head + 1) * group] = out[:, head * group : (head + 1) * group]
+    return replay.distance(text, mixed)
+
+
+def with_slots(config: CacheConfig, policy: Policy, slots: int) -> CacheConfig | None:
+    """That many slots for every head; ``None`` where they are too few for the policy."""
+    try:
+        return config.replace(capacity=slots, policy=policy, rank=0, quantization=None)
+    except ValueError:
+        return None
+
+
+def never(text: LayerText) -> Tensor:
+    """Eviction times of pairs that all stay."""
+    length = text.k.shape[2]
+    return torch.full(text.k.shape[:3], length, dtype=torch.int32, device=text.k.device)

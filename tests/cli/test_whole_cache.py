@@ -175,8 +175,8 @@ def test_info_tells_what_a_cache_is(place, monkeypatch):
     lines = [line.split() for line in result.output.splitlines()[-3:]]
     assert lines == [
         ["slots", "by", "KV", "head", "0", "1"],
-        ["layer", "0", "8", "12"],
-        ["layer", "1", "12", "20"],
+        ["layer", "0", "8", "12", "in", "3", "and", "4", "bits", "(calibrated)", "rank", "4"],
+        ["layer", "1", "12", "20", "in", "3", "and", "4", "bits", "(calibrated)", "rank", "4"],
     ]
 
 

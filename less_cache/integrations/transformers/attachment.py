@@ -173,7 +173,7 @@ def attach(
         whole `CacheRecipe`, or the folder or hub id of one: it has maps and transforms of its own,
         is taken in the model's dtype, and refused where it was made for another model.
     maps
-        φ and ψ; needed where ``config.rank`` is above 0.
+        φ and ψ; needed where a layer's rank is above 0.
     backend
         As of `CacheManager`.
     scoring
@@ -187,7 +187,7 @@ def attach(
         is a decode step's; where gradients flow, or with ``use_cache=False``, also the weights of
         256 queries over all tokens.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
 
     Returns
     -------

@@ -1,10 +1,12 @@
 """Text generation with a transformers model and a LESS cache, and what the cache costs.
 
     python examples/transformers_generate.py
+    python examples/transformers_generate.py --model meta-llama/Llama-3.2-1B --cache my-llama-5pct
     python examples/transformers_generate.py --model meta-llama/Llama-3.2-1B --maps my-llama-less
 
-Without ``--model`` a small random Llama stands in, so that the example runs anywhere; without
-``--maps`` the policy runs alone, since untrained maps would only add noise.
+Without ``--model`` a small random Llama stands in, so that the example runs anywhere. ``--cache``
+is a whole cache in one folder. Without it and without ``--maps`` the policy runs alone, since
+untrained maps would only add noise.
 """
 
 from __future__ import annotations
@@ -48,12 +50,18 @@ def full_cache_bytes(config: lc.CacheConfig, sequences: int, tokens: int) -> int
 def main(
     model: str = typer.Option("", help="Folder or hub id; default: a small random model."),
     maps: str = typer.Option("", help="Folder or hub id of trained feature maps."),
-    capacity: float = typer.Option(0.05, help="Pairs a head keeps: a share of the longest length."),
+    cache: str = typer.Option("", help="Folder or hub id of a whole cache: no maps or capacity."),
+    capacity: float | None = typer.Option(
+        None, help="Pairs a head keeps: a share of the longest length; default: 0.05."
+    ),
     new_tokens: int = typer.Option(256, help="Tokens to generate."),
     snapshot: str = typer.Option("", help="Folder to save the cache in and go on from."),
 ) -> None:
     """Generate for two prompts of different lengths, then compare the caches' sizes."""
-    trained = lc.FeatureMaps.from_pretrained(maps) if maps else None
+    if cache and (maps or capacity is not None):
+        raise typer.BadParameter(
+            "a whole cache has maps and slots of its own", param_hint="--cache"
+        )
     if model:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -67,20 +75,26 @@ def main(
         inputs = {"input_ids": ids * mask, "attention_mask": mask}
     llm = llm.eval()
 
-    config = lc.CacheConfig.from_model(
-        llm.config,
-        capacity=capacity,
-        policy=lc.H2O(),
-        rank=trained.rank if trained else 0,
-    )
-    with lc.attach(llm, config, trained) as less:
-        cache = less.new_cache()
+    if cache:
+        # Config, maps and bases of codes; refused where it was made for another model.
+        recipe = lc.CacheRecipe.from_pretrained(cache)
+    else:
+        trained = lc.FeatureMaps.from_pretrained(maps) if maps else None
+        config = lc.CacheConfig.from_model(
+            llm.config,
+            capacity=0.05 if capacity is None else capacity,
+            policy=lc.H2O(),
+            rank=trained.rank if trained else 0,
+        )
+        recipe = lc.CacheRecipe(config, trained)
+    with lc.attach(llm, recipe) as less:
+        past = less.new_cache()
         tokens = llm.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, past_key_values=cache
+            **inputs, max_new_tokens=new_tokens, do_sample=False, past_key_values=past
         )
         if snapshot:
-            cache.save(snapshot)
-            cache = less.load_cache(Path(snapshot))
+            past.save(snapshot)
+            past = less.load_cache(Path(snapshot))
             # The mask covers all that the cache has seen: the prompt's padding, then the answer.
             prompt = inputs["attention_mask"]
             answer = torch.ones_like(tokens[:, prompt.shape[1] :])
@@ -89,15 +103,15 @@ def main(
                 attention_mask=torch.cat([prompt, answer], 1),
                 max_new_tokens=8,
                 do_sample=False,
-                past_key_values=cache,
+                past_key_values=past,
             )
 
     for row in tokens:
         print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else row[-16:].tolist())
-    full = full_cache_bytes(cache.state.config, len(tokens), tokens.shape[1])
+    full = full_cache_bytes(past.state.config, len(tokens), tokens.shape[1])
     print(f"tokens per sequence: {tokens.shape[1]}")
     print(f"full cache:          {full:>12,} bytes, growing with each token")
-    print(f"less_cache:          {cache.state.nbytes:>12,} bytes, whatever the length")
+    print(f"less_cache:          {past.state.nbytes:>12,} bytes, whatever the length")
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ class CacheConfig:
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
         codes = fields["quantization"]
         fields["quantization"] = (
-            [*map(_read_codes, codes)] if isinstance(codes, list) else (_read_codes(codes))
+            [*map(_read_codes, codes)] if isinstance(codes, list) else _read_codes(codes)
         )
         return cls(**fields)
 

@@ -16,7 +16,7 @@ from .call import check_room, check_tokens, checked_mask
 from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
-from .ops import StepPlan, plan_step
+from .ops import StepPlan, ready_step
 from .quantization.transforms import LayerTransforms, Transforms
 from .recipe import CacheRecipe, check_parts
 from .snapshot import differences
@@ -293,8 +293,9 @@ class CacheManager:
             )
         get_backend(name).check_config(config)
         maps = self.maps if self.maps is not None else [None] * config.num_layers
+        device = None if state.is_numpy else torch.device(where)
         layers = tuple(
-            plan_step(layer, own, self.transforms_of(index), device=where, backend=name)
+            ready_step(layer, own, self.transforms_of(index), device, name)
             for index, (layer, own) in enumerate(zip(config.layers, maps, strict=True))
         )
         self._plans[key] = _Plan(self, name, layers)

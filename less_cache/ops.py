@@ -203,14 +203,24 @@ def plan_step(
     config = _config_of(layer)
     if backend == "auto":
         backend = best_backend(config, "numpy" if where is None else where.type)
-    module = get_backend(backend)
-    module.check_config(config)
+    get_backend(backend).check_config(config)
+    return ready_step(layer, maps, transforms, where, backend)
+
+
+def ready_step(
+    layer: LayerConfig,
+    maps: LayerMaps | None,
+    transforms: LayerTransforms | None,
+    where: torch.device | None,
+    backend: str,
+) -> StepPlan:
+    """`plan_step` on a device, or with NumPy, for a backend that takes the layer's whole config."""
     transforms = layer_transforms(layer, transforms)
     prepared = None
     if maps is not None:
         if transforms is not None:
             maps = transforms.fold(maps)
-        prepared = module.prepare_maps(maps, layer, where)
+        prepared = get_backend(backend).prepare_maps(maps, layer, where)
     if transforms is not None:
         transforms = transforms.to(where, getattr(torch, layer.score_dtype))
     return StepPlan(layer, backend, prepared, transforms)

@@ -84,7 +84,7 @@ class Manifest:
 
     @property
     def maps_digest(self) -> str | None:
-        """`FeatureMaps.digest` of the maps inside; ``None`` at rank 0."""
+        """`FeatureMaps.digest` of the maps inside; ``None`` at rank 0 everywhere."""
         return self.data["maps_digest"]
 
     @property

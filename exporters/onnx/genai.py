@@ -76,8 +76,15 @@ def export_genai(
 
 def _check_dtypes(model: Any, config: CacheConfig) -> None:
     """Refuse layers with codes beside others: the library keeps all states in one dtype."""
-    if getattr(config, "quantization", None) is None:
+    if not isinstance(config, CacheConfig) or not config.has_codes:
         return
+    plain = [i for i, codes in enumerate(config.quantizations) if codes is None]
+    if plain:
+        raise ValueError(
+            f"config: quantization is None in layer {plain[0]}, but not in all, and "
+            "onnxruntime-genai keeps the states of all layers in one dtype; export the format "
+            "onnx, or with codes in every layer"
+        )
     check_model(model)
     windows = set(range(model.config.num_hidden_layers)) - set(full_attention_layers(model.config))
     if windows:

@@ -6,9 +6,9 @@ or [B, Hkv, C, bytes] uint8, the codes of a key and a value side by side.
 parts, the scales of codes, H, z, and last the length. So zeros are an empty state. Positions are
 exact up to 2^24.
 
-The library expects the tensors of all layers to have the same shape: smaller ones, and smaller
-heads of a layer, are filled up with zeros. Past and present may share memory: a present tensor is
-written last, when its layer has read all of the past ones.
+The library expects the tensors of all layers to have the same shape: smaller ones, smaller heads of
+a layer, and pairs of fewer bytes are filled up with zeros. Past and present may share memory: a
+present tensor is written last, when its layer has read all of the past ones.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def pack_state(model: ir.Model, layers: list[ModelLayer]) -> None:
     sizes = (
         max(sum(_columns(run.layer).values()) for run in runs),
         max(_rows(run.layer) for run in runs),
+        max(_row(run.layer)[0] for run in runs),
     )
     for layer in layers:
         packed = _inputs(layer, sizes)
@@ -130,9 +131,9 @@ def _heads(b: Builder, layer: ModelLayer, run: HeadRun, packed: Values) -> Value
     return {name: b("Slice", value, *bounds) for name, value in packed.items()}
 
 
-def _inputs(layer: ModelLayer, sizes: tuple[int, int]) -> Values:
+def _inputs(layer: ModelLayer, sizes: tuple[int, int, int]) -> Values:
     config = layer.config
-    width, dtype = _row(layer.runs[0].layer)
+    dtype = _row(layer.runs[0].layer)[1]
     heads = (BATCH, config.kv_heads)
     return {
         "conv": ir.val(
@@ -143,7 +144,7 @@ def _inputs(layer: ModelLayer, sizes: tuple[int, int]) -> Values:
         "recurrent": ir.val(
             f"{PAST}.{layer.index}.recurrent_state",
             KINDS[dtype],
-            ir.Shape([*heads, sizes[1], width]),
+            ir.Shape([*heads, *sizes[1:]]),
         ),
     }
 
@@ -158,7 +159,8 @@ def _unpacked(b: Builder, layer: Layer, packed: Values) -> Values:
             past[name] = b("Slice", packed["recurrent"], *bounds, axis)
     else:
         widths = pair_widths(layer)
-        held = b("Slice", packed["recurrent"], b.ints(0), b.ints(capacity), axis)
+        stop = b.ints(capacity, sum(widths.values()))
+        held = b("Slice", packed["recurrent"], b.ints(0, 0), stop, b.ints(2, 3))
         bytes_each = b.ints(widths["keys"], widths["values"])
         past["keys"], past["values"] = b.many("Split", [held, bytes_each], 2, axis=3)
     start = 0
@@ -193,7 +195,7 @@ def _unpacked(b: Builder, layer: Layer, packed: Values) -> Values:
 def _packed(
     b: Builder,
     layer: Layer,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int],
     present: Values,
     length: Value,
 ) -> tuple[Value, Value]:
@@ -220,14 +222,14 @@ def _packed(
     wide = b.cast(b.unsqueeze(length, 1, 2), "float32")
     columns["length"] = b("Expand", wide, b.ints(1, config.kv_heads, 1))
     conv = b("Concat", *(columns[name] for name in _columns(layer)), axis=2)
-    conv = _filled(b, conv, 3, sizes[0] - sum(_columns(layer).values()))
+    conv = _filled(b, conv, sizes[0] - sum(_columns(layer).values()))
     coded = config.quantization is not None
     recurrent = b("Concat", present["keys"], present["values"], axis=3 if coded else 2)
-    return conv, _filled(b, recurrent, 4, sizes[1] - _rows(layer))
+    return conv, _filled(b, recurrent, sizes[1] - _rows(layer), sizes[2] - _row(layer)[0])
 
 
 def _joined(
-    b: Builder, layer: ModelLayer, sizes: tuple[int, int], parts: list[tuple[Value, Value]]
+    b: Builder, layer: ModelLayer, sizes: tuple[int, int, int], parts: list[tuple[Value, Value]]
 ) -> list[Value]:
     """The packed tensors of all of a layer's heads, as outputs of the graph."""
     outputs = []
@@ -242,11 +244,11 @@ def _joined(
     return outputs
 
 
-def _filled(b: Builder, array: Value, rank: int, missing: int) -> Value:
-    """An array of `rank` axes, its third axis longer by `missing` zeros."""
-    if not missing:
+def _filled(b: Builder, array: Value, *missing: int) -> Value:
+    """An array [B, heads, ...], its last axes longer by so many zeros each."""
+    if not any(missing):
         return array
-    return b("Pad", array, b.ints(*(0,) * (rank + 2), missing, *(0,) * (rank - 3)))
+    return b("Pad", array, b.ints(*(0,) * (len(missing) + 4), *missing))
 
 
 def _first_length(b: Builder, layer: Layer, conv: Value) -> Value:

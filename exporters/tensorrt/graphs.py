@@ -103,7 +103,7 @@ def check_plugin(manifest: Manifest) -> None:
     ValueError
         If its pairs are stored as codes.
     """
-    if manifest.config.quantization is not None:
+    if manifest.config.has_codes:
         raise ValueError(
             f"{manifest.folder}: {manifest.config.quantization}, but the plugin LessAttention "
             "takes no codes: a TensorRT plugin's tensors cannot be of uint8; build the engines "

@@ -1,21 +1,29 @@
 """The PyTorch backend for coded pairs on a CPU, with attention over them compiled by Inductor.
 
 The first step of a layout compiles for some tens of seconds; PyTorch keeps what it compiled on
-disk. All else is the backend ``torch``.
+disk. All else is the backend ``torch``, layers whose pairs are stored as they are included.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from ..config import CacheConfig
+from ..layer_config import LayerConfig
 from . import torch as eager
 from .torch import eviction_times, prepare_maps
 from .torch.compiled import attend_codes
+from .torch.pairs import Attended, attend_pairs
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
 
-attend = functools.partial(eager.attend, pairs=attend_codes)
+
+def _attend_slots(layer: LayerConfig, *given: Any) -> Attended:
+    return (attend_pairs if layer.quantization is None else attend_codes)(layer, *given)
+
+
+attend = functools.partial(eager.attend, pairs=_attend_slots)
 """The step; see `Backend.attend`."""
 
 
@@ -25,16 +33,15 @@ def check_config(config: CacheConfig) -> None:
     Raises
     ------
     ValueError
-        If the backend ``torch`` refuses the config, pairs are stored as they are, or PyTorch finds
-        no C++ compiler.
+        If the backend ``torch`` refuses the config, all pairs are stored as they are, or PyTorch
+        finds no C++ compiler.
     """
     eager.check_config(config)
-    for i, codes in enumerate(config.quantizations):
-        if codes is None:
-            raise ValueError(
-                "backend: got 'inductor', which compiles attention over coded pairs, but "
-                f"quantization is None in layer {i}; expected 'torch'"
-            )
+    if not config.has_codes:
+        raise ValueError(
+            "backend: got 'inductor', which compiles attention over coded pairs, but quantization "
+            "is None; expected 'torch'"
+        )
     _check_compiler()
 
 

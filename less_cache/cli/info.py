@@ -118,10 +118,13 @@ def cache_lines(recipe: CacheRecipe) -> Iterator[tuple[str, str]]:
 
 
 def slots_by_head(config: CacheConfig) -> Iterator[str]:
-    """Lines of a table of slots: a layer a line, a KV head a column."""
+    """Lines of a table of slots: a layer a line, a KV head a column, then its bits and rank."""
     width = max(len(str(slots)) for layer in config.capacities for slots in layer)
     width = max(width, len(str(config.kv_heads - 1))) + 2
     yield ""
     yield "slots by KV head" + "".join(f"{head:>{width}}" for head in range(config.kv_heads))
-    for index, layer in enumerate(config.capacities):
-        yield f"layer {index:<10}" + "".join(f"{slots:>{width}}" for slots in layer)
+    for index, layer in enumerate(config.layers):
+        line = f"layer {index:<10}" + "".join(f"{slots:>{width}}" for slots in layer.capacities)
+        if layer.quantization is not None:
+            line += f"   {codes_text(layer.quantization)}"
+        yield f"{line}   rank {layer.rank}" if layer.rank else line

@@ -143,7 +143,7 @@ def contestants_for(
     else:
         contestants.append(Contestant(POLICY, uncoded(config)))
         contestants.append(Contestant(coded, alone, transforms=transforms))
-    if maps or (coded is None and config.rank):
+    if maps or (coded is None and config.has_state):
         plus = config.baseline_plus().replace(hidden=None)
         contestants.append(Contestant(BASELINE_PLUS, plus, transforms=transforms))
     less = [Contestant(name, config, entry, transforms) for name, entry in maps.items()]

@@ -17,9 +17,7 @@ NAME = "less_cache reference model"
 """What maps for it call it."""
 
 TUNED = Path(__file__).parent / "tuned"
-"""Its caches, a folder a budget: `CacheRecipe.from_pretrained` reads them."""
-ENDING = "-percent"
-"""Of their folders' names: 5-percent, 2.5-percent."""
+"""Its caches, a folder a budget, called by the percent: 5, 2.5."""
 
 __all__ = [
     "NAME",
@@ -89,8 +87,8 @@ def tuned(budget: "str | float") -> Path:
     if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
         raise TypeError(f"budget: got {budget!r}, expected a share such as '5%' or 0.05")
     there = {
-        f"{folder.name.removesuffix(ENDING)}%": folder
-        for folder in sorted(TUNED.glob(f"*{ENDING}"))
+        f"{folder.name}%": folder
+        for folder in sorted(TUNED.glob("*"))
         if (folder / "less_cache.safetensors").is_file()
     }
     try:

@@ -6,6 +6,7 @@ import torch
 
 import less_cache as lc
 from less_cache.backends import inductor
+from tests.helpers import random_maps
 from tests.quantization.fitted import coded_config, some_tokens
 from tests.quantization.test_step import feed, manager
 
@@ -64,6 +65,21 @@ def test_soft_caps_and_pools_of_rows():
             torch.testing.assert_close(outs[1], outs[0], rtol=1e-9, atol=1e-9)
             lengths += 1
         assert torch.equal(pools[0].keys, pools[1].keys)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_layers_that_have_no_codes_are_torchs():
+    config = coded_config().replace(
+        num_layers=2, capacity=7, rank=[2, 0], quantization=[None, lc.Quantization(3, 3)]
+    )
+    outs = []
+    for name in ("torch", "inductor"):
+        run = lc.CacheManager(config, random_maps(config), backend=name)
+        state = run.init(2)
+        draws = [some_tokens(config, 2, count, count) for count in CHUNKS]
+        with torch.compiler.set_stance("force_eager"):
+            outs.append([run.attend(state, i, *new) for new in draws for i in range(2)])
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("compiler")

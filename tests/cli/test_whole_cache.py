@@ -64,8 +64,8 @@ def shipped(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(reference_model, "TUNED", tmp_path / "tuned")
     made = lc.CacheRecipe(config, model={"model_type": "llama", "num_layers": 6})
-    made.save_pretrained(tmp_path / "tuned" / "5-percent")
-    return tmp_path / "tuned" / "5-percent"
+    made.save_pretrained(tmp_path / "tuned" / "5")
+    return tmp_path / "tuned" / "5"
 
 
 def test_eval_judges_what_is_in_the_folder(place, tmp_path):
@@ -175,8 +175,8 @@ def test_info_tells_what_a_cache_is(place, monkeypatch):
     lines = [line.split() for line in result.output.splitlines()[-3:]]
     assert lines == [
         ["slots", "by", "KV", "head", "0", "1"],
-        ["layer", "0", "8", "12"],
-        ["layer", "1", "12", "20"],
+        ["layer", "0", "8", "12", "in", "3", "and", "4", "bits", "(calibrated)", "rank", "4"],
+        ["layer", "1", "12", "20", "in", "3", "and", "4", "bits", "(calibrated)", "rank", "4"],
     ]
 
 
@@ -278,9 +278,9 @@ def test_shipped_caches_are_had_by_their_budget(shipped):
     assert reference_model.cache_folder("reference:5%") == shipped
     assert reference_model.cache_folder("owner/name") == "owner/name"
     made = lc.CacheRecipe.from_pretrained(shipped)
-    made.save_pretrained(shipped.parent / "2.5-percent")
-    (shipped.parent / "1.25-percent").mkdir()
-    assert reference_model.tuned(0.025).name == "2.5-percent"
+    made.save_pretrained(shipped.parent / "2.5")
+    (shipped.parent / "1.25").mkdir()
+    assert reference_model.tuned(0.025).name == "2.5"
     with pytest.raises(ValueError, match=r"budget: got '7%', .* reference model: 2.5%, 5%$"):
         reference_model.tuned("7%")
     with pytest.raises(ValueError, match=r"budget: got 'x'"):

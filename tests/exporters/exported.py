@@ -21,6 +21,14 @@ CODED = {
     "rank 0": ("llama_one", 8, 0, lc.Quantization(3, 3, "calibrated"), {}),
     # A soft cap, and a sliding window, whose pairs are stored as they are.
     "windows": ("gemma2", 8, 4, lc.Quantization(8, 8), {"opset": 20}),
+    # Layers of their own: stored as they are with a state, coded without one, both.
+    "by layer": (
+        "llama_three",
+        [8, [7, 11], 9],
+        [4, 0, 3],
+        [None, lc.Quantization(3, 3), lc.Quantization(4, 2, "calibrated")],
+        {},
+    ),
 }
 """Family, capacity, rank, quantization and the export's options of models with coded pairs."""
 
@@ -76,12 +84,15 @@ class CodedParts:
             changes = {"num_hidden_layers": 2, "layer_types": kinds}
         if family == "llama_one":
             family, changes = "llama", {"num_hidden_layers": 1}
+        if family == "llama_three":
+            family, changes = "llama", {"num_hidden_layers": 3}
         self.model = build(family, **changes)
-        self.config, self.maps = less(self.model, capacity=capacity)
+        self.config, self.maps = less(self.model, capacity=capacity, rank=rank or 4)
         self.config = self.config.replace(quantization=quantization, rank=rank)
         if not rank:
             self.maps = None
-        calibrated = quantization.transform == "calibrated"
+        codes = self.config.quantizations
+        calibrated = any(own is not None and own.transform == "calibrated" for own in codes)
         self.transforms = fitted(self.config) if calibrated else None
         self.folder = export_decoder(
             self.model, self.config, self.maps, folder, transforms=self.transforms, **options

@@ -101,7 +101,7 @@ def less(model, capacity=6, policy=None, rank=4, kind="exp"):
     maps = lc.FeatureMaps.initialise(config, kind=kind, hidden=8)
     return config, lc.FeatureMaps.from_tensors(
         [
-            {name: 0 * x if name == "psi_b" else x for name, x in layer.tensors.items()}
+            layer and {n: 0 * x if n == "psi_b" else x for n, x in layer.tensors.items()}
             for layer in maps
         ]
     )

@@ -70,7 +70,7 @@ def test_the_command_serves_the_shipped_model_with_a_cache_that_ships(place, mon
         quantization=lc.Quantization(3, 3),
     )  # fmt: skip
     monkeypatch.setattr(reference_model, "TUNED", folder / "tuned")
-    lc.CacheRecipe(config).save_pretrained(folder / "tuned" / "5-percent")
+    lc.CacheRecipe(config).save_pretrained(folder / "tuned" / "5")
 
     def served(folder, **named):
         raise KeyboardInterrupt(folder, named["name"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import less_cache as lc
+from exporters.onnx import OnnxDecoder, export_decoder
 from exporters.onnx.export import GENAI_CONFIG
 from exporters.onnx.genai import export_genai
 from tests.exporters.exported import TorchSide, attached
@@ -88,6 +89,27 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
         expected = TorchSide(model, handle).append(ids, mask)
     found = generator_of(loaded, ids).get_logits().reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_layers_of_other_ranks_and_bits(tmp_path):
+    model = model_of("llama")
+    config, maps = less(model, capacity=[8, [7, 11]], rank=[0, 4])
+    config = config.replace(quantization=[lc.Quantization(4, 3), lc.Quantization(8, 2)])
+    export_genai(model, config, maps, tmp_path / "genai")
+    decoder = OnnxDecoder(export_decoder(model, config, maps, tmp_path / "onnx"), threads=1)
+    loaded = genai.Model(str(tmp_path / "genai"))
+    ids, mask = (x.numpy() for x in prompts([14, 14]))
+    generator, state = generator_of(loaded, torch.from_numpy(ids)), decoder.new_state(2)
+    for step in range(12):
+        expected = decoder.append(state, ids, mask)
+        found = generator.get_logits().reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(step))
+        generator.generate_next_token()
+        ids = np.array(generator.get_next_tokens()).astype(np.int64)[:, None]
+        mask = np.ones_like(ids)
+    some = config.replace(quantization=[lc.Quantization(4, 3), None])
+    with pytest.raises(ValueError, match="config: quantization is None in layer 1, but not in all"):
+        export_genai(model, some, maps, tmp_path / "out")
 
 
 def test_codes_travel_bit_by_bit(coded, tmp_path):

@@ -304,14 +304,16 @@ def test_mixtures_of_experts(tmp_path):
     compare(tmp_path, plugin=False)
 
 
-def test_graphs_over_codes_do_what_the_file_does(coded):
-    folder = coded("calibrated").folder
+@pytest.mark.parametrize(("name", "count"), [("calibrated", 16), ("by layer", 12)])
+def test_graphs_over_codes_do_what_the_file_does(coded, name, count):
+    folder = coded(name).folder
     compare(folder, plugin=False, atol=1e-4)
     for path in derive_graphs(folder, plugin=False):
         graph = onnx.load(path, load_external_data=False).graph
         values = (*graph.input, *graph.output)
-        codes = {x.name for x in values if x.name.endswith((".keys", ".values"))}
-        assert len(codes) == 16
+        bytes_ = onnx.TensorProto.UINT8
+        codes = {x.name for x in values if x.type.tensor_type.elem_type == bytes_}
+        assert len(codes) == count
         # TensorRT has bytes at an engine's edge alone.
         for node in graph.node:
             assert node.op_type == "Cast" or not codes & {*node.input, *node.output}

@@ -17,7 +17,7 @@ import torch
 
 from less_cache import SinkWindow
 from less_cache.evaluation.perplexity import cut_windows
-from less_cache.reference_model import ENDING, NAME, load
+from less_cache.reference_model import NAME, load
 from less_cache.training.data import tokenize
 from less_cache.tuning import Effort, save_report, tune
 
@@ -68,7 +68,7 @@ def main() -> None:
     tokens = tuning_tokens(tokenizer, shape.max_position_embeddings, shape.vocab_size)
     print(f"{len(tokens)} windows of {tokens.shape[1]} tokens")
     for budget in options.budgets:
-        folder = options.out / f"{budget.removesuffix('%')}{ENDING}"
+        folder = options.out / budget.removesuffix("%")
         tuned = tune(
             model,
             tokens,

@@ -126,7 +126,7 @@ def hand_out(offers: Sequence[Offer], total: int) -> Plan:
             slope = _slope(hull[piece], hull[piece + 1]) / cost
             heapq.heappush(waiting, (slope, layer, head, piece + 1))
     loss = sum(
-        _at(hull, slots)
+        loss_at(hull, slots)
         for row, counts in zip(hulls, given, strict=True)
         for hull, slots in zip(row, counts, strict=True)
     )
@@ -203,7 +203,8 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def _at(hull: list[tuple[int, float]], slots: int) -> float:
+def loss_at(hull: list[tuple[int, float]], slots: int) -> float:
+    """A convex curve's loss with so many slots: in a line between its corners."""
     if slots <= hull[0][0]:
         return hull[0][1]
     for a, b in pairwise(hull):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 
 from ..config import CacheConfig
 from ..evaluation.perplexity import Contestant
 from ..policies import H2O, DecayedH2O, Policy, SinkWindow
 from ..quantization import Quantization
-from .allocation import Offer, Plan, choose
+from .allocation import Offer, Plan, choose, loss_at
 
 SIMPLE: tuple[tuple[str, Policy, Quantization | None], ...] = (
     ("H2O", H2O(), None),
@@ -55,9 +54,7 @@ def equal_slots(config: CacheConfig, total: int) -> int:
     return max(0, total - fixed) // each
 
 
-def ablations(
-    offers: Sequence[Sequence[Offer]], best: Plan, config: CacheConfig, total: int
-) -> dict[str, Plan]:
+def ablations(offers: Sequence[Sequence[Offer]], best: Plan, total: int) -> dict[str, Plan]:
     """The plan without states, with each other part left out as well; by what is left out.
 
     Parameters
@@ -66,8 +63,6 @@ def ablations(
         Of each layer, without states.
     best
         The plan that was chosen from them.
-    config
-        The model's shapes.
     total
         Bytes of a sequence.
     """
@@ -83,13 +78,51 @@ def ablations(
             with contextlib.suppress(ValueError):
                 plans.append(choose(rows, total))
         found["one policy"] = min(plans, key=lambda plan: plan.loss)
-    found["equal slots"] = _equal(best, config, total)
+    found["equal slots"] = _equal(offers, total)
     return found
 
 
-def _equal(plan: Plan, config: CacheConfig, total: int) -> Plan:
-    """The plan's ways, with as many slots for every head."""
-    spare = total - dataclasses.replace(plan, capacities=[[0]] * len(plan.offers)).nbytes
-    each = sum(offer.slot_bytes * config.kv_heads for offer in plan.offers)
-    slots = spare // each
-    return Plan(plan.offers, [[slots] * config.kv_heads for _ in plan.offers], float("nan"))
+def _equal(offers: Sequence[Sequence[Offer]], total: int) -> Plan:
+    """The best plan whose heads all have equally many slots.
+
+    For each number of slots layers begin with the fewest bytes and take the offers that save most
+    for theirs, one by one.
+    """
+    best: Plan | None = None
+    counts = {slots for row in offers for offer in row for hull in offer.hulls for slots, _ in hull}
+    for slots in sorted(counts):
+        now = [min(row, key=lambda offer: offer.slot_bytes) for row in offers]
+        while True:
+            plan = _with(now, slots)
+            if plan.nbytes > total:
+                break
+            if best is None or plan.loss < best.loss:
+                best = plan
+            tried = [
+                (_with([*now[:layer], offer, *now[layer + 1 :]], slots), layer, offer)
+                for layer, row in enumerate(offers)
+                for offer in row
+                if offer.slot_bytes > now[layer].slot_bytes
+            ]
+            steps = [
+                ((plan.loss - other.loss) / (other.nbytes - plan.nbytes), layer, offer)
+                for other, layer, offer in tried
+                if other.nbytes <= total and other.loss < plan.loss
+            ]
+            if not steps:
+                break
+            _, layer, offer = max(steps, key=lambda step: step[0])
+            now[layer] = offer
+    if best is None:
+        raise ValueError(f"total: got {total}, too few bytes for equal slots")
+    spare = (total - best.nbytes) // sum(
+        offer.slot_bytes * len(offer.curves) for offer in best.offers
+    )
+    return _with(best.offers, best.capacities[0][0] + spare)
+
+
+def _with(offers: Sequence[Offer], slots: int) -> Plan:
+    """So many slots for every head."""
+    capacities = [[slots] * len(offer.curves) for offer in offers]
+    loss = sum(loss_at(hull, slots) for offer in offers for hull in offer.hulls)
+    return Plan(offers, capacities, loss)

@@ -12,6 +12,9 @@ from typing import Any
 
 from .._files import json_text, replaced, write_text
 from ..config import CacheConfig
+from ..quantization import Quantization
+from ..quantization.settings import bits_text
+from .candidates import SIMPLE
 
 PAGE = Path(__file__).parent / "report.html"
 INK, SOFT, GOOD, BAD = "#1d2228", "#8a929b", "#2f7d6b", "#c4572e"
@@ -68,7 +71,7 @@ def draw_heads(report: Mapping[str, Any]) -> Any:
     least = min(map(min, grid))
     heads, layers = config.kv_heads, config.num_layers
     figure = Figure(
-        figsize=(max(5.0, 1.8 + 0.75 * heads), max(2.2, 1.0 + 0.42 * layers)), layout="constrained"
+        figsize=(3.2 + 0.85 * heads, max(2.2, 1.0 + 0.42 * layers)), layout="constrained"
     )
     axes = figure.subplots()
     colours = LinearSegmentedColormap.from_list("slots", SHADES)
@@ -84,8 +87,7 @@ def draw_heads(report: Mapping[str, Any]) -> Any:
                 )  # fmt: skip
     names = []
     for layer, (rank, codes) in enumerate(zip(config.ranks, config.quantizations, strict=True)):
-        bits = "as they are" if codes is None else f"{codes.key_bits}, {codes.value_bits} bits"
-        names.append(f"layer {layer}: {bits}" + (f", rank {rank}" if rank else ""))
+        names.append(f"layer {layer}: {_bits(codes)}" + (f", rank {rank}" if rank else ""))
     axes.set_yticks(range(layers), names, fontsize=8.5)
     axes.set_xticks(range(heads), [f"head {head}" for head in range(heads)], fontsize=8.5)
     axes.tick_params(length=0)
@@ -136,6 +138,7 @@ def draw_curve(report: Mapping[str, Any]) -> Any:
 
 
 def _verdicts(report: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    simple = {name for name, _, _ in SIMPLE}
     head = ["cache", "bytes a sequence", "perplexity", "nats a token from full"]
     rows = [(False, ["full cache", "grows", f"{math.exp(full['loss']):.3f}", "0"])]
     for own in report["verdicts"]:
@@ -145,6 +148,8 @@ def _verdicts(report: Mapping[str, Any], full: Mapping[str, Any]) -> str:
             f"{math.exp(own['loss']):.3f}",
             f"{own['divergence']:.4f}",
         ]
+        if own["name"] in simple:
+            cells[0] += ", equal slots, not tuned"
         rows.append((own["name"] == report["taken"], cells))
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "\n".join(
@@ -157,12 +162,11 @@ def _layers(report: Mapping[str, Any]) -> str:
     config = CacheConfig.from_dict(report["config"])
     rows = []
     for index, layer in enumerate(config.layers):
-        codes = layer.quantization
         rows.append(
             (
                 index,
                 str(layer.policy),
-                "as they are" if codes is None else f"{codes.key_bits} and {codes.value_bits} bits",
+                _bits(layer.quantization),
                 layer.rank or "no state",
                 f"{layer.bytes_per_sequence:,}",
             )
@@ -171,6 +175,13 @@ def _layers(report: Mapping[str, Any]) -> str:
         f"<th>{name}</th>" for name in ("layer", "policy", "keys and values", "rank", "bytes")
     )
     return f'<div class="wide"><table><tr>{top}</tr>\n{_rows(rows)}</table></div>'
+
+
+def _bits(codes: Quantization | None) -> str:
+    """Of keys and of values, on average over their channels."""
+    if codes is None:
+        return "as they are"
+    return f"{bits_text(codes.key_bits)} and {bits_text(codes.value_bits)} bits"
 
 
 def _additive(report: Mapping[str, Any]) -> str:

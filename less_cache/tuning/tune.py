@@ -175,7 +175,7 @@ def tune(
         if chosen.steps:
             together = stages.distilled(plan, transforms, maps)
             candidates.append(contestant("state, maps trained together", plan, together))
-    parts = ablations(plain, without, config, total)
+    parts = ablations(plain, without, total)
     candidates += [contestant(name, part) for name, part in parts.items()]
     candidates += simple_caches(config, total)
     judge = Judge(model, text["validation"], work / "verdicts", batch=8)

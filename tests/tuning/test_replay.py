@@ -13,7 +13,7 @@ from less_cache.tuning.measuring import TOLERANCE, by_head, measure_layer, never
 from less_cache.tuning.replay import Replay
 from tests.integrations.models import build
 
-KINDS = ["llama", "gemma2", "falcon"]
+KINDS = ["llama", "gemma2", "falcon_new"]
 
 
 def replay_of(kind, count=3, length=20):

@@ -88,9 +88,7 @@ def _readme(section: str, page: str) -> str:
     if not found:
         raise PluginError(f"{page}: the README has no section {section!r}")
     body = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-    return LINK.sub(
-        lambda link: _site_link(link[1], "README.md", page), body
-    ).strip()
+    return _site_links(body, "README.md", page).strip()
 
 
 def _commands() -> str:

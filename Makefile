@@ -7,8 +7,9 @@ PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
 # Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=
+EXTRAS ?=
 
-.PHONY: venv demo serve plugin docs test lint format clean
+.PHONY: venv demo serve plugin docs dist test lint format clean
 
 venv: .venv/installed
 
@@ -42,6 +43,10 @@ plugin: venv
 # NO_MKDOCS_2_WARNING: mkdocs-material's advertisement of its successor.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# EXTRAS: those to try; by default all that a CPU can have.
+dist:
+	$(PYTHON) tools/check_dist.py $(EXTRAS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -75,6 +75,11 @@ def test_every_public_name_is_in_the_reference(name):
     assert re.search(rf"^::: less_cache\.([\w.]+\.)?{name}$", pages, re.MULTILINE)
 
 
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == less_cache.__version__
+
+
 def test_the_front_page_takes_sections_that_the_readme_has():
     wanted = re.findall(r"<!-- README: (.+) -->", (DOCS / "index.md").read_text(encoding="utf-8"))
     assert wanted

@@ -68,6 +68,16 @@ generator = og.Generator(model, og.GeneratorParams(model))
 generator.append_tokens([5, 6, 7])
 generator.generate_next_token()
 """
+OPENVINO = """
+import numpy as np, openvino as ov
+model = ov.Core().compile_model("onnx/model.onnx", "CPU")
+given = {}
+for port in model.inputs:
+    shape = [1 if size.is_dynamic else size.get_length() for size in port.partial_shape]
+    fill = -1 if port.any_name.endswith("positions") else 1 if "past" not in port.any_name else 0
+    given[port.any_name] = np.full(shape, fill, port.element_type.to_dtype())
+assert np.isfinite(model(given)["logits"]).all()
+"""
 SUMMARY = "\\n".join(
     json.dumps({"document": f"It rained on day {n}. " * 9, "summary": "Rain."}) for n in range(4)
 )
@@ -93,6 +103,7 @@ EXTRAS = {
     "onnx": [EXPORT, DECODE.format(arguments="")],
     "onnx-gpu": [EXPORT, DECODE.format(arguments=", ['CPUExecutionProvider']")],
     "genai": [COMMAND + "export onnx --format genai --capacity 52 --out genai", GENAI],
+    "openvino": [EXPORT + " --inline", OPENVINO],
     "serve": ["import fastapi, onnxruntime, prometheus_client, uvicorn"],
     "lm-eval": [f"{COMMAND} lm-eval run {LM_EVAL}"],
     "paper": [f"{COMMAND} reproduce {REPRODUCE}"],

@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "dist"
 OUT = ROOT / "dist"
-MOST_BYTES = 15_000_000
-"""Of the wheel; 13 MB of it are the shipped model and its maps."""
+MOST_BYTES = 20_000_000
+"""Of the wheel; 14 MB of it are the shipped model and its maps."""
 
 CALL = """
 import torch, less_cache as lc

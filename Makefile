@@ -7,8 +7,9 @@ PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
 # Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=
+EXTRAS ?=
 
-.PHONY: venv demo serve plugin test lint format clean
+.PHONY: venv demo serve plugin docs dist test lint format clean
 
 venv: .venv/installed
 
@@ -35,6 +36,18 @@ plugin: venv
 	ctest --test-dir plugins/trt/build/release --output-on-failure
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/plugins
 
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# NO_MKDOCS_2_WARNING: mkdocs-material's advertisement of its successor.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# EXTRAS: those to try; by default all that a CPU can have.
+dist:
+	$(PYTHON) tools/check_dist.py $(EXTRAS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +61,4 @@ format: venv
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist report site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

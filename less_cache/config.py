@@ -65,16 +65,16 @@ class CacheConfig:
     quantization
         In how many bits pairs are stored; ``None``: in `dtype`. One for all, or one a layer.
 
-    Attributes
-    ----------
-    The parameters, with every number filled in: `capacity` and `policy` one for all where all
-    layers and heads agree, else one a layer, else one a head of each layer; `rank` and
-    `quantization` one for all where all layers agree, else one a layer.
-
     Raises
     ------
     ValueError, TypeError
         If a number is out of range, or the capacity too small for the policy.
+
+    Notes
+    -----
+    A config's attributes are the parameters, with every number filled in: `capacity` and `policy`
+    one for all where all layers and heads agree, else one a layer, else one a head of each layer;
+    `rank` and `quantization` one for all where all layers agree, else one a layer.
 
     Examples
     --------

@@ -25,6 +25,7 @@ from .assembly import assemble
 from .decoder import trace_decoder
 from .describing import write_manifest
 from .heads import ModelLayer
+from .inlining import check_inline, write_out
 from .layers import model_layers
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,6 +46,7 @@ def export_decoder(
     dtype: Any = None,
     opset: int = 23,
     all_logits: bool = False,
+    inline: bool = False,
     tokenizer: Any = None,
     transforms: Transforms | None = None,
     force: bool = False,
@@ -75,6 +77,9 @@ def export_decoder(
         tenth faster on a CPU; an older runtime may need an older one.
     all_logits
         Give the logits of every token, [B, S, vocabulary].
+    inline
+        Write the file without functions, each body where it is called, for runtimes that do not
+        take them, such as OpenVINO 2026.4. TensorRT engines are not built from such a file.
     tokenizer
         Saved beside the model.
     transforms
@@ -97,6 +102,9 @@ def export_decoder(
     prepared = prepare(
         model, config, maps, transforms, dtype=dtype, opset=opset, all_logits=all_logits
     )
+    if inline:
+        check_inline(prepared.layers)
+        write_out(prepared.graph, prepared.layers)
     with replaced_files(Path(out_dir), MANIFEST, earlier_files(Path(out_dir))) as folder:
         save(prepared, folder, tokenizer)
         write_manifest(

@@ -17,12 +17,13 @@ from exporters.onnx.heads import ModelLayer
 from exporters.onnx.layers import sliding_layer
 from exporters.onnx.nodes import DOMAIN, STEP, node_inputs, node_outputs
 from exporters.onnx.parts import Layer, Values
+from exporters.onnx.rewriting import splice
 from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
 
 from .limits import counts_order
 from .operators import OPSET, check_operators
-from .rewrites import rewrite, splice
+from .rewrites import rewrite
 
 PROMPT_GRAPH = "prompt.onnx"
 STEP_GRAPH = "step.onnx"
@@ -114,6 +115,11 @@ def check_plugin(manifest: Manifest) -> None:
 def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
     # Read without the weights: the new graphs refer to the same file of weights.
     proto = onnx.load(str(manifest.folder / MODEL), load_external_data=False)
+    if not proto.functions:
+        raise ValueError(
+            f"{manifest.folder / MODEL}: exported with inline=True, which leaves no operators of "
+            "ours to put others in the place of; export it without"
+        )
     model = ir.from_proto(proto)
     graph = model.graph
     _take_whole_mask(graph)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from onnxscript import ir
 
 from exporters.onnx.building import KINDS, Builder, Value
+from exporters.onnx.rewriting import splice, stable_order
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -32,37 +32,6 @@ def rewrite(model: ir.Model, *, count: bool = False) -> None:
         results = rule(Builder(scratch, f"trt{number}"), node)
         if results is not None:
             splice(graph, node, scratch, results)
-
-
-def splice(graph: ir.Graph, node: ir.Node, scratch: ir.Graph, results: dict[int, Value]) -> None:
-    """Replace one node by the nodes of `scratch`.
-
-    Parameters
-    ----------
-    graph
-        The graph that has the node.
-    node
-        The node to remove.
-    scratch
-        The nodes to put there; empty afterwards.
-    results
-        The values that replace the node's outputs, by place. Other outputs must be unused.
-    """
-    nodes = list(scratch)
-    scratch.remove(nodes)
-    graph.insert_before(node, nodes)
-    for place, value in results.items():
-        old = node.outputs[place]
-        if old.is_graph_output():
-            # Names of outputs are the file's interface; an input may not be an output as well.
-            if value.producer() is None:
-                passed = ir.node("Identity", [value], name=f"{old.name}.passed")
-                graph.insert_before(node, passed)
-                value = passed.outputs[0]
-            value.name = old.name
-        value.type, value.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
 
 
 def _is_float(value: Value | None) -> bool:
@@ -139,31 +108,12 @@ def _clip(b: Builder, node: ir.Node) -> dict[int, Value] | None:
 
 
 def _top_k(b: Builder, node: ir.Node) -> dict[int, Value] | None:
-    """Sort so that the order of equal numbers does not depend on the runtime.
-
-    ONNX says that the first of equal numbers comes first, and the policies rely on it; TensorRT's
-    layer promises nothing. So the sorted numbers are ranked, equal ones with the same rank, and
-    sorted again by (rank, place), where no two are equal.
-    """
+    """ONNX says that the first of equal numbers comes first; TensorRT's layer promises nothing."""
     x, size = _needed(node, 0), _needed(node, 1)
     if not _is_float(x) or node.outputs[0].uses() or _integer(node, "largest", 1):
         return None
-    axis = _integer(node, "axis", -1)
-    values, places = b.many("TopK", [x, size], 2, axis=axis, largest=0, sorted=1)
-    span = b("Shape", values, start=axis, end=axis + 1)
-    zero, one, end = b.ints(0), b.ints(1), b.ints(np.iinfo(np.int32).max)
-    along = b.ints(axis)
-    before = b("Slice", values, zero, b("Sub", span, one), along)
-    after = b("Slice", values, one, end, along)
-    rises = b.cast(b("Greater", after, before), "float32")
-    nought = b.constant(0, "float32")
-    first = b("Mul", b("Slice", b.cast(places, "float32"), zero, one, along), nought)
-    group = b("CumSum", b("Concat", first, rises, axis=axis), b.constant(axis, "int64"))
-    # At most 3840 numbers in at most 3840 groups: the product is exact.
-    wide = b.cast(span, "float32")
-    key = b("Add", b("Mul", group, wide), b.cast(places, "float32"))
-    order = b.many("TopK", [key, size], 2, axis=axis, largest=0, sorted=1)[1]
-    return {1: b("GatherElements", places, order, axis=axis)}
+    # At most 3840 numbers in at most 3840 groups: float32 has exact products of the two.
+    return {1: stable_order(b, x, size, _integer(node, "axis", -1), "float32")}
 
 
 def _counted_order(b: Builder, node: ir.Node) -> dict[int, Value] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,12 +54,18 @@ def onnx(
         str,
         typer.Option("--format", help="onnx: for OnnxDecoder; genai: for onnxruntime_genai.Model."),
     ] = "onnx",
+    inline: Annotated[
+        bool,
+        typer.Option("--inline", help="No functions in the file, for runtimes such as OpenVINO."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write into a folder that holds something else, too.")
     ] = False,
 ) -> None:
     """Write one ONNX file for prompts, steps and later turns, and its weights beside it."""
     check_choice("format", layout, ("onnx", "genai"))
+    if inline and layout == "genai":
+        raise ValueError("inline: for --format onnx; onnxruntime-genai takes functions")
     try:
         from exporters.onnx.export import export_decoder
         from exporters.onnx.genai import export_genai
@@ -77,18 +83,17 @@ def onnx(
         config = config_for(loaded, capacity, policy, 0 if read is None else read.rank, codes)
     else:
         config, read, codes = whole.config_for(loaded), whole.recipe.maps, whole.codes
-    write = export_genai if layout == "genai" else export_decoder
-    write(
-        loaded,
-        config,
-        read,
-        out,
-        dtype=dtype,
-        opset=opset,
-        tokenizer=tokenizer,
-        force=force,
-        transforms=codes.transforms,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "opset": opset,
+        "tokenizer": tokenizer,
+        "force": force,
+        "transforms": codes.transforms,
+    }
+    if layout == "genai":
+        export_genai(loaded, config, read, out, **options)
+    else:
+        export_decoder(loaded, config, read, out, inline=inline, **options)
     say(f"{config.bytes_per_sequence():,} bytes of cache a sequence, at any length.")
     say(f"Written: {out}")
 

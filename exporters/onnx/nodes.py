@@ -53,10 +53,12 @@ def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
 
     ``start`` and ``gain`` are numbers of `less_cache.policies.Start` and `Gain`, ``softcap`` is 0
     if there is none, ``maps`` is ``"none"`` at rank 0. Only quantised layers have ``key_bits``,
-    ``value_bits`` and ``transform``.
+    ``value_bits``, ``transform`` and ``model_dtype``, which the queries do not tell there.
     """
     policy, quantization = layer.policy, layer.quantization
-    coded: dict[str, Any] = {} if quantization is None else quantization.to_dict()
+    coded: dict[str, Any] = {}
+    if quantization is not None:
+        coded = {**quantization.to_dict(), "model_dtype": layer.dtype}
     return {
         "plugin_version": "1",
         "plugin_namespace": "",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from less_cache.layer_config import LayerConfig
-from less_cache.quantization import TRANSFORMS
+from less_cache.quantization import TRANSFORMS, Quantization
+from less_cache.quantization.settings import spelled_bits
 from tests.plugins.built import built
 
 pytest.importorskip("triton")
@@ -38,9 +39,14 @@ def layer_fields(layer: LayerConfig, kind: str | None, hidden: int) -> tuple[Any
         *(int(policy.starts), int(policy.gains), policy.sinks, policy.protected_recent),
         *(policy.decay, policy.history_window, layer.capacity, layer.rank),
         *(KINDS[kind] if layer.rank and kind else 0, layer.scale, layer.softcap or 0.0),
-        *((0, 0) if codes is None else (codes.key_bits, codes.value_bits)),
+        *(spelled_bits(bits) for bits in bits_of(codes)),
         ANY if codes is None else TRANSFORMS.index(codes.transform),
     )
+
+
+def bits_of(codes: Quantization | None) -> tuple[Any, Any]:
+    """Of keys and of values."""
+    return (0, 0) if codes is None else (codes.key_bits, codes.value_bits)
 
 
 def line(*values: Any) -> str:

@@ -13,8 +13,9 @@ import less_cache as lc
 from less_cache import ops
 from less_cache.policies import Gain
 from less_cache.quantization import TRANSFORMS
+from less_cache.quantization.settings import spelled_bits
 from tests.plugins.built import built
-from tests.plugins.lines import layer_fields, line, planned, record_line
+from tests.plugins.lines import bits_of, layer_fields, line, planned, record_line
 
 pytest.importorskip("triton")
 
@@ -144,8 +145,8 @@ def record(variant: Variant, launch: Launch, splits: int) -> str:
             "hidden_multiple": 1,
             "rank_multiple": 1,
             "block_c": constants["BLOCK_C"] if name == "attend" else 0,
-            "key_bits": 0 if codes is None else codes.key_bits,
-            "value_bits": 0 if codes is None else codes.value_bits,
+            "key_bits": spelled_bits(bits_of(codes)[0]),
+            "value_bits": spelled_bits(bits_of(codes)[1]),
             "transform": -1 if codes is None else TRANSFORMS.index(codes.transform),
             "key_bytes": key_bytes,
             "value_bytes": value_bytes,
@@ -254,10 +255,10 @@ BY_BIT = {score_bit(policy): policy for policy in POLICIES}
 
 def codes_of(kernel: dict) -> lc.Quantization | None:
     """The codes that a kernel reads."""
-    if not kernel["key_bits"]:
+    if kernel["key_bits"] == "0":
         return None
     transform = TRANSFORMS[kernel["transform"]]
-    return lc.Quantization(kernel["key_bits"], kernel["value_bits"], transform)
+    return lc.Quantization(int(kernel["key_bits"]), int(kernel["value_bits"]), transform)
 
 
 def test_every_kernel_that_was_compiled_can_be_launched():

@@ -191,6 +191,7 @@ def test_a_planned_step_over_codes_is_the_references(bits, kind):
         ({"codes": (3, 3, "calibrated"), "dtype": "float16", "query_heads": 2}, "paper"),
         ({"codes": (8, 2, "calibrated"), "dtype": "bfloat16", "head_dim": 80}, "exp"),
         ({"codes": (2, 2, "hadamard"), "policy": lc.KeyNorm(recent=2), "softcap": 5.0}, "exp"),
+        ({"codes": ((6, 4, 4, 3, 3, 2, 2, 0), 3, "calibrated"), "policy": lc.SinkWindow(1)}, "exp"),
     ],
 )
 def test_other_layers(changes, maps):

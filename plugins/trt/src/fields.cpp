@@ -22,8 +22,7 @@ struct Plain {
     std::int32_t start = 0, gain = 0, sinks = 0, recent = 0, window = 0, capacity = 0, rank = 0;
     float decay = 0, scale = 0, softcap = 0;
     std::string maps;
-    std::int32_t key_bits = 0, value_bits = 0;
-    std::string transform, model_dtype;
+    std::string key_bits, value_bits, transform, model_dtype;
     /// Whether there are these four.
     bool coded = false;
     std::int32_t format = kFormat;

@@ -54,8 +54,8 @@ bool serves_rank(const KernelRecord& record, const Attributes& attributes, std::
 }
 
 bool serves_codes(const KernelRecord& record, const Layer& layer) {
-    const auto same = [](std::int32_t own, std::int32_t wanted) {
-        return own == -1 || own == wanted;
+    const auto same = [](std::string_view own, const std::string& wanted) {
+        return own.empty() || own == wanted;
     };
     const Attributes& attributes = layer.attributes;
     // Where pairs lie in bytes is compiled in.
@@ -64,7 +64,9 @@ bool serves_codes(const KernelRecord& record, const Layer& layer) {
         (record.value_bytes == 0 || record.value_bytes == layer.sizes.value_bytes);
     return same(record.key_bits, attributes.key_bits) &&
            same(record.value_bits, attributes.value_bits) &&
-           same(record.transform, static_cast<std::int32_t>(attributes.transform)) && right_bytes;
+           (record.transform == -1 ||
+            record.transform == static_cast<std::int32_t>(attributes.transform)) &&
+           right_bytes;
 }
 
 /// Least is best.
@@ -111,9 +113,9 @@ std::string shapes(KernelTable table, std::string_view kernel) {
         }
         line += *record.state_dtype == '\0' ? "" : text(", H and z ", record.state_dtype);
         line += record.softcap > 0.0F ? text(", softcap ", record.softcap) : "";
-        if (record.key_bits > 0) {
+        if (record.transform != -1) {
             line += text(", codes of ", record.key_bits, " bits");
-            line += record.value_bits > 0 ? text(" and ", record.value_bits) : "";
+            line += *record.value_bits == '\0' ? "" : text(" and ", record.value_bits);
             line += text(", ", name_of(static_cast<Transform>(record.transform)));
         }
         line += ", scores";

@@ -45,9 +45,9 @@ struct KernelRecord {
     std::int32_t rank_multiple;
     /// Slots that one program reads at a time (attend).
     std::int32_t block_c;
-    /// Of codes; 0: pairs are stored as they are; -1 serves any.
-    std::int32_t key_bits;
-    std::int32_t value_bits;
+    /// Of codes, as the node spells them; "0": pairs are stored as they are; "" serves any.
+    const char* key_bits;
+    const char* value_bits;
     /// The codes' `Transform`; -1 serves any.
     std::int32_t transform;
     /// Of one pair's codes; 0 where they are not read.

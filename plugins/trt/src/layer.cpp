@@ -26,12 +26,14 @@ bool is_real(Dtype dtype) {
 }
 
 void check_codes(const Attributes& attributes) {
-    for (const auto& [name, bits] : {std::pair{"key_bits", attributes.key_bits},
-                                     std::pair{"value_bits", attributes.value_bits}}) {
+    for (const auto& [name, bits] : {std::pair{"key_bits", &attributes.key_bits},
+                                     std::pair{"value_bits", &attributes.value_bits}}) {
         if (attributes.coded()) {
-            require(bits >= 1 && bits <= 8, name, bits, "1 to 8");
+            const bool spelled = !bits->empty() && *bits != "0" &&
+                                 bits->find_first_not_of("0123456789,") == std::string::npos;
+            require(spelled, name, *bits, "numbers with commas between them");
         } else {
-            require(bits == 0, name, bits, "none without a transform");
+            require(*bits == "0", name, *bits, "none without a transform");
         }
     }
 }

@@ -58,9 +58,10 @@ struct Attributes {
     float scale = 1.0F;
     /// 0 for none.
     float softcap = 0.0F;
-    /// Of codes, on average; 0 where pairs are stored as they are.
-    std::int32_t key_bits = 0;
-    std::int32_t value_bits = 0;
+    /// Of codes: "3" on average, or of each eighth of the channels, "6,4,4,3,3,2,2,0"; "0" where
+    /// pairs are stored as they are.
+    std::string key_bits = "0";
+    std::string value_bits = "0";
     Transform transform = Transform::kNone;
     /// Of a layer with codes, whose queries do not tell it.
     Dtype model_dtype = Dtype::kFloat32;

@@ -139,8 +139,10 @@ TEST(codes_are_told_by_four_attributes_or_none) {
         node.set(name, value);
         return creation_error(node);
     };
-    CHECK_CONTAINS(refused("key_bits", 9), "key_bits: got 9, expected 1 to 8");
-    CHECK_CONTAINS(refused("value_bits", 0), "value_bits: got 0, expected 1 to 8");
+    CHECK_CONTAINS(refused("key_bits", std::string("three")),
+                   "key_bits: got three, expected numbers with commas between them");
+    CHECK_CONTAINS(refused("value_bits", std::string("0")), "value_bits: got 0, expected numbers");
+    CHECK_CONTAINS(refused("value_bits", 4), "value_bits: got INT32 (5), expected CHAR");
     CHECK_CONTAINS(refused("transform", std::string("fourier")),
                    R"(transform: got "fourier", expected one of "hadamard", "calibrated")");
     CHECK_CONTAINS(refused("model_dtype", std::string("int8")), R"(model_dtype: got "int8")");

@@ -59,8 +59,8 @@ Layer plain_layer() {
 
 Layer coded_layer() {
     Layer layer = exp_layer();
-    layer.attributes.key_bits = 3;
-    layer.attributes.value_bits = 4;
+    layer.attributes.key_bits = "3";
+    layer.attributes.value_bits = "4";
     layer.attributes.transform = Transform::kCalibrated;
     layer.attributes.model_dtype = Dtype::kFloat16;
     layer.sizes.key_bytes = 24;

@@ -38,9 +38,15 @@ void read_record(TabLine& line, less_cache::testing::SyntheticKernels& kernels) 
     }
     record.softcap = line.real();
     for (std::int32_t* field :
-         {&record.split, &record.hidden_multiple, &record.rank_multiple, &record.block_c,
-          &record.key_bits, &record.value_bits, &record.transform, &record.key_bytes,
-          &record.value_bytes, &record.warps, &record.shared_bytes}) {
+         {&record.split, &record.hidden_multiple, &record.rank_multiple, &record.block_c}) {
+        *field = line.integer();
+    }
+    const std::string key_bits = line.text();
+    const std::string value_bits = line.text();
+    record.key_bits = key_bits.c_str();
+    record.value_bits = value_bits.c_str();
+    for (std::int32_t* field : {&record.transform, &record.key_bytes, &record.value_bytes,
+                                &record.warps, &record.shared_bytes}) {
         *field = line.integer();
     }
     const std::string symbol = line.text();

@@ -62,6 +62,8 @@ KernelRecord blank(const char* kernel) {
     KernelRecord record{};
     record.kernel = kernel;
     record.dtype = "";
+    record.key_bits = "";
+    record.value_bits = "";
     record.state_dtype = "";
     record.scores = 511;
     record.kind = -1;
@@ -85,8 +87,8 @@ const char* SyntheticKernels::keep(const std::string& text) {
 
 void SyntheticKernels::add(const KernelRecord& record) {
     KernelRecord own = record;
-    for (const char** text :
-         {&own.kernel, &own.dtype, &own.state_dtype, &own.symbol, &own.parameters}) {
+    for (const char** text : {&own.kernel, &own.dtype, &own.state_dtype, &own.key_bits,
+                              &own.value_bits, &own.symbol, &own.parameters}) {
         *text = keep(*text);
     }
     records_.push_back(own);
@@ -105,8 +107,8 @@ void SyntheticKernels::add_layout(const std::string& dtype, std::int32_t head_di
         record.ptx = ptx;
         const bool selects = kernel == "select_and_map";
         const bool simple = selects && kind == 0;
-        record.key_bits = simple ? -1 : codes.key_bits;
-        record.value_bits = selects ? -1 : codes.value_bits;
+        record.key_bits = simple ? "" : codes.key_bits;
+        record.value_bits = selects ? "" : codes.value_bits;
         record.transform = simple ? -1 : codes.transform;
         record.key_bytes = simple ? 0 : codes.key_bytes;
         record.value_bytes = selects ? 0 : codes.value_bytes;
@@ -170,7 +172,7 @@ SyntheticKernels embedded_for_tests() {
         kernels.add_layout("float32", 16, 0, arch);
     }
     kernels.add_layout("float16", 64, 2, 80, true);
-    kernels.add_layout("float16", 64, 2, 90, false, {3, 4, 1, 24, 32});
+    kernels.add_layout("float16", 64, 2, 90, false, {"3", "4", 1, 24, 32});
     std::uint64_t offset = 0;
     for (KernelRecord& record : kernels.records()) {
         record.size = synthetic_image(record).size();

@@ -10,14 +10,14 @@ namespace less_cache::testing {
 
 /// The codes that kernels read; none as it is.
 struct SyntheticCodes {
-    std::int32_t key_bits = 0;
-    std::int32_t value_bits = 0;
+    const char* key_bits = "0";
+    const char* value_bits = "0";
     /// Of `Transform`.
     std::int32_t transform = -1;
     std::int32_t key_bytes = 0;
     std::int32_t value_bytes = 0;
 
-    [[nodiscard]] bool none() const { return key_bits == 0; }
+    [[nodiscard]] bool none() const { return transform == -1; }
     /// Calibrated: layers with a low-rank state have a shift.
     [[nodiscard]] bool means() const { return transform == 1; }
 };

@@ -61,8 +61,8 @@ inline Layer read_layer(TabLine& line) {
     attributes.maps = static_cast<MapKind>(line.integer());
     attributes.scale = line.real();
     attributes.softcap = line.real();
-    attributes.key_bits = line.integer();
-    attributes.value_bits = line.integer();
+    attributes.key_bits = line.text();
+    attributes.value_bits = line.text();
     attributes.transform = static_cast<Transform>(line.integer());
     attributes.model_dtype = sizes.dtype;
     return layer;

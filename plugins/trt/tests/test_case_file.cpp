@@ -57,7 +57,7 @@ TEST(wrong_numbers_are_seen) {
 TEST(integers_codes_and_scales_are_compared_exactly) {
     CaseFile one = small_case();
     one.state_tolerance = 0.5;
-    one.layer.attributes.key_bits = one.layer.attributes.value_bits = 8;
+    one.layer.attributes.key_bits = one.layer.attributes.value_bits = "8";
     one.layer.attributes.transform = less_cache::Transform::kHadamard;
     one.layer.sizes.key_bytes = one.layer.sizes.value_bytes = 1;
     one.outputs = {{0.5}, {0, 100, -1}, {0, 3, 4}, {0, 1, 2}, {-1, 5, 6}, {0, 1, 2}, {0, 1, 2}};

@@ -111,7 +111,12 @@ def layouts_of_export(folder: Path) -> list[Layout]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         config = CacheConfig.from_dict(manifest["config"])
-        layers = [_layout(config, layer) for layer in manifest["layers"]]
+        # Layers with sliding windows store pairs as they are, and are none of the config's.
+        given = iter(config.quantizations)
+        layers = [
+            _layout(config, layer, None if layer.get("window") else next(given))
+            for layer in manifest["layers"]
+        ]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not the manifest of an exported model: {error!r}") from None
     return list(dict.fromkeys(layers))
@@ -166,7 +171,7 @@ def _can_be(layout: Layout, codes: Quantization) -> bool:
     return layout.score[0] is not Start.KEY_NORM or codes.transform != "calibrated"
 
 
-def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
+def _layout(config: CacheConfig, layer: dict[str, Any], codes: Quantization | None) -> Layout:
     policy = policy_from_dict(layer["policy"])
     if policy.custom:
         raise ValueError(f"policy: {policy} has scores of Python code, and no kernels")
@@ -182,6 +187,5 @@ def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
         rank=block(rank) if rank else 0,
         rank_multiple=min(16, rank & -rank) if rank else 1,
         softcap=config.softcap,
-        # Layers with sliding windows store pairs as they are.
-        codes=None if layer.get("window") else config.quantization,
+        codes=codes,
     )

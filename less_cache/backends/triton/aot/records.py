@@ -10,6 +10,7 @@ import triton
 from ....layer_maps import LAST_LAYERS
 from ....policies import Gain, Start
 from ....quantization import TRANSFORMS
+from ....quantization.settings import spelled_bits
 from ..decode import KINDS
 from ..launch import Launch, recording
 from .compiling import Signature, compile_kernel, signature
@@ -72,7 +73,8 @@ class Record:
     block_c
         Slots a tile of ``"attend"``.
     key_bits, value_bits
-        Of codes; 0: for pairs that are stored as they are; -1: any.
+        Of codes, as `spelled_bits` has them; ``"0"``: for pairs that are stored as they are;
+        ``""``: any.
     transform
         Of codes: its place in `TRANSFORMS`; -1: any.
     key_bytes, value_bytes
@@ -103,8 +105,8 @@ class Record:
     hidden_multiple: int
     rank_multiple: int
     block_c: int
-    key_bits: int
-    value_bits: int
+    key_bits: str
+    value_bits: str
     transform: int
     key_bytes: int
     value_bytes: int
@@ -310,8 +312,8 @@ def record_of(
         hidden_multiple=HIDDEN_MULTIPLE if selects and layout.kind else 1,
         rank_multiple=layout.rank_multiple if low_rank and layout.rank else 1,
         block_c=constants["BLOCK_C"] if name == "attend" else 0,
-        key_bits=ANY if simple else 0 if codes is None else codes.key_bits,
-        value_bits=ANY if selects else 0 if codes is None else codes.value_bits,
+        key_bits="" if simple else "0" if codes is None else spelled_bits(codes.key_bits),
+        value_bits="" if selects else "0" if codes is None else spelled_bits(codes.value_bits),
         transform=ANY if simple or codes is None else TRANSFORMS.index(codes.transform),
         key_bytes=0 if simple or key is None else key.nbytes,
         value_bytes=0 if selects or value is None else value.nbytes,

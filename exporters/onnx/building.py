@@ -16,6 +16,7 @@ KINDS = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
     "int16": ir.DataType.INT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,

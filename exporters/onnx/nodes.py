@@ -8,6 +8,7 @@ from onnxscript import ir
 
 from less_cache import ops
 from less_cache.layer_config import LayerConfig
+from less_cache.quantization.settings import spelled_bits
 
 from .building import Builder
 from .chunk_body import chunk_body
@@ -53,10 +54,18 @@ def node_attributes(layer: LayerConfig, kind: str | None) -> dict[str, Any]:
 
     ``start`` and ``gain`` are numbers of `less_cache.policies.Start` and `Gain`, ``softcap`` is 0
     if there is none, ``maps`` is ``"none"`` at rank 0. Only quantised layers have ``key_bits``,
-    ``value_bits`` and ``transform``.
+    ``value_bits``, ``transform`` and ``model_dtype``, which the queries do not tell there. Bits are
+    a text: ``"3"``, or those of each eighth of the channels.
     """
     policy, quantization = layer.policy, layer.quantization
-    coded: dict[str, Any] = {} if quantization is None else quantization.to_dict()
+    coded: dict[str, Any] = {}
+    if quantization is not None:
+        coded = {
+            "key_bits": spelled_bits(quantization.key_bits),
+            "value_bits": spelled_bits(quantization.value_bits),
+            "transform": quantization.transform,
+            "model_dtype": layer.dtype,
+        }
     return {
         "plugin_version": "1",
         "plugin_namespace": "",

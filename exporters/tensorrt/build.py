@@ -17,7 +17,7 @@ from less_cache._files import replaced
 
 from .cuda import device_info
 from .files import ENGINE_MANIFEST, PROMPT_ENGINE, STEP_ENGINE, write_engine_manifest
-from .graphs import check_plugin, derive_graphs
+from .graphs import derive_graphs
 from .library import Log, load_plugin
 from .limits import Limits, Shape, check_limits, input_shapes
 from .progress import Monitor
@@ -43,6 +43,7 @@ def build_engines(
     opt_batch: int | None = None,
     opt_prompt: int | None = None,
     plugin: str | Path | None = None,
+    alias: bool = True,
     workspace: int | None = None,
     optimization_level: int | None = None,
     timing_cache: str | Path | None = None,
@@ -71,6 +72,10 @@ def build_engines(
     plugin
         The library of the plugin ``LessAttention``, which is copied into the folder. Without it
         the step is in standard operators: slower, and with the state copied once a step.
+    alias
+        Tell TensorRT that the plugin updates the state in place. It may then insert copies of its
+        own; without, it takes past and present for two tensors, which may be bound to one address
+        all the same. Nobody has measured yet which is faster.
     workspace
         The most bytes of GPU memory that a layer may use besides its tensors. Default: TensorRT's.
     optimization_level
@@ -113,7 +118,6 @@ def build_engines(
     gpu = device_info(device)
     library = Path(plugin) if plugin is not None else None
     if library is not None:
-        check_plugin(manifest)
         load_plugin(library)
     step_graph, prompt_graph = derive_graphs(onnx_dir, plugin=library is not None, verify=False)
     options = _Options(
@@ -125,12 +129,12 @@ def build_engines(
     )
     log = Log(verbose)
     with replaced_files(Path(out_dir), last=ENGINE_MANIFEST) as folder:
-        for name, graph, in_place in (
-            (STEP_ENGINE, step_graph, library is not None),
+        for name, graph, aliased in (
+            (STEP_ENGINE, step_graph, library is not None and alias),
             (PROMPT_ENGINE, prompt_graph, False),
         ):
             shapes = input_shapes(manifest, limits, step=name == STEP_ENGINE)
-            plan = _build(log, graph, shapes, options, in_place=in_place)
+            plan = _build(log, graph, shapes, options, aliased=aliased)
             (folder / name).write_bytes(plan)
         names = [STEP_ENGINE, PROMPT_ENGINE]
         if library is not None:
@@ -220,7 +224,7 @@ def _build(
     shapes: Mapping[str, tuple[Shape, Shape, Shape]],
     options: _Options,
     *,
-    in_place: bool,
+    aliased: bool,
 ) -> memoryview:
     """One engine, serialised."""
     builder = trt.Builder(log)
@@ -234,7 +238,7 @@ def _build(
         config.builder_optimization_level = options.optimization_level
     if options.exact:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if in_place:
+    if aliased:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     profile = builder.create_optimization_profile()
     for name, (least, usual, largest) in shapes.items():

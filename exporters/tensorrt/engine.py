@@ -48,8 +48,15 @@ class Engine:
             raise ValueError(f"{path}: TensorRT cannot read it: {log.taken()}")
         self._engine = engine
 
-    def check(self, manifest: Manifest) -> None:
+    def check(self, manifest: Manifest, code_dtype: str = "uint8") -> None:
         """Check that inputs and outputs are those of the exported model.
+
+        Parameters
+        ----------
+        manifest
+            The model's.
+        code_dtype
+            What bytes of codes are: the plugin takes them as int8.
 
         Raises
         ------
@@ -70,13 +77,15 @@ class Engine:
             "float16": trt.DataType.HALF,
             "bfloat16": trt.DataType.BF16,
             "uint8": trt.DataType.UINT8,
+            "int8": trt.DataType.INT8,
             "int32": trt.DataType.INT32,
             "int64": trt.DataType.INT64,
         }
         expected = dict.fromkeys(("input_ids", "attention_mask"), "int64")
         expected["logits"] = manifest.config.dtype
         for spec in manifest.state:
-            expected |= dict.fromkeys((f"past.{spec.name}", f"present.{spec.name}"), spec.dtype)
+            dtype = code_dtype if spec.dtype == "uint8" else spec.dtype
+            expected |= dict.fromkeys((f"past.{spec.name}", f"present.{spec.name}"), dtype)
         for name, dtype in expected.items():
             if engine.get_tensor_dtype(name) != types[dtype]:
                 raise ValueError(

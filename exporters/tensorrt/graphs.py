@@ -11,7 +11,7 @@ from onnxscript.ir.passes import common as common_passes
 
 from exporters.common.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.blocks import attend_at_once
-from exporters.onnx.building import Builder, Value
+from exporters.onnx.building import KINDS, Builder, Value
 from exporters.onnx.chunk_body import chunk_body
 from exporters.onnx.heads import ModelLayer
 from exporters.onnx.layers import sliding_layer
@@ -20,6 +20,8 @@ from exporters.onnx.parts import Layer, Values
 from exporters.onnx.rewriting import splice
 from exporters.onnx.step_body import step_body
 from less_cache._files import replaced
+from less_cache.layer_maps import FIRST_LAYERS
+from less_cache.ops import FOLDED_BIAS
 
 from .limits import counts_order
 from .operators import OPSET, check_operators
@@ -34,6 +36,13 @@ CODE_DTYPE = "float16"
 """Of the bytes of codes inside a graph: TensorRT has uint8 only at an engine's edge, where it casts
 it to and from 16- and 32-bit floats. Numbers up to 255 are exact in both."""
 
+PLUGIN_CODE_DTYPE = "int8"
+"""Of the bytes of codes at the edge of a step with the plugin, whose tensors cannot be of uint8:
+the same bytes, which nothing else in the graph reads."""
+
+CODED_ARRAYS = ("keys", "values")
+"""What is bytes where pairs are coded."""
+
 
 def derive_graphs(
     folder: str | Path, *, plugin: bool = True, verify: bool = True
@@ -42,7 +51,7 @@ def derive_graphs(
 
     Neither has a choice, a loop, a function, or an operator that TensorRT's parser does not list;
     see `operators`. Inputs and outputs keep their names. ``attention_mask`` covers the new tokens
-    only.
+    only. Bytes of codes are uint8 but where a plugin takes them: there they are int8.
 
     Parameters
     ----------
@@ -64,12 +73,9 @@ def derive_graphs(
     FileNotFoundError, ValueError
         If the folder is not what its manifest says.
     ValueError
-        If the model has an operator that TensorRT does not take, or slots that the plugin does not
-        take. Nothing is written then.
+        If the model has an operator that TensorRT does not take. Nothing is written then.
     """
     manifest = read_manifest(folder, verify=verify)
-    if plugin:
-        check_plugin(manifest)
     step = _derive(manifest, step=True, plugin=plugin)
     prompt = _derive(manifest, step=False, plugin=plugin)
     paths = (
@@ -96,22 +102,6 @@ def layers_of(manifest: Manifest) -> list[ModelLayer]:
     return layers
 
 
-def check_plugin(manifest: Manifest) -> None:
-    """Refuse models whose steps the plugin does not take.
-
-    Raises
-    ------
-    ValueError
-        If its pairs are stored as codes.
-    """
-    if manifest.config.has_codes:
-        raise ValueError(
-            f"{manifest.folder}: {manifest.config.quantization}, but the plugin LessAttention "
-            "takes no codes: a TensorRT plugin's tensors cannot be of uint8; build the engines "
-            "without a plugin, or export without quantization"
-        )
-
-
 def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
     # Read without the weights: the new graphs refer to the same file of weights.
     proto = onnx.load(str(manifest.folder / MODEL), load_external_data=False)
@@ -133,7 +123,7 @@ def _derive(manifest: Manifest, *, step: bool, plugin: bool) -> onnx.ModelProto:
     for index, (choice, run) in enumerate(zip(choices, runs, strict=True)):
         call = next(iter(choice.attributes["then_branch"].as_graph()))
         if step and plugin:
-            _call(graph, choice, call)
+            _call(graph, choice, call, run.layer)
         else:
             _write_out(graph, choice, call, run.layer, step, f"attention{index}")
     model.functions.clear()
@@ -162,7 +152,7 @@ def _take_whole_mask(graph: ir.Graph) -> None:
     mask.shape = ids.shape
 
 
-def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node) -> None:
+def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node, layer: Layer) -> None:
     """Replace the choice by the step's node."""
     node = ir.node(
         call.op_type,
@@ -177,6 +167,28 @@ def _call(graph: ir.Graph, choice: ir.Node, call: ir.Node) -> None:
         value.name, value.type, value.shape = old.name, old.type, old.shape
     scratch = ir.Graph([], [], nodes=[node], name="call")
     splice(graph, choice, scratch, dict(enumerate(node.outputs)))
+    if layer.config.quantization is not None:
+        _retype(graph, node, layer)
+
+
+def _retype(graph: ir.Graph, node: ir.Node, layer: Layer) -> None:
+    """Give the plugin codes as int8, and the maps' matrices in the model's dtype."""
+    config, kind = layer.config, KINDS[layer.config.dtype]
+    inputs, outputs = node_inputs(config, layer.kind), node_outputs(config)
+    for name in CODED_ARRAYS:
+        for value in (node.inputs[inputs.index(name)], node.outputs[outputs.index(name)]):
+            if value is None or not (value.is_graph_input() or value.is_graph_output()):
+                raise AssertionError(f"{node.name}: {name} is not at the graph's edge")
+            value.type = ir.TensorType(KINDS[PLUGIN_CODE_DTYPE])
+    # Folded, they are float32 in the file; constants are cast while an engine is built.
+    for name in (*FIRST_LAYERS, FOLDED_BIAS):
+        place = inputs.index(name) if name in inputs else None
+        value = None if place is None else node.inputs[place]
+        if place is None or value is None or value.dtype == kind:
+            continue
+        cast = ir.node("Cast", [value], {"to": int(kind)}, name=f"{node.name}.{name}.cast")
+        graph.insert_before(node, cast)
+        node.replace_input_with(place, cast.outputs[0])
 
 
 def _write_out(
@@ -191,7 +203,7 @@ def _write_out(
         given[name] = value
     coded: tuple[str, ...] = ()
     if layer.config.quantization is not None:
-        layer, coded = dataclasses.replace(layer, code_dtype=CODE_DTYPE), ("keys", "values")
+        layer, coded = dataclasses.replace(layer, code_dtype=CODE_DTYPE), CODED_ARRAYS
     scratch = ir.Graph([], [], nodes=[], name=prefix)
     build = Builder(scratch, prefix)
     for name in coded:

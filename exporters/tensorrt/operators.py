@@ -28,7 +28,7 @@ _OF_FLOATS = (
 )
 _OF_NUMBERS = (
     "Abs", "Add", "ArgMax", "ArgMin", "Div", "Equal", "Greater", "GreaterOrEqual", "Less",
-    "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Range", "ReduceL2", "ReduceMax",
+    "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Pad", "Range", "ReduceL2", "ReduceMax",
     "ReduceMean", "ReduceMin", "ReduceSum", "ScatterElements", "ScatterND", "Sub", "TopK",
     "Trilu",
 )

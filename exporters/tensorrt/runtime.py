@@ -17,6 +17,7 @@ from exporters.common.snapshots import read_arrays
 from .cuda import Device, device_info
 from .engine import TORCH_TYPES, Call, Engine
 from .files import PROMPT_ENGINE, STEP_ENGINE, check_place, read_engine_manifest
+from .graphs import PLUGIN_CODE_DTYPE
 from .library import Log, load_plugin
 from .state import TensorRTState, empty_arrays, to_numpy
 
@@ -38,6 +39,10 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
         The GPU's index.
     cuda_graph
         Capture steps as CUDA graphs.
+    one_address
+        Bind a past tensor and its present one to one address where the plugin takes the step, which
+        is right whether the engine was built with aliasing or without. Otherwise to two, and copy
+        the state back after each step.
     verify
         Compare the digest of every file with the manifest's; otherwise only the sizes.
     verbose
@@ -68,6 +73,7 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
         plugin: str | Path | None = None,
         device: int = 0,
         cuda_graph: bool = True,
+        one_address: bool = True,
         verify: bool = True,
         verbose: bool = False,
     ) -> None:
@@ -79,13 +85,15 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
             load_plugin(Path(plugin) if plugin is not None else own)
         self.device = Device(device)
         self.cuda_graph = cuda_graph
+        self._in_place = one_address and self.engines.plugin is not None
         log = Log(verbose)
         runtime = trt.Runtime(log)
         with self.device.active():
             self._step = Engine(runtime, log, self.engines.folder / STEP_ENGINE)
             self._prompt = Engine(runtime, log, self.engines.folder / PROMPT_ENGINE)
-            for engine in (self._step, self._prompt):
-                engine.check(self.manifest)
+            plugged = self.engines.plugin is not None
+            self._step.check(self.manifest, PLUGIN_CODE_DTYPE if plugged else "uint8")
+            self._prompt.check(self.manifest)
             self._prompt_call = self._prompt.call()
         self._seats: dict[int, _Seat] = {}
 
@@ -190,11 +198,9 @@ class TensorRTDecoder(BatchDecoder[TensorRTState]):
                 spec.name: self.device.empty((batch, *spec.shape), TORCH_TYPES[spec.dtype])
                 for spec in self.manifest.state
             }
-            in_place = self.engines.plugin is not None
-            graph = self.cuda_graph
             logits = self._logits(batch, 1)
             self._seats[batch] = _Seat(
-                self.device, self._step.call(), buffers, logits, in_place, graph
+                self.device, self._step.call(), buffers, logits, self._in_place, self.cuda_graph
             )
         self._seats[batch].seat(state)
         return self._seats[batch]
@@ -235,8 +241,8 @@ class _Seat:
         self._tokens = {
             name: device.empty((batch, 1), torch.int64) for name in ("input_ids", "attention_mask")
         }
-        # Every layer reads the lengths, so the new ones need a place of their own. Without the
-        # plugin, which works in place, every array needs one.
+        # Every layer reads the lengths, so the new ones need a place of their own. So does every
+        # array where nothing works in place.
         self._apart = {
             name: device.empty(array.shape, array.dtype)
             for name, array in arrays.items()

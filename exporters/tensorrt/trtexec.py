@@ -1,6 +1,7 @@
 """The lines that build the same engines with NVIDIA's own tools.
 
-    python -m exporters.tensorrt.trtexec EXPORTED [--plugin LIBRARY] [--out ENGINES] [--polygraphy]
+    python -m exporters.tensorrt.trtexec EXPORTED [--plugin LIBRARY [--no-alias]] [--out ENGINES]
+        [--polygraphy]
 
 writes the two graphs beside the exported file and prints, for each, what to run.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from exporters.common.manifest import read_manifest
@@ -18,7 +19,17 @@ from .files import PROMPT_ENGINE, STEP_ENGINE
 from .graphs import derive_graphs
 from .limits import Limits, Shape, check_limits, input_shapes
 
-PREVIEW = {"trtexec": "+aliasedPluginIO1003", "polygraphy": "ALIASED_PLUGIN_IO_10_03"}
+PREVIEW = {
+    "trtexec": ["--preview=+aliasedPluginIO1003"],
+    "polygraphy": ["--preview-features", "ALIASED_PLUGIN_IO_10_03"],
+}
+"""Says that the plugin updates the state in place."""
+
+PLUGIN_WORDS: dict[str, Callable[[str], list[str]]] = {
+    "trtexec": lambda library: [f"--dynamicPlugins={library}"],
+    "polygraphy": lambda library: ["--plugins", library],
+}
+"""Load the plugin's library."""
 
 
 def command_lines(
@@ -27,6 +38,7 @@ def command_lines(
     limits: Limits | None = None,
     *,
     plugin: str | Path | None = None,
+    alias: bool = True,
     tool: str = "trtexec",
 ) -> list[str]:
     """What to run for the step's engine and for the prompt's.
@@ -41,6 +53,8 @@ def command_lines(
         From `check_limits`. Default: one sequence, prompts of 512 tokens.
     plugin
         The plugin's library; without it the step is in standard operators.
+    alias
+        As `build_engines` has it.
     tool
         ``"trtexec"`` or ``"polygraphy"``.
 
@@ -61,7 +75,11 @@ def command_lines(
         step = name == STEP_ENGINE
         shapes = input_shapes(manifest, limits, step=step)
         library = str(plugin) if step and plugin is not None else None
-        lines.append(shlex.join(write(graph, Path(out_dir) / name, shapes, library, exact)))
+        words = write(graph, Path(out_dir) / name, shapes, exact)
+        if library is not None:
+            words += PLUGIN_WORDS[tool](library)
+            words += PREVIEW[tool] if alias else []
+        lines.append(shlex.join(words))
     return lines
 
 
@@ -69,7 +87,6 @@ def _trtexec(
     graph: Path,
     engine: Path,
     shapes: Mapping[str, tuple[Shape, Shape, Shape]],
-    plugin: str | None,
     exact: bool,
 ) -> list[str]:
     words = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--skipInference"]
@@ -79,8 +96,6 @@ def _trtexec(
         words.append(f"--{bound}Shapes={','.join(given)}")
     if exact:
         words.append("--noTF32")
-    if plugin is not None:
-        words += [f"--dynamicPlugins={plugin}", f"--preview={PREVIEW['trtexec']}"]
     return words
 
 
@@ -88,7 +103,6 @@ def _polygraphy(
     graph: Path,
     engine: Path,
     shapes: Mapping[str, tuple[Shape, Shape, Shape]],
-    plugin: str | None,
     exact: bool,
 ) -> list[str]:
     # Polygraphy leaves TF32 off unless it is asked for.
@@ -96,8 +110,6 @@ def _polygraphy(
     for place, bound in enumerate(("min", "opt", "max")):
         words.append(f"--trt-{bound}-shapes")
         words += [f"{name}:[{','.join(map(str, s[place]))}]" for name, s in shapes.items()]
-    if plugin is not None:
-        words += ["--plugins", plugin, "--preview-features", PREVIEW["polygraphy"]]
     return words
 
 
@@ -107,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="what less-cache export onnx wrote")
     parser.add_argument("--out", type=Path, default=Path(), help="where to put the engines")
     parser.add_argument("--plugin", type=Path, help="the plugin's library")
+    parser.add_argument(
+        "--no-alias",
+        dest="alias",
+        action="store_false",
+        help="do not tell TensorRT that the plugin updates the state in place",
+    )
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--max-prompt", type=int, default=512)
     parser.add_argument("--polygraphy", action="store_true", help="lines for polygraphy convert")
@@ -115,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read_manifest(given.folder, verify=False), given.max_batch, given.max_prompt
     )
     tool = "polygraphy" if given.polygraphy else "trtexec"
-    for line in command_lines(given.folder, given.out, limits, plugin=given.plugin, tool=tool):
+    options = {"plugin": given.plugin, "alias": given.alias, "tool": tool}
+    for line in command_lines(given.folder, given.out, limits, **options):
         print(line)
 
 

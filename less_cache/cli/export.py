@@ -106,6 +106,9 @@ def tensorrt(
         Path | None,
         typer.Option(help="The plugin's library; without: steps in standard operators, slower."),
     ] = None,
+    alias: Annotated[
+        bool, typer.Option(help="Tell TensorRT that the plugin updates the state in place.")
+    ] = True,
     max_batch: Annotated[int, typer.Option(help="The most sequences at once.")] = 1,
     max_prompt: Annotated[int, typer.Option(help="The most tokens at once.")] = 512,
     opt_batch: Annotated[
@@ -137,6 +140,7 @@ def tensorrt(
         opt_batch=opt_batch,
         opt_prompt=opt_prompt,
         plugin=plugin,
+        alias=alias,
         workspace=workspace * 2**20 if workspace is not None else None,
         optimization_level=optimization_level,
         timing_cache=timing_cache,

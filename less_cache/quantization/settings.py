@@ -80,6 +80,11 @@ def bits_text(bits: Bits) -> str:
     return f"{average_bits(bits):g}"
 
 
+def spelled_bits(bits: Bits) -> str:
+    """Bits as files and kernels' records have them: ``"3"``, or ``"6,4,4,3,3,2,2,0"``."""
+    return str(bits) if isinstance(bits, int) else ",".join(map(str, bits))
+
+
 def _checked(name: str, bits: Any, transform: str) -> Bits:
     if not isinstance(bits, Sequence) or isinstance(bits, (str, bytes)):
         found = check_int(name, bits, minimum=1)

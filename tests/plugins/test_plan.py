@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import struct
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -13,17 +12,21 @@ import torch
 import less_cache as lc
 from less_cache import ops
 from less_cache.policies import Gain
+from less_cache.quantization import TRANSFORMS
+from less_cache.quantization.settings import spelled_bits
 from tests.plugins.built import built
+from tests.plugins.lines import bits_of, layer_fields, line, planned, record_line
 
 pytest.importorskip("triton")
 
 from less_cache.backends.triton import launch as launching
-from less_cache.backends.triton.aot.on_meta import meta_maps, meta_step
+from less_cache.backends.triton.aot.on_meta import has_means, meta_maps, meta_step
 from less_cache.backends.triton.aot.variants import Variant
 from less_cache.backends.triton.decode import KINDS
 from less_cache.backends.triton.launch import Launch, recording
 
 HIDDEN = 48
+CALIBRATED = lc.Quantization(4, 2, "calibrated")
 NUMBERS = ("QUERY_HEADS", "KV_HEADS", "GROUP", "HIDDEN", "RANK", "WINDOW")
 VARIANTS = [
     Variant(
@@ -52,6 +55,33 @@ VARIANTS = [
         )
     )
 ]
+CODED = [
+    Variant(
+        head_dim=head_dim,
+        dtype=dtype,
+        group=group,
+        rank=rank,
+        policy=policy,
+        capacity=capacity,
+        kv_heads=kv_heads,
+        batch=batch,
+        masked=True,
+        codes=codes,
+    )
+    for (head_dim, dtype, policy, rank, codes), (group, kv_heads), capacity, batch in (
+        itertools.product(
+            (
+                (64, "float16", lc.H2O(), 8, lc.Quantization(3, 3)),
+                (128, "bfloat16", lc.Scissorhands(window=20), 16, CALIBRATED),
+                (80, "float32", lc.SinkWindow(sinks=2), 0, lc.Quantization(8, 8)),
+                (256, "float16", lc.TOVA(), 0, lc.Quantization(2, 2, "calibrated")),
+            ),
+            ((1, 32), (7, 2)),
+            (205, 8192),
+            (1, 17),
+        )
+    )
+]
 
 
 def launches(variant: Variant, splits: int | None = None) -> list[Launch]:
@@ -68,10 +98,11 @@ def parameters(launch: Launch) -> str:
     names = []
     for name in launch.kernel.arg_names:
         value = launch.arguments.get(name)
-        if "scales" in name:
-            # Of coded pairs, which the plugin refuses.
-            continue
-        if isinstance(value, torch.Tensor):
+        if name.endswith("_scales_row_stride"):
+            codes = launch.constants["KEY_CODES"] or launch.constants.get("VALUE_CODES")
+            if codes:
+                names.append(f"{name}:i64")
+        elif isinstance(value, torch.Tensor):
             names.append(f"{name}:ptr")
         elif (value is not None and name != "mask_stride") or (
             name in NUMBERS and name in launch.constants
@@ -88,80 +119,48 @@ def score_bit(policy: lc.Policy) -> int:
 
 def record(variant: Variant, launch: Launch, splits: int) -> str:
     """A line of the table: a kernel for this variant alone."""
-    constants = launch.constants
+    constants, layer = launch.constants, variant.config.layer(0)
     name = launch.kernel.__name__
     selects = name == "select_and_map"
-    fields = (
-        name,
-        variant.dtype,
-        "",
-        90,
-        0,
-        variant.head_dim,
-        constants["BLOCK_D"],
-        1 << score_bit(variant.policy),
-        -1,
-        0,
-        0 if selects else constants["BLOCK_G"],
-        -1,
-        constants.get("BLOCK_B", 0),
-        -1.0,
-        int(splits > 1) if name == "attend" else -1,
-        1,
-        1,
-        constants["BLOCK_C"] if name == "attend" else 0,
-        launch.warps,
-        0,
-        name,
-        parameters(launch),
+    codes = variant.codes
+    layouts = (layer.key_layout, layer.value_layout)
+    key_bytes, value_bytes = (0 if layout is None else layout.nbytes for layout in layouts)
+    return record_line(
+        {
+            "kernel": name,
+            "dtype": variant.dtype,
+            "state_dtype": "",
+            "arch": 90,
+            "ptx": False,
+            "head_dim": variant.head_dim,
+            "block_d": constants["BLOCK_D"],
+            "scores": 1 << score_bit(variant.policy),
+            "kind": -1,
+            "group": 0,
+            "block_g": 0 if selects else constants["BLOCK_G"],
+            "block_r": -1,
+            "block_b": constants.get("BLOCK_B", 0),
+            "softcap": -1.0,
+            "split": int(splits > 1) if name == "attend" else -1,
+            "hidden_multiple": 1,
+            "rank_multiple": 1,
+            "block_c": constants["BLOCK_C"] if name == "attend" else 0,
+            "key_bits": spelled_bits(bits_of(codes)[0]),
+            "value_bits": spelled_bits(bits_of(codes)[1]),
+            "transform": -1 if codes is None else TRANSFORMS.index(codes.transform),
+            "key_bytes": key_bytes,
+            "value_bytes": value_bytes,
+            "warps": launch.warps,
+            "shared_bytes": 0,
+            "symbol": name,
+            "parameters": parameters(launch),
+        }
     )
-    return "\t".join(map(str, ("record", *fields)))
 
 
-def layer_line(variant: Variant, multiprocessors: int) -> str:
-    layer = variant.config.layer(0)
-    policy = layer.policy
-    fields = (
-        layer.query_heads,
-        layer.kv_heads,
-        layer.head_dim,
-        HIDDEN if layer.rank else 0,
-        layer.dtype,
-        "float32",
-        int(policy.starts),
-        int(policy.gains),
-        policy.sinks,
-        policy.protected_recent,
-        policy.decay,
-        policy.history_window,
-        layer.capacity,
-        layer.rank,
-        KINDS[variant.kind] if layer.rank else 0,
-        layer.scale,
-        layer.softcap or 0.0,
-        variant.batch,
-        90,
-        multiprocessors,
-        0,
-    )
-    return "\t".join(map(str, ("layer", *fields)))
-
-
-def planned(lines: list[str]) -> list[tuple[list[list[str]], str]]:
-    """Each layer's launches, as lists of fields, and the last line's value."""
-    result = subprocess.run(
-        [built("plan_dump")], input="\n".join(lines), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    answers, found = [], []
-    for line in result.stdout.splitlines():
-        fields = line.split("\t")
-        if fields[0] in ("end", "refused"):
-            answers.append((found, line))
-            found = []
-        else:
-            found.append(fields)
-    return answers
+def layer_line(variant: Variant, multiprocessors: int, arch: int = 90, shared: int = 0) -> str:
+    layer = layer_fields(variant.config.layer(0), variant.kind, HIDDEN)
+    return line("layer", *layer, variant.batch, arch, multiprocessors, shared)
 
 
 def expected_number(launch: Launch, name: str) -> int | None:
@@ -180,6 +179,9 @@ def check_arguments(variant: Variant, launch: Launch, given: str) -> None:
     names = ["q", "k", "v", "mask", "lengths"]
     layer = variant.config.layer(0)
     state = ops.state_names(layer)
+    maps = ops.map_names(variant.kind if layer.rank else None)
+    if layer.rank and has_means(layer):
+        maps += (ops.FOLDED_BIAS, "shift")
     arguments = [item.split("=") for item in given.split()]
     assert [name for name, _ in arguments] == [
         item.split(":")[0] for item in parameters(launch).split()
@@ -194,10 +196,10 @@ def check_arguments(variant: Variant, launch: Launch, given: str) -> None:
             assert (source, int(index)) == ("input", names.index(name)), name
         elif name == "out":
             assert (source, index) == ("output", "0")
-        elif name.startswith(("phi_w", "psi_w", "psi_s", "psi_b")):
-            place = len(names) + len(state) + ops.map_names(variant.kind).index(name)
+        elif name in maps:
+            place = len(names) + len(state) + maps.index(name)
             assert (source, int(index)) == ("input", place), name
-        elif layer.rank or name not in ("phi_out", "psi_out", "H", "z"):
+        elif layer.rank or name not in ("phi_out", "psi_out", "H", "z", "shift"):
             assert source == "workspace", name
         else:
             assert source == "null", name
@@ -207,7 +209,7 @@ def check_arguments(variant: Variant, launch: Launch, given: str) -> None:
 def test_the_plugin_launches_what_the_backend_does(monkeypatch, multiprocessors):
     monkeypatch.setattr(launching, "processors", lambda device: multiprocessors)
     answers = []
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *CODED):
         wanted = launches(variant)
         table = {}
         for splits in (1, 2):
@@ -218,7 +220,7 @@ def test_the_plugin_launches_what_the_backend_does(monkeypatch, multiprocessors)
         [(found, last)] = planned([*table.values(), layer_line(variant, multiprocessors)])
         assert last.startswith("end"), (variant, last)
         assert len(found) == len(wanted), variant
-        for launch, (name, x, y, warps, arguments) in zip(wanted, found, strict=True):
+        for launch, (name, _, x, y, warps, arguments) in zip(wanted, found, strict=True):
             assert name == launch.kernel.__name__
             grid = (*launch.grid, 1)[:2]
             assert (int(x), int(y), int(warps)) == (*grid, launch.warps), (variant, name)
@@ -227,9 +229,10 @@ def test_the_plugin_launches_what_the_backend_does(monkeypatch, multiprocessors)
     assert {2, 3} == set(answers) or multiprocessors == 1
 
 
-def test_the_workspace_holds_the_scratch_arrays(monkeypatch):
+@pytest.mark.parametrize("codes", [None, CALIBRATED])
+def test_the_workspace_holds_the_scratch_arrays(monkeypatch, codes):
     monkeypatch.setattr(launching, "processors", lambda device: 132)
-    variant = replace(VARIANTS[0], capacity=8192, batch=2, kv_heads=8, group=4)
+    variant = replace(VARIANTS[0], capacity=8192, batch=2, kv_heads=8, group=4, codes=codes)
     wanted = launches(variant)
     records = [record(variant, one, 2) for one in wanted]
     records += [record(variant, one, 1) for one in launches(variant, 1)]
@@ -246,21 +249,21 @@ def test_the_workspace_holds_the_scratch_arrays(monkeypatch):
     assert variant.policy.gains is Gain.SUM
 
 
-FIELDS = (
-    *("kernel", "dtype", "state_dtype", "arch", "ptx", "head_dim", "block_d", "scores", "kind"),
-    *("group", "block_g", "block_r", "block_b", "softcap", "split", "hidden_multiple"),
-    *("rank_multiple", "block_c", "warps", "shared_bytes", "symbol", "parameters"),
-)
 POLICIES = (lc.FullCache(), lc.SinkWindow(), lc.KeyNorm(), lc.H2O(), lc.Scissorhands())
 BY_BIT = {score_bit(policy): policy for policy in POLICIES}
 
 
+def codes_of(kernel: dict) -> lc.Quantization | None:
+    """The codes that a kernel reads."""
+    if kernel["key_bits"] == "0":
+        return None
+    transform = TRANSFORMS[kernel["transform"]]
+    return lc.Quantization(int(kernel["key_bits"]), int(kernel["value_bits"]), transform)
+
+
 def test_every_kernel_that_was_compiled_can_be_launched():
     table = json.loads(built("kernels.json").read_text())["kernels"]
-    lines = [
-        "\t".join(map(str, ("record", *(int(v) if isinstance(v, bool) else v for v in row))))
-        for row in ([kernel[field] for field in FIELDS] for kernel in table)
-    ]
+    lines = [record_line(kernel) for kernel in table]
     kinds = {
         (kernel["dtype"], kernel["head_dim"]): kernel["kind"]
         for kernel in table
@@ -283,6 +286,7 @@ def test_every_kernel_that_was_compiled_can_be_launched():
                 kv_heads=8,
                 batch=batch,
                 softcap=kernel["softcap"] or None,
+                codes=codes_of(kernel),
             )
             for score in BY_BIT
             if kernel["scores"] >> score & 1
@@ -290,9 +294,7 @@ def test_every_kernel_that_was_compiled_can_be_launched():
         ]
     arches = {kernel["arch"] for kernel in table if not kernel["ptx"]}
     for arch in arches:
-        wanted = [
-            layer_line(v, 132).rsplit("\t", 3)[0] + f"\t{arch}\t132\t232448" for v in variants
-        ]
+        wanted = [layer_line(variant, 132, arch, 232448) for variant in variants]
         for variant, (found, last) in zip(variants, planned([*lines, *wanted]), strict=True):
             assert last.startswith("end"), (variant, last)
             assert len(found) == (3 if variant.batch == 1 else 2)

@@ -34,19 +34,22 @@ registry = trt.get_plugin_registry()
 USE = """
 creator = registry.get_creator("LessAttention", "1", "")
 assert creator is not None, "no creator"
-assert [field.name for field in creator.field_names] == list(layer)
-plugin = creator.create_plugin("layer", fields(**layer), trt.TensorRTPhase.BUILD)
-assert plugin is not None, "no plugin"
+assert [field.name for field in creator.field_names] == list(coded)
+for attributes in (layer, coded):
+    plugin = creator.create_plugin("layer", fields(**attributes), trt.TensorRTPhase.BUILD)
+    assert plugin is not None, "no plugin"
 wrong = fields(**{**layer, "gain": 9})
 assert creator.create_plugin("wrong", wrong, trt.TensorRTPhase.BUILD) is None
+bare = {name: value for name, value in coded.items() if name != "model_dtype"}
+assert creator.create_plugin("bare", fields(**bare), trt.TensorRTPhase.BUILD) is None
 del plugin
 """
 
 
-def node() -> dict[str, object]:
+def node(codes: lc.Quantization | None = None) -> dict[str, object]:
     """The attributes that the ONNX parser passes on, as the exporter writes them."""
     nodes = pytest.importorskip("exporters.onnx.nodes")
-    config = lc.CacheConfig(1, 4, 2, 64, capacity=64, policy=lc.H2O(), rank=8)
+    config = lc.CacheConfig(1, 4, 2, 64, capacity=64, policy=lc.H2O(), rank=8, quantization=codes)
     attributes = nodes.node_attributes(config.layer(0), "exp")
     return {name: value for name, value in attributes.items() if not name.startswith("plugin_")}
 
@@ -57,8 +60,9 @@ def run(code: str) -> str:
     )
     if probe.returncode:
         pytest.skip("needs the packages tensorrt-lean-cu13-libs and -bindings")
+    layers = f"layer = {node()!r}\ncoded = {node(lc.Quantization(3, 3))!r}\n"
     result = subprocess.run(
-        [sys.executable, "-c", f"layer = {node()!r}\n{CREATE}{code}"],
+        [sys.executable, "-c", f"{layers}{CREATE}{code}"],
         capture_output=True,
         text=True,
         check=False,

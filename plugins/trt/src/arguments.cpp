@@ -10,11 +10,23 @@ namespace less_cache {
 namespace {
 
 /// Every pointer that a kernel may name; one that a layer has not is null.
-constexpr const char* kPointers[] = {
-    "q",      "k",      "v",      "mask",      "keys",      "values",        "scores", "history",
-    "H",      "z",      "phi_w1", "phi_w2",    "psi_w1",    "positions",     "psi_w2", "psi_w3",
-    "psi_s1", "psi_s2", "psi_b",  "slot_out",  "slots",     "phi_out",       "phi",    "psi_out",
-    "psi",    "logits", "out",    "part_peak", "part_mass", "part_numerator"};
+constexpr const char* kPointers[] = {"q",          "k",
+                                     "v",          "mask",
+                                     "keys",       "values",
+                                     "key_scales", "value_scales",
+                                     "scores",     "positions",
+                                     "history",    "H",
+                                     "z",          "phi_w1",
+                                     "phi_w2",     "psi_w1",
+                                     "psi_b1",     "psi_w2",
+                                     "psi_w3",     "psi_s1",
+                                     "psi_s2",     "psi_b",
+                                     "slot_out",   "slots",
+                                     "phi_out",    "phi",
+                                     "psi_out",    "psi",
+                                     "shift",      "logits",
+                                     "out",        "part_peak",
+                                     "part_mass",  "part_numerator"};
 
 [[noreturn]] void unknown(const KernelRecord& record, const std::string& what) {
     throw Refusal(ErrorKind::kInternal, record.symbol, ": ", what,

@@ -35,6 +35,9 @@ public:
     void operator()(const char* name, float& value);
     void operator()(const char* name, std::string& value);
 
+    /// Whether a field of that name is there and was not read yet.
+    [[nodiscard]] bool has(const char* name) const { return fields_.count(name) != 0; }
+
     /// @throws Refusal if a field was not read.
     void finish() const;
 

@@ -15,15 +15,19 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 /// Of what an engine holds; another layout of the fields is another number.
-constexpr std::int32_t kFormat = 2;
+constexpr std::int32_t kFormat = 3;
 
 /// The fields as plain numbers, before anything is checked.
 struct Plain {
     std::int32_t start = 0, gain = 0, sinks = 0, recent = 0, window = 0, capacity = 0, rank = 0;
     float decay = 0, scale = 0, softcap = 0;
     std::string maps;
+    std::string key_bits, value_bits, transform, model_dtype;
+    /// Whether there are these four.
+    bool coded = false;
     std::int32_t format = kFormat;
     std::int32_t query_heads = 0, kv_heads = 0, head_dim = 0, hidden = 0, dtype = 0;
+    std::int32_t key_bytes = 0, value_bytes = 0;
     std::int32_t state_dtype = 0, least_batch = 0, most_batch = 0, multiprocessors = 0,
                  workspace = 0;
 };
@@ -43,6 +47,15 @@ void visit_attributes(Plain& plain, Visitor& visit) {
     visit("softcap", plain.softcap);
 }
 
+/// What nodes of layers with codes have besides.
+template <typename Visitor>
+void visit_codes(Plain& plain, Visitor& visit) {
+    visit("key_bits", plain.key_bits);
+    visit("value_bits", plain.value_bits);
+    visit("transform", plain.transform);
+    visit("model_dtype", plain.model_dtype);
+}
+
 template <typename Visitor>
 void visit_engine(Plain& plain, Visitor& visit) {
     visit("format", plain.format);
@@ -52,10 +65,28 @@ void visit_engine(Plain& plain, Visitor& visit) {
     visit("hidden", plain.hidden);
     visit("dtype", plain.dtype);
     visit("state_dtype", plain.state_dtype);
+    visit("key_bytes", plain.key_bytes);
+    visit("value_bytes", plain.value_bytes);
     visit("least_batch", plain.least_batch);
     visit("most_batch", plain.most_batch);
     visit("multiprocessors", plain.multiprocessors);
     visit("workspace", plain.workspace);
+}
+
+/// The member of an enum that is spelled so.
+///
+/// @throws Refusal naming the attribute.
+template <typename Enum>
+Enum spelled(const char* name, const std::string& value, std::initializer_list<Enum> members) {
+    std::string known;
+    for (const Enum member : members) {
+        if (value == name_of(member)) {
+            return member;
+        }
+        known += text(known.empty() ? "" : ", ", '"', name_of(member), '"');
+    }
+    throw Refusal(ErrorKind::kInvalidArgument, name, ": got \"", value, "\", expected one of ",
+                  known);
 }
 
 Attributes attributes_of(const Plain& plain) {
@@ -71,15 +102,17 @@ Attributes attributes_of(const Plain& plain) {
     attributes.rank = plain.rank;
     attributes.scale = plain.scale;
     attributes.softcap = plain.softcap;
-    for (const MapKind kind : {MapKind::kNone, MapKind::kPaper, MapKind::kExp}) {
-        if (plain.maps == name_of(kind)) {
-            attributes.maps = kind;
-            check(attributes);
-            return attributes;
-        }
+    attributes.maps = spelled("maps", plain.maps, {MapKind::kNone, MapKind::kPaper, MapKind::kExp});
+    if (plain.coded) {
+        attributes.key_bits = plain.key_bits;
+        attributes.value_bits = plain.value_bits;
+        attributes.transform =
+            spelled("transform", plain.transform, {Transform::kHadamard, Transform::kCalibrated});
+        attributes.model_dtype = spelled("model_dtype", plain.model_dtype,
+                                         {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16});
     }
-    throw Refusal(ErrorKind::kInvalidArgument, "maps: got \"", plain.maps,
-                  R"(", expected "none", "paper" or "exp")");
+    check(attributes);
+    return attributes;
 }
 
 Dtype dtype_of(const char* name, std::int32_t number) {
@@ -96,7 +129,9 @@ Configured configured_of(const Plain& plain) {
                         plain.head_dim,
                         plain.hidden,
                         dtype_of("dtype", plain.dtype),
-                        dtype_of("state_dtype", plain.state_dtype)};
+                        dtype_of("state_dtype", plain.state_dtype),
+                        plain.key_bytes,
+                        plain.value_bytes};
     configured.least_batch = plain.least_batch;
     configured.most_batch = plain.most_batch;
     configured.multiprocessors = plain.multiprocessors;
@@ -124,6 +159,11 @@ Plain plain_of(const PluginData& data) {
     plain.maps = name_of(attributes.maps);
     plain.scale = attributes.scale;
     plain.softcap = attributes.softcap;
+    plain.coded = attributes.coded();
+    plain.key_bits = attributes.key_bits;
+    plain.value_bits = attributes.value_bits;
+    plain.transform = name_of(attributes.transform);
+    plain.model_dtype = name_of(attributes.model_dtype);
     if (data.configured) {
         const Sizes& sizes = data.configured->sizes;
         plain.query_heads = sizes.query_heads;
@@ -132,6 +172,8 @@ Plain plain_of(const PluginData& data) {
         plain.hidden = sizes.hidden;
         plain.dtype = static_cast<std::int32_t>(sizes.dtype);
         plain.state_dtype = static_cast<std::int32_t>(sizes.state_dtype);
+        plain.key_bytes = sizes.key_bytes;
+        plain.value_bytes = sizes.value_bytes;
         plain.least_batch = data.configured->least_batch;
         plain.most_batch = data.configured->most_batch;
         plain.multiprocessors = data.configured->multiprocessors;
@@ -166,21 +208,23 @@ struct Fields::Storage {
         order.emplace_back(name, PluginFieldType::kFLOAT32);
     }
     void operator()(const char* name, const std::string& value) {
-        fields.maps_ = value;
+        fields.texts_.push_back(value);
         order.emplace_back(name, PluginFieldType::kCHAR);
     }
 
     void point() {
         std::size_t integer = 0;
         std::size_t real = 0;
+        std::size_t text = 0;
         for (const auto& [name, type] : order) {
             if (type == PluginFieldType::kINT32) {
                 fields.fields_.emplace_back(name, &fields.integers_[integer++], type, 1);
             } else if (type == PluginFieldType::kFLOAT32) {
                 fields.fields_.emplace_back(name, &fields.reals_[real++], type, 1);
             } else {
-                fields.fields_.emplace_back(name, fields.maps_.data(), type,
-                                            static_cast<std::int32_t>(fields.maps_.size()));
+                const std::string& own = fields.texts_[text++];
+                fields.fields_.emplace_back(name, own.data(), type,
+                                            static_cast<std::int32_t>(own.size()));
             }
         }
     }
@@ -190,6 +234,9 @@ Fields::Fields(const PluginData& data) {
     Plain plain = plain_of(data);
     Storage storage{*this, {}};
     visit_attributes(plain, storage);
+    if (plain.coded) {
+        visit_codes(plain, storage);
+    }
     visit_engine(plain, storage);
     storage.point();
     collection_ = {static_cast<std::int32_t>(fields_.size()), fields_.data()};
@@ -210,6 +257,11 @@ PluginData read_fields(const nvinfer1::PluginFieldCollection* collection,
         }
     }
     visit_attributes(plain, reader);
+    const auto is_given = [&](const char* name, const auto&) { plain.coded |= reader.has(name); };
+    visit_codes(plain, is_given);
+    if (plain.coded) {
+        visit_codes(plain, reader);
+    }
     PluginData data;
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME) {
         const auto rest = [&reader](const char* name, auto& value) {
@@ -237,6 +289,7 @@ const nvinfer1::PluginFieldCollection* attribute_fields() {
         };
         Plain plain;
         visit_attributes(plain, add);
+        visit_codes(plain, add);
         return found;
     }();
     static const nvinfer1::PluginFieldCollection collection{

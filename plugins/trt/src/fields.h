@@ -54,7 +54,7 @@ private:
 
     std::vector<std::int32_t> integers_;
     std::vector<float> reals_;
-    std::string maps_;
+    std::vector<std::string> texts_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_;
 };

@@ -53,6 +53,22 @@ bool serves_rank(const KernelRecord& record, const Attributes& attributes, std::
     return attributes.rank % record.rank_multiple == 0 && hidden % record.hidden_multiple == 0;
 }
 
+bool serves_codes(const KernelRecord& record, const Layer& layer) {
+    const auto same = [](std::string_view own, const std::string& wanted) {
+        return own.empty() || own == wanted;
+    };
+    const Attributes& attributes = layer.attributes;
+    // Where pairs lie in bytes is compiled in.
+    const bool right_bytes =
+        (record.key_bytes == 0 || record.key_bytes == layer.sizes.key_bytes) &&
+        (record.value_bytes == 0 || record.value_bytes == layer.sizes.value_bytes);
+    return same(record.key_bits, attributes.key_bits) &&
+           same(record.value_bits, attributes.value_bits) &&
+           (record.transform == -1 ||
+            record.transform == static_cast<std::int32_t>(attributes.transform)) &&
+           right_bytes;
+}
+
 /// Least is best.
 auto preference(const KernelRecord& record, const Want& want) {
     const bool exact_tile = record.block_b == want.block_b;
@@ -97,6 +113,11 @@ std::string shapes(KernelTable table, std::string_view kernel) {
         }
         line += *record.state_dtype == '\0' ? "" : text(", H and z ", record.state_dtype);
         line += record.softcap > 0.0F ? text(", softcap ", record.softcap) : "";
+        if (record.transform != -1) {
+            line += text(", codes of ", record.key_bits, " bits");
+            line += *record.value_bits == '\0' ? "" : text(" and ", record.value_bits);
+            line += text(", ", name_of(static_cast<Transform>(record.transform)));
+        }
         line += ", scores";
         for (std::int32_t gain = 0; gain < kGains; ++gain) {
             for (std::int32_t start = 0; start < kStarts; ++start) {
@@ -133,7 +154,7 @@ bool serves(const KernelRecord& record, const Layer& layer, const Want& want) {
     const Attributes& attributes = layer.attributes;
     const auto kind = static_cast<std::int32_t>(attributes.maps);
     return std::strcmp(record.kernel, want.kernel) == 0 && serves_dtypes(record, layer) &&
-           serves_heads(record, layer, want) &&
+           serves_codes(record, layer) && serves_heads(record, layer, want) &&
            serves_rank(record, attributes, layer.sizes.hidden) &&
            serves_score(record, attributes.start, attributes.gain) &&
            (record.kind == -1 || record.kind == kind) && record.block_b <= want.block_b &&

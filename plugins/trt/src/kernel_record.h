@@ -11,7 +11,7 @@ namespace less_cache {
 struct KernelRecord {
     /// "select_and_map", "attend" or "conclude_split".
     const char* kernel;
-    /// Of queries, keys, values, the output and the maps' matrices; "" serves any.
+    /// The model's, `Sizes::dtype`; "" serves any.
     const char* dtype;
     /// Of H and z; "" serves any, and layers that have neither.
     const char* state_dtype;
@@ -45,6 +45,14 @@ struct KernelRecord {
     std::int32_t rank_multiple;
     /// Slots that one program reads at a time (attend).
     std::int32_t block_c;
+    /// Of codes, as the node spells them; "0": pairs are stored as they are; "" serves any.
+    const char* key_bits;
+    const char* value_bits;
+    /// The codes' `Transform`; -1 serves any.
+    std::int32_t transform;
+    /// Of one pair's codes; 0 where they are not read.
+    std::int32_t key_bytes;
+    std::int32_t value_bytes;
     /// Of 32 threads each.
     std::int32_t warps;
     /// Dynamic shared memory of a block.

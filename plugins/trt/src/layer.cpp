@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "errors.h"
 
@@ -24,21 +25,40 @@ bool is_real(Dtype dtype) {
     return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16;
 }
 
+void check_codes(const Attributes& attributes) {
+    for (const auto& [name, bits] : {std::pair{"key_bits", &attributes.key_bits},
+                                     std::pair{"value_bits", &attributes.value_bits}}) {
+        if (attributes.coded()) {
+            const bool spelled = !bits->empty() && *bits != "0" &&
+                                 bits->find_first_not_of("0123456789,") == std::string::npos;
+            require(spelled, name, *bits, "numbers with commas between them");
+        } else {
+            require(*bits == "0", name, *bits, "none without a transform");
+        }
+    }
+}
+
 }  // namespace
 
 const char* name_of(Dtype dtype) {
-    constexpr std::array<const char*, 5> kNames{"float32", "float16", "bfloat16", "int32", "int64"};
+    constexpr std::array<const char*, 6> kNames{"float32", "float16", "bfloat16",
+                                                "int32",   "int64",   "int8"};
     return kNames.at(static_cast<std::size_t>(dtype));
 }
 
 std::int64_t size_of(Dtype dtype) {
-    constexpr std::array<std::int64_t, 5> kSizes{4, 2, 2, 4, 8};
+    constexpr std::array<std::int64_t, 6> kSizes{4, 2, 2, 4, 8, 1};
     return kSizes.at(static_cast<std::size_t>(dtype));
 }
 
 const char* name_of(MapKind kind) {
     constexpr std::array<const char*, 3> kNames{"none", "paper", "exp"};
     return kNames.at(static_cast<std::size_t>(kind));
+}
+
+const char* name_of(Transform transform) {
+    constexpr std::array<const char*, 3> kNames{"", "hadamard", "calibrated"};
+    return kNames.at(static_cast<std::size_t>(static_cast<std::int32_t>(transform) + 1));
 }
 
 void check(const Attributes& attributes) {
@@ -66,6 +86,7 @@ void check(const Attributes& attributes) {
             "a finite number above 0");
     require(std::isfinite(attributes.softcap) && attributes.softcap >= 0.0F, "softcap",
             attributes.softcap, "a finite number, 0 for none");
+    check_codes(attributes);
 }
 
 void check(const Layer& layer) {
@@ -79,6 +100,10 @@ void check(const Layer& layer) {
             sizes.hidden, "1 or more with maps, 0 without");
     require(is_real(sizes.dtype), "q's dtype", name_of(sizes.dtype), kReals);
     require(is_real(sizes.state_dtype), "H's dtype", name_of(sizes.state_dtype), kReals);
+    if (layer.attributes.coded()) {
+        require(sizes.key_bytes >= 1, "bytes of a key's codes", sizes.key_bytes, "1 or more");
+        require(sizes.value_bytes >= 1, "bytes of a value's codes", sizes.value_bytes, "1 or more");
+    }
     // Within one head the kernels count in 32 bits.
     constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
     const std::int64_t capacity = layer.attributes.capacity;
@@ -92,6 +117,10 @@ std::vector<std::string> state_names(const Attributes& attributes) {
     std::vector<std::string> names{"keys", "values", "scores", "positions"};
     if (attributes.window > 0) {
         names.emplace_back("history");
+    }
+    if (attributes.coded()) {
+        names.emplace_back("key_scales");
+        names.emplace_back("value_scales");
     }
     if (attributes.rank > 0) {
         names.emplace_back("H");
@@ -115,6 +144,10 @@ std::vector<std::string> input_names(const Attributes& attributes) {
             names.emplace_back(name);
         }
     }
+    if (attributes.shifted()) {
+        names.emplace_back("psi_b1");
+        names.emplace_back("shift");
+    }
     return names;
 }
 
@@ -127,10 +160,10 @@ Tensor tensor_named(const std::string& name, const Layer& layer) {
     const std::int64_t rank = layer.attributes.rank;
     const std::int64_t width = sizes.head_dim;
     if (name == "q" || name == "out") {
-        return {name, sizes.dtype, {kBatch, sizes.query_heads, 1, width}};
+        return {name, layer.token_dtype(), {kBatch, sizes.query_heads, 1, width}};
     }
     if (name == "k" || name == "v") {
-        return {name, sizes.dtype, {kBatch, heads, 1, width}};
+        return {name, layer.token_dtype(), {kBatch, heads, 1, width}};
     }
     if (name == "mask") {
         return {name, Dtype::kInt32, {kBatch, 1}};
@@ -139,7 +172,18 @@ Tensor tensor_named(const std::string& name, const Layer& layer) {
         return {name, Dtype::kInt32, {kBatch}};
     }
     if (name == "keys" || name == "values") {
-        return {name, sizes.dtype, {kBatch, heads, slots, width}};
+        const Dtype stored = layer.attributes.coded() ? Dtype::kInt8 : sizes.dtype;
+        const std::int64_t size = name == "keys" ? layer.key_width() : layer.value_width();
+        return {name, stored, {kBatch, heads, slots, size}};
+    }
+    if (name == "key_scales" || name == "value_scales") {
+        return {name, Dtype::kFloat16, {kBatch, heads, slots}};
+    }
+    if (name == "shift") {
+        return {name, Dtype::kFloat32, {kBatch, sizes.query_heads, 1}};
+    }
+    if (name == "psi_b1") {
+        return {name, sizes.dtype, {heads, sizes.hidden}};
     }
     if (name == "scores") {
         return {name, Dtype::kFloat32, {kBatch, heads, slots}};
@@ -206,6 +250,10 @@ std::string describe(const Layer& layer) {
     }
     if (attributes.softcap > 0.0F) {
         line += text(", softcap ", attributes.softcap);
+    }
+    if (attributes.coded()) {
+        line += text(", codes of ", attributes.key_bits, " and ", attributes.value_bits, " bits, ",
+                     name_of(attributes.transform));
     }
     return line;
 }

@@ -11,7 +11,9 @@ enum class Dtype : std::int32_t {
     kFloat16 = 1,
     kBFloat16 = 2,
     kInt32 = 3,
-    kInt64 = 4
+    kInt64 = 4,
+    /// Bytes of codes: TensorRT gives plugins no uint8.
+    kInt8 = 5
 };
 
 /// As the kernels' records and less_cache's configuration spell it.
@@ -36,6 +38,12 @@ enum class MapKind : std::int32_t { kNone = 0, kPaper = 1, kExp = 2 };
 /// As the node's attribute spells it.
 const char* name_of(MapKind kind);
 
+/// The bases of codes, as the kernels number them; kNone where pairs are stored as they are.
+enum class Transform : std::int32_t { kNone = -1, kHadamard = 0, kCalibrated = 1 };
+
+/// As the node's attribute spells it; "" for none.
+const char* name_of(Transform transform);
+
 /// The node's attributes: a layer's policy, state and scale.
 struct Attributes {
     Start start = Start::kZero;
@@ -50,6 +58,19 @@ struct Attributes {
     float scale = 1.0F;
     /// 0 for none.
     float softcap = 0.0F;
+    /// Of codes: "3" on average, or of each eighth of the channels, "6,4,4,3,3,2,2,0"; "0" where
+    /// pairs are stored as they are.
+    std::string key_bits = "0";
+    std::string value_bits = "0";
+    Transform transform = Transform::kNone;
+    /// Of a layer with codes, whose queries do not tell it.
+    Dtype model_dtype = Dtype::kFloat32;
+
+    /// Whether pairs are stored as codes.
+    [[nodiscard]] bool coded() const { return transform != Transform::kNone; }
+    /// Whether queries bring a shift, and ψ a bias: the basis has means, and a low-rank state
+    /// must know.
+    [[nodiscard]] bool shifted() const { return transform == Transform::kCalibrated && rank > 0; }
 };
 
 /// What the tensors add to the attributes.
@@ -59,9 +80,13 @@ struct Sizes {
     std::int32_t head_dim = 0;
     /// Of the maps; 0 without.
     std::int32_t hidden = 0;
+    /// The model's: of the maps' matrices, and, but for codes, of queries, keys, values and output.
     Dtype dtype = Dtype::kFloat32;
     /// Of H and z; meaningless at rank 0.
     Dtype state_dtype = Dtype::kFloat32;
+    /// Of one pair's codes; 0 where pairs are stored as they are.
+    std::int32_t key_bytes = 0;
+    std::int32_t value_bytes = 0;
 };
 
 /// A layer: everything but the batch.
@@ -73,6 +98,18 @@ struct Layer {
     [[nodiscard]] std::int32_t group() const { return sizes.query_heads / sizes.kv_heads; }
     /// Whether scores are made of probabilities, which need every logit once more.
     [[nodiscard]] bool scored() const { return attributes.gain != Gain::kNone; }
+    /// Of queries, new keys and values, and the output: in the basis of codes they are not
+    /// narrowed.
+    [[nodiscard]] Dtype token_dtype() const {
+        return attributes.coded() ? Dtype::kFloat32 : sizes.dtype;
+    }
+    /// What one key, and one value, takes in its array: bytes of codes, or numbers.
+    [[nodiscard]] std::int32_t key_width() const {
+        return attributes.coded() ? sizes.key_bytes : sizes.head_dim;
+    }
+    [[nodiscard]] std::int32_t value_width() const {
+        return attributes.coded() ? sizes.value_bytes : sizes.head_dim;
+    }
 };
 
 /// A tensor that the node takes or gives.
@@ -92,7 +129,7 @@ void check(const Layer& layer);
 /// Names of the state's arrays, in the node's order.
 std::vector<std::string> state_names(const Attributes& attributes);
 
-/// Names of the node's inputs, in order: tokens, state, maps.
+/// Names of the node's inputs, in order: tokens, state, maps, shift.
 std::vector<std::string> input_names(const Attributes& attributes);
 
 /// The node's inputs with their shapes, in order.

@@ -29,7 +29,8 @@ void require_count(const char* what, std::size_t expected, std::int32_t given) {
 bool same(const Sizes& one, const Sizes& other) {
     return one.query_heads == other.query_heads && one.kv_heads == other.kv_heads &&
            one.head_dim == other.head_dim && one.hidden == other.hidden &&
-           one.dtype == other.dtype && one.state_dtype == other.state_dtype;
+           one.dtype == other.dtype && one.state_dtype == other.state_dtype &&
+           one.key_bytes == other.key_bytes && one.value_bytes == other.value_bytes;
 }
 
 /// The type that the tensor at `position` must have, going by those before it alone.
@@ -41,7 +42,8 @@ Dtype expected_type(const Attributes& attributes, std::int32_t position,
         position < inputs ? position : std::max(aliased_input(position - inputs), 0);
     Layer layer;
     layer.attributes = attributes;
-    layer.sizes.dtype = dtype_of(tensors[0].desc.type);
+    layer.sizes.dtype =
+        attributes.coded() ? attributes.model_dtype : dtype_of(tensors[0].desc.type);
     const auto state = std::find(names.begin(), names.end(), "H");
     if (state != names.end() && state - names.begin() <= position) {
         layer.sizes.state_dtype = dtype_of(tensors[state - names.begin()].desc.type);
@@ -106,9 +108,10 @@ bool LessAttention::supportsFormatCombination(std::int32_t position,
             return type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kHALF ||
                    type == nvinfer1::DataType::kBF16;
         };
-        // q's type, and H's, are the caller's choice; the others follow from them.
+        // q's type, and H's, are the caller's choice; the others follow from them. Over codes q has
+        // no choice either.
         const auto names = input_names(data_.attributes);
-        const bool free = position == 0 ||
+        const bool free = (position == 0 && !data_.attributes.coded()) ||
                           (position < inputs && names[static_cast<std::size_t>(position)] == "H");
         if (free) {
             return is_real(asked.type);
@@ -121,7 +124,8 @@ std::int32_t LessAttention::getOutputDataTypes(nvinfer1::DataType* types, std::i
                                                const nvinfer1::DataType* given,
                                                std::int32_t inputs) const noexcept {
     return guarded(recorder_, kFailure, [&] {
-        std::for_each(given, given + inputs, refuse_codes);
+        std::for_each(given, given + inputs,
+                      [](nvinfer1::DataType type) { static_cast<void>(dtype_of(type)); });
         require_count("inputs", input_names(data_.attributes).size(), inputs);
         require_count("outputs", state_names(data_.attributes).size() + 1, outputs);
         for (std::int32_t i = 0; i < outputs; ++i) {

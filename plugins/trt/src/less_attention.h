@@ -22,6 +22,9 @@ constexpr const char* kPluginNamespace = "";
 /// Inputs: q [B, Hq, 1, D], k and v [B, Hkv, 1, D], mask [B, 1] int32 (0: this row has no token),
 /// length [B] int32 (tokens seen before), the state's arrays, the maps' parameters. Outputs:
 /// out [B, Hq, 1, D], and the state's arrays, aliased with their inputs or not.
+///
+/// Of a layer with codes these are bytes, as int8, and q, k, v and out are float32 in the basis of
+/// the codes; with means in the basis and a low-rank state, shift [B, Hq, 1] float32 comes last.
 class LessAttention final : public nvinfer1::IPluginV3,
                             public nvinfer1::IPluginV3OneCore,
                             public nvinfer1::IPluginV3OneBuildV2,

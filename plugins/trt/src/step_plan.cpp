@@ -86,10 +86,13 @@ std::size_t place_scratch(Names& names, const Layer& layer, const Attention& att
     if (layer.scored()) {
         workspace.place({"logits"}, heads * layer.group() * layer.attributes.capacity);
     }
+    const std::int64_t parts = heads * attention.splits * attention.attend->block_g;
     if (attention.conclude != nullptr) {
-        const std::int64_t parts = heads * attention.splits * attention.attend->block_g;
         workspace.place({"part_peak"}, parts);
         workspace.place({"part_mass"}, parts);
+    }
+    // Sums over codes come in their order, and are read in that of channels.
+    if (attention.conclude != nullptr || layer.attributes.coded()) {
         workspace.place({"part_numerator"}, parts * attention.attend->block_d);
     }
     return workspace.bytes();
@@ -105,10 +108,10 @@ void put_row_strides(Names& names, const Layer& layer) {
     for (const char* name : {"k_row_stride", "v_row_stride"}) {
         names.put(name, heads * sizes.head_dim);
     }
-    for (const char* name : {"keys_row_stride", "values_row_stride"}) {
-        names.put(name, slots * sizes.head_dim);
-    }
-    for (const char* name : {"scores_row_stride", "positions_row_stride", "history_row_stride"}) {
+    names.put("keys_row_stride", slots * layer.key_width());
+    names.put("values_row_stride", slots * layer.value_width());
+    for (const char* name : {"scores_row_stride", "positions_row_stride", "history_row_stride",
+                             "key_scales_row_stride", "value_scales_row_stride"}) {
         names.put(name, slots);
     }
     names.put("H_row_stride", ranks * sizes.head_dim);

@@ -78,18 +78,15 @@ Dtype dtype_of(nvinfer1::DataType type) {
             return Dtype::kInt32;
         case nvinfer1::DataType::kINT64:
             return Dtype::kInt64;
+        case nvinfer1::DataType::kINT8:
+            return Dtype::kInt8;
+        case nvinfer1::DataType::kUINT8:
+            throw Refusal(ErrorKind::kInvalidArgument,
+                          "type: got uint8, which no plugin may have; codes come as int8");
         default:
             throw Refusal(ErrorKind::kInvalidArgument, "type: got TensorRT's number ",
                           static_cast<int>(type),
-                          ", expected float32, float16, bfloat16, int32 or int64");
-    }
-}
-
-void refuse_codes(nvinfer1::DataType type) {
-    if (type == nvinfer1::DataType::kUINT8) {
-        throw Refusal(ErrorKind::kInvalidArgument,
-                      "keys and values: got codes of quantised pairs (uint8), expected float32, "
-                      "float16 or bfloat16: this plugin has no kernels for codes");
+                          ", expected float32, float16, bfloat16, int8, int32 or int64");
     }
 }
 
@@ -103,6 +100,8 @@ nvinfer1::DataType tensorrt_type(Dtype dtype) {
             return nvinfer1::DataType::kINT32;
         case Dtype::kInt64:
             return nvinfer1::DataType::kINT64;
+        case Dtype::kInt8:
+            return nvinfer1::DataType::kINT8;
         case Dtype::kFloat32:
             break;
     }
@@ -129,9 +128,6 @@ std::vector<Given> given_of(const nvinfer1::DynamicPluginTensorDesc* tensors, st
 }
 
 Layer read_layer(const Attributes& attributes, const std::vector<Given>& inputs) {
-    for (const Given& input : inputs) {
-        refuse_codes(input.type);
-    }
     const auto names = input_names(attributes);
     check_count(names.size(), inputs.size(), "input");
     const auto index_of = [&names](const char* name) {
@@ -144,7 +140,11 @@ Layer read_layer(const Attributes& attributes, const std::vector<Given>& inputs)
     sizes.query_heads = size_at(inputs, 0, "q", 4, 1);
     sizes.head_dim = size_at(inputs, 0, "q", 4, 3);
     sizes.kv_heads = size_at(inputs, 1, "k", 4, 1);
-    sizes.dtype = dtype_of(inputs[0].type);
+    sizes.dtype = attributes.coded() ? attributes.model_dtype : dtype_of(inputs[0].type);
+    if (attributes.coded()) {
+        sizes.key_bytes = size_at(inputs, index_of("keys"), "keys", 4, 3);
+        sizes.value_bytes = size_at(inputs, index_of("values"), "values", 4, 3);
+    }
     if (attributes.rank > 0) {
         sizes.hidden = size_at(inputs, index_of("phi_w1"), "phi_w1", 3, 2);
         sizes.state_dtype = dtype_of(inputs[index_of("H")].type);

@@ -18,9 +18,6 @@ struct Given {
 /// @throws Refusal for types that no tensor of the node has.
 Dtype dtype_of(nvinfer1::DataType type);
 
-/// @throws Refusal of bytes: they are codes of quantised pairs, for which there are no kernels.
-void refuse_codes(nvinfer1::DataType type);
-
 /// As TensorRT numbers it.
 nvinfer1::DataType tensorrt_type(Dtype dtype);
 

@@ -33,7 +33,9 @@ TEST(the_creator_is_the_nodes) {
     for (std::int32_t i = 0; i < fields->nbFields; ++i) {
         names += std::string(fields->fields[i].name) + " ";
     }
-    CHECK_EQUAL(names, "start gain sinks recent decay window capacity rank maps scale softcap ");
+    CHECK_EQUAL(names,
+                "start gain sinks recent decay window capacity rank maps scale softcap "
+                "key_bits value_bits transform model_dtype ");
 }
 
 TEST(attributes_make_a_plugin_and_wrong_ones_do_not) {
@@ -88,7 +90,7 @@ TEST(a_text_may_end_with_a_nul) {
 }
 
 TEST(shapes_and_types_of_outputs_are_those_of_inputs) {
-    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer()}) {
+    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer(), coded_layer()}) {
         const Plugin plugin = made(layer);
         CHECK_EQUAL(std::string(plugin.core->getPluginName()), "LessAttention");
         const auto expected = outputs_of(layer);
@@ -124,17 +126,62 @@ TEST(wrong_numbers_of_tensors_are_refused) {
     CHECK_CONTAINS(library().logger().take(), "inputs: got 9, expected 16 for these attributes");
 }
 
-TEST(codes_of_quantised_pairs_are_refused_by_name) {
-    const Plugin plugin = made(plain_layer());
-    // As a quantised layer has them: two tensors of scales more.
-    std::vector<nvinfer1::DataType> given(inputs_of(plain_layer()).size() + 2,
-                                          nvinfer1::DataType::kFLOAT);
-    given[5] = given[6] = nvinfer1::DataType::kUINT8;
-    std::vector<nvinfer1::DataType> types(outputs_of(plain_layer()).size() + 2);
-    CHECK(plugin.build->getOutputDataTypes(types.data(), static_cast<std::int32_t>(types.size()),
-                                           given.data(),
-                                           static_cast<std::int32_t>(given.size())) != 0);
-    CHECK_CONTAINS(library().logger().take(), "got codes of quantised pairs (uint8)");
+TEST(codes_are_told_by_four_attributes_or_none) {
+    const Attributes attributes = coded_layer().attributes;
+    CHECK_EQUAL(creation_error(Node(attributes)), "");
+    for (const char* name : {"key_bits", "value_bits", "transform", "model_dtype"}) {
+        Node node(attributes);
+        node.remove(name);
+        CHECK_CONTAINS(creation_error(node), std::string(name) + ": the field is missing");
+    }
+    const auto refused = [&attributes](const char* name, const auto& value) {
+        Node node(attributes);
+        node.set(name, value);
+        return creation_error(node);
+    };
+    CHECK_CONTAINS(refused("key_bits", std::string("three")),
+                   "key_bits: got three, expected numbers with commas between them");
+    CHECK_CONTAINS(refused("value_bits", std::string("0")), "value_bits: got 0, expected numbers");
+    CHECK_CONTAINS(refused("value_bits", 4), "value_bits: got INT32 (5), expected CHAR");
+    CHECK_CONTAINS(refused("transform", std::string("fourier")),
+                   R"(transform: got "fourier", expected one of "hadamard", "calibrated")");
+    CHECK_CONTAINS(refused("model_dtype", std::string("int8")), R"(model_dtype: got "int8")");
+}
+
+TEST(codes_come_as_int8_and_with_scales) {
+    const Layer layer = coded_layer();
+    const auto inputs = inputs_of(layer);
+    std::string names;
+    for (const auto& tensor : inputs) {
+        names += tensor.name + " ";
+    }
+    CHECK_EQUAL(names,
+                "q k v mask length keys values scores positions key_scales value_scales H z "
+                "phi_w1 phi_w2 psi_w1 psi_w2 psi_b psi_b1 shift ");
+    CHECK(inputs[0].dtype == Dtype::kFloat32);
+    CHECK(inputs[5].dtype == Dtype::kInt8);
+    CHECK((inputs[5].dims == std::vector<std::int64_t>{-1, 2, 64, 24}));
+    CHECK((inputs[6].dims == std::vector<std::int64_t>{-1, 2, 64, 32}));
+    CHECK(inputs[9].dtype == Dtype::kFloat16);
+    CHECK(inputs[13].dtype == Dtype::kFloat16);
+    CHECK((inputs[18].dims == std::vector<std::int64_t>{2, 32}));
+    CHECK((inputs[19].dims == std::vector<std::int64_t>{-1, 4, 1}));
+    Layer plain = layer;
+    plain.attributes.rank = 0;
+    CHECK(!plain.attributes.shifted());
+
+    const Plugin plugin = made(layer);
+    const Descriptions tensors(layer, 1, 2, 4);
+    CHECK(tensors.in[5].desc.type == nvinfer1::DataType::kINT8);
+    std::vector<nvinfer1::DataType> given;
+    for (const auto& tensor : tensors.in_fixed) {
+        given.push_back(tensor.type);
+    }
+    given[5] = nvinfer1::DataType::kUINT8;
+    std::vector<nvinfer1::DataType> types(tensors.out.size());
+    CHECK(plugin.build->getOutputDataTypes(types.data(), tensors.outputs(), given.data(),
+                                           tensors.inputs()) != 0);
+    CHECK_CONTAINS(library().logger().take(), "got uint8, which no plugin may have");
 }
 
 TEST(each_state_output_is_aliased_with_its_input) {
@@ -151,7 +198,7 @@ TEST(each_state_output_is_aliased_with_its_input) {
 }
 
 TEST(formats_are_linear_and_of_the_nodes_types) {
-    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer()}) {
+    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer(), coded_layer()}) {
         const Plugin plugin = made(layer);
         Descriptions tensors(layer, 1, 2, 4);
         std::vector<nvinfer1::DynamicPluginTensorDesc> all = tensors.in;
@@ -176,9 +223,12 @@ TEST(formats_are_linear_and_of_the_nodes_types) {
             CHECK(supported(i));
             std::copy(rest.begin(), rest.end(), all.begin() + static_cast<std::ptrdiff_t>(i) + 1);
             all[i].desc.type = nvinfer1::DataType::kBF16;
-            const bool free = i == 0 || (i < names.size() && names[i] == "H");
+            const bool chosen = i == 0 && !layer.attributes.coded();
+            const bool free = chosen || (i < names.size() && names[i] == "H");
             CHECK_EQUAL(supported(i), free || kept.type == nvinfer1::DataType::kBF16);
             all[i].desc.type = nvinfer1::DataType::kINT8;
+            CHECK_EQUAL(supported(i), kept.type == nvinfer1::DataType::kINT8);
+            all[i].desc.type = nvinfer1::DataType::kUINT8;
             CHECK(!supported(i));
             all[i].desc = kept;
         }
@@ -212,6 +262,21 @@ TEST(configuring_refuses_what_no_kernel_serves) {
     Layer slots = exp_layer();
     slots.attributes.capacity = 65;
     CHECK_CONTAINS(configured(slots, 1, 8), "input keys: got [8, 2, 65, 64]");
+    // Another layout of codes than the kernels', and another number of bits.
+    const Plugin coded = made(coded_layer());
+    const auto refused = [&](const Layer& layer) {
+        const Descriptions tensors(layer, 1, 1, 8);
+        CHECK(coded.build->configurePlugin(tensors.in.data(), tensors.inputs(), tensors.out.data(),
+                                           tensors.outputs()) != 0);
+        return library().logger().take();
+    };
+    Layer bytes = coded_layer();
+    bytes.sizes.value_bytes = 33;
+    CHECK_CONTAINS(refused(bytes), "codes of 3 and 4 bits, calibrated; there is: ");
+    const Descriptions served(coded_layer(), 1, 1, 8);
+    CHECK_EQUAL(coded.build->configurePlugin(served.in.data(), served.inputs(), served.out.data(),
+                                             served.outputs()),
+                0);
     fake().set_device(75, 40, 64 * 1024);
     CHECK_CONTAINS(configured(exp_layer(), 1, 8),
                    "no image for this GPU, sm_75 with 65536 bytes of shared memory a block; "
@@ -249,10 +314,14 @@ std::string spelled(const nvinfer1::PluginFieldCollection& fields) {
 }
 
 TEST(what_is_serialised_makes_the_same_plugin_again) {
-    for (const bool configure : {false, true}) {
-        const Plugin plugin = made(history_layer());
+    const std::pair<Layer, bool> cases[] = {{history_layer(), false},
+                                            {history_layer(), true},
+                                            {coded_layer(), false},
+                                            {coded_layer(), true}};
+    for (const auto& [layer, configure] : cases) {
+        const Plugin plugin = made(layer);
         if (configure) {
-            const Descriptions tensors(history_layer(), 1, 2, 4);
+            const Descriptions tensors(layer, 1, 2, 4);
             CHECK_EQUAL(plugin.build->configurePlugin(tensors.in.data(), tensors.inputs(),
                                                       tensors.out.data(), tensors.outputs()),
                         0);

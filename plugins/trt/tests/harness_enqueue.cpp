@@ -213,9 +213,36 @@ TEST(a_step_in_place_copies_nothing) {
     }
 }
 
+TEST(a_step_over_codes_takes_bytes_scales_and_the_shift) {
+    start();
+    const Running running(coded_layer(), 1, 8);
+    CHECK_EQUAL(running.shapes(3), 0);
+    const Memory memory = running.memory(3, true);
+    fake().clear();
+    CHECK_EQUAL(running.enqueue(3, memory), 0);
+    const auto calls = fake().calls();
+    CHECK_EQUAL(calls.size(), 2U);
+    const auto& select = calls[0].arguments;
+    CHECK_EQUAL(select.at("keys"), memory.input(5));
+    CHECK_EQUAL(select.at("key_scales"), memory.input(9));
+    CHECK_EQUAL(select.at("psi_b1"), memory.input(18));
+    CHECK_EQUAL(select.at("keys_row_stride"), 2U * 64U * 24U);
+    const auto& attend = calls[1].arguments;
+    CHECK_EQUAL(attend.at("value_scales"), memory.input(10));
+    CHECK_EQUAL(attend.at("shift"), memory.input(19));
+    CHECK_EQUAL(attend.at("keys_row_stride"), 2U * 64U * 24U);
+    CHECK_EQUAL(attend.at("values_row_stride"), 2U * 64U * 32U);
+    CHECK_EQUAL(attend.at("key_scales_row_stride"), 2U * 64U);
+    // What is summed over codes, which another thread reads: 16 queries of 64 for each head.
+    const auto workspace = reinterpret_cast<std::uint64_t>(memory.workspace());
+    const std::uint64_t numerators = attend.at("part_numerator");
+    CHECK(numerators >= workspace);
+    CHECK(numerators + std::uint64_t{6} * 16 * 64 * 4 <= workspace + running.workspace);
+}
+
 TEST(a_step_between_buffers_copies_the_state_first) {
     start();
-    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer()}) {
+    for (const Layer& layer : {exp_layer(), history_layer(), plain_layer(), coded_layer()}) {
         const Running running(layer, 1, 8);
         CHECK_EQUAL(running.shapes(2), 0);
         const Memory memory = running.memory(2, false);

@@ -57,6 +57,17 @@ Layer plain_layer() {
     return layer;
 }
 
+Layer coded_layer() {
+    Layer layer = exp_layer();
+    layer.attributes.key_bits = "3";
+    layer.attributes.value_bits = "4";
+    layer.attributes.transform = Transform::kCalibrated;
+    layer.attributes.model_dtype = Dtype::kFloat16;
+    layer.sizes.key_bytes = 24;
+    layer.sizes.value_bytes = 32;
+    return layer;
+}
+
 Plugin made(const Layer& layer) {
     const Node node(layer.attributes);
     const auto fields = node.fields();

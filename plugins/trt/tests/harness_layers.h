@@ -23,6 +23,9 @@ Layer history_layer();
 /// A sliding window at rank 0, float32.
 Layer plain_layer();
 
+/// The first over codes of 3 and 4 bits with means.
+Layer coded_layer();
+
 /// A plugin of the layer, in the build phase.
 Plugin made(const Layer& layer);
 

@@ -2,8 +2,9 @@
 //
 // Lines of fields with tabs between them. "record" and `KernelRecord`'s fields in order adds to the
 // table; "layer" and what `read_layer` reads, the batch, the architecture, the multiprocessors and
-// the shared memory plans a step with the table so far, and prints one line a launch (kernel, grid
-// x and y, warps, arguments), then "end" and the workspace's bytes, or "refused" and the message.
+// the shared memory plans a step with the table so far, and prints one line a launch (kernel,
+// symbol, grid x and y, warps, arguments), then "end" and the workspace's bytes, or "refused" and
+// the message.
 
 #include <iostream>
 #include <string>
@@ -36,8 +37,16 @@ void read_record(TabLine& line, less_cache::testing::SyntheticKernels& kernels) 
         *field = line.integer();
     }
     record.softcap = line.real();
-    for (std::int32_t* field : {&record.split, &record.hidden_multiple, &record.rank_multiple,
-                                &record.block_c, &record.warps, &record.shared_bytes}) {
+    for (std::int32_t* field :
+         {&record.split, &record.hidden_multiple, &record.rank_multiple, &record.block_c}) {
+        *field = line.integer();
+    }
+    const std::string key_bits = line.text();
+    const std::string value_bits = line.text();
+    record.key_bits = key_bits.c_str();
+    record.value_bits = value_bits.c_str();
+    for (std::int32_t* field : {&record.transform, &record.key_bytes, &record.value_bytes,
+                                &record.warps, &record.shared_bytes}) {
         *field = line.integer();
     }
     const std::string symbol = line.text();
@@ -49,8 +58,8 @@ void read_record(TabLine& line, less_cache::testing::SyntheticKernels& kernels) 
 
 void print(const less_cache::Plan& plan) {
     for (const auto& launch : plan.launches) {
-        std::cout << launch.record->kernel << '\t' << launch.grid_x << '\t' << launch.grid_y << '\t'
-                  << launch.record->warps << '\t';
+        std::cout << launch.record->kernel << '\t' << launch.record->symbol << '\t' << launch.grid_x
+                  << '\t' << launch.grid_y << '\t' << launch.record->warps << '\t';
         for (const auto& argument : launch.arguments) {
             constexpr const char* kSources[] = {"input", "output", "workspace", "null", "number"};
             std::cout << argument.name << "=" << kSources[static_cast<int>(argument.source)] << ":"

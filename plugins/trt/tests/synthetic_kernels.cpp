@@ -7,17 +7,24 @@ namespace {
 
 constexpr std::int32_t kRankBlock = 16;
 
-std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split) {
+std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split,
+                          const SyntheticCodes& codes) {
+    const std::string scales = codes.none() ? "" : "key_scales:ptr value_scales:ptr ";
+    const std::string scale_strides =
+        codes.none() ? "" : " key_scales_row_stride:i64 value_scales_row_stride:i64";
     const std::string strides = " q_row_stride:i64 q_head_stride:i32";
     if (kernel == "select_and_map") {
         std::string line = kind == 0 ? "" : "q:ptr keys:ptr ";
+        line += kind == 0 || codes.none() ? "" : "key_scales:ptr ";
         line += "lengths:ptr scores:ptr positions:ptr ";
         line += kind == 0 ? "" : "phi_w1:ptr phi_w2:ptr psi_w1:ptr psi_w2:ptr ";
         line += kind == 1 ? "psi_w3:ptr psi_s1:ptr psi_s2:ptr " : kind == 2 ? "psi_b:ptr " : "";
+        line += kind != 0 && codes.means() ? "psi_b1:ptr " : "";
         line += "slot_out:ptr ";
         line += kind == 0 ? "" : "phi_out:ptr psi_out:ptr ";
         line += "batch:i32 capacity:i32 sinks:i32 recent:i32";
         line += kind == 0 ? "" : strides + " keys_row_stride:i64";
+        line += kind == 0 || codes.none() ? "" : " key_scales_row_stride:i64";
         line += " scores_row_stride:i64 positions_row_stride:i64 QUERY_HEADS:i32 KV_HEADS:i32";
         return line + (kind == 0 ? "" : " HIDDEN:i32 RANK:i32");
     }
@@ -26,7 +33,8 @@ std::string parameters_of(const std::string& kernel, std::int32_t kind, bool spl
                "out:ptr part_peak:ptr part_mass:ptr part_numerator:ptr capacity:i32 splits:i32" +
                strides +
                " keys_row_stride:i64 values_row_stride:i64 positions_row_stride:i64 "
-               "logits_row_stride:i64 SCALE:f32 GROUP:i32 KV_HEADS:i32";
+               "logits_row_stride:i64 SCALE:f32 GROUP:i32 KV_HEADS:i32 " +
+               scales + scale_strides;
     }
     std::string line =
         "q:ptr k:ptr v:ptr mask:ptr lengths:ptr keys:ptr values:ptr scores:ptr positions:ptr "
@@ -35,9 +43,12 @@ std::string parameters_of(const std::string& kernel, std::int32_t kind, bool spl
     line += "slots:ptr ";
     line += kind == 0 ? "" : "phi:ptr psi:ptr ";
     line += "logits:ptr out:ptr ";
-    line += kernel == "attend" ? "" : "part_peak:ptr part_mass:ptr part_numerator:ptr ";
+    line += scales;
+    line += kind != 0 && codes.means() ? "shift:ptr " : "";
+    line += kernel == "attend" ? "" : "part_peak:ptr part_mass:ptr ";
+    line += kernel == "attend" && codes.none() ? "" : "part_numerator:ptr ";
     line += kernel == "attend" ? "capacity:i64" : "capacity:i64 splits:i32";
-    line += strides;
+    line += strides + scale_strides;
     line +=
         " k_row_stride:i64 k_head_stride:i32 v_row_stride:i64 v_head_stride:i32 "
         "keys_row_stride:i64 values_row_stride:i64 scores_row_stride:i64 "
@@ -51,6 +62,8 @@ KernelRecord blank(const char* kernel) {
     KernelRecord record{};
     record.kernel = kernel;
     record.dtype = "";
+    record.key_bits = "";
+    record.value_bits = "";
     record.state_dtype = "";
     record.scores = 511;
     record.kind = -1;
@@ -59,6 +72,7 @@ KernelRecord blank(const char* kernel) {
     record.split = -1;
     record.hidden_multiple = 1;
     record.rank_multiple = 1;
+    record.transform = -1;
     record.warps = 4;
     record.parameters = "";
     record.symbol = "";
@@ -73,15 +87,16 @@ const char* SyntheticKernels::keep(const std::string& text) {
 
 void SyntheticKernels::add(const KernelRecord& record) {
     KernelRecord own = record;
-    for (const char** text :
-         {&own.kernel, &own.dtype, &own.state_dtype, &own.symbol, &own.parameters}) {
+    for (const char** text : {&own.kernel, &own.dtype, &own.state_dtype, &own.key_bits,
+                              &own.value_bits, &own.symbol, &own.parameters}) {
         *text = keep(*text);
     }
     records_.push_back(own);
 }
 
 void SyntheticKernels::add_layout(const std::string& dtype, std::int32_t head_dim,
-                                  std::int32_t kind, std::int32_t arch, bool ptx) {
+                                  std::int32_t kind, std::int32_t arch, bool ptx,
+                                  const SyntheticCodes& codes) {
     std::int32_t padded = 16;
     while (padded < head_dim) {
         padded *= 2;
@@ -90,12 +105,19 @@ void SyntheticKernels::add_layout(const std::string& dtype, std::int32_t head_di
         const std::string kernel = record.kernel;
         record.arch = arch;
         record.ptx = ptx;
+        const bool selects = kernel == "select_and_map";
+        const bool simple = selects && kind == 0;
+        record.key_bits = simple ? "" : codes.key_bits;
+        record.value_bits = selects ? "" : codes.value_bits;
+        record.transform = simple ? -1 : codes.transform;
+        record.key_bytes = simple ? 0 : codes.key_bytes;
+        record.value_bytes = selects ? 0 : codes.value_bytes;
         if (low_rank) {
             record.block_r = kind == 0 ? 0 : kRankBlock;
             record.rank_multiple = kind == 0 ? 1 : 4;
         }
         const std::string symbol = kernel + suffix;
-        const std::string parameters = parameters_of(kernel, kind, record.split == 1);
+        const std::string parameters = parameters_of(kernel, kind, record.split == 1, codes);
         record.symbol = symbol.c_str();
         record.parameters = parameters.c_str();
         add(record);
@@ -150,6 +172,7 @@ SyntheticKernels embedded_for_tests() {
         kernels.add_layout("float32", 16, 0, arch);
     }
     kernels.add_layout("float16", 64, 2, 80, true);
+    kernels.add_layout("float16", 64, 2, 90, false, {"3", "4", 1, 24, 32});
     std::uint64_t offset = 0;
     for (KernelRecord& record : kernels.records()) {
         record.size = synthetic_image(record).size();

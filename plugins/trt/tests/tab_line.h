@@ -47,6 +47,8 @@ inline Layer read_layer(TabLine& line) {
     }
     sizes.dtype = line.dtype();
     sizes.state_dtype = line.dtype();
+    sizes.key_bytes = line.integer();
+    sizes.value_bytes = line.integer();
     Attributes& attributes = layer.attributes;
     attributes.start = static_cast<Start>(line.integer());
     attributes.gain = static_cast<Gain>(line.integer());
@@ -59,6 +61,10 @@ inline Layer read_layer(TabLine& line) {
     attributes.maps = static_cast<MapKind>(line.integer());
     attributes.scale = line.real();
     attributes.softcap = line.real();
+    attributes.key_bits = line.text();
+    attributes.value_bits = line.text();
+    attributes.transform = static_cast<Transform>(line.integer());
+    attributes.model_dtype = sizes.dtype;
     return layer;
 }
 

@@ -114,6 +114,12 @@ Node::Node(const Attributes& attributes) {
     set("maps", std::string(name_of(attributes.maps)));
     set("scale", attributes.scale);
     set("softcap", attributes.softcap);
+    if (attributes.coded()) {
+        set("key_bits", attributes.key_bits);
+        set("value_bits", attributes.value_bits);
+        set("transform", std::string(name_of(attributes.transform)));
+        set("model_dtype", std::string(name_of(attributes.model_dtype)));
+    }
 }
 
 void Node::set(const std::string& name, std::int32_t value) {

@@ -54,6 +54,29 @@ TEST(wrong_numbers_are_seen) {
     CHECK_CONTAINS(with(4, bytes_of<std::int32_t>({7, -1, 5})), "positions[2] is 7, expected 6");
 }
 
+TEST(integers_codes_and_scales_are_compared_exactly) {
+    CaseFile one = small_case();
+    one.state_tolerance = 0.5;
+    one.layer.attributes.key_bits = one.layer.attributes.value_bits = "8";
+    one.layer.attributes.transform = less_cache::Transform::kHadamard;
+    one.layer.sizes.key_bytes = one.layer.sizes.value_bytes = 1;
+    one.outputs = {{0.5}, {0, 100, -1}, {0, 3, 4}, {0, 1, 2}, {-1, 5, 6}, {0, 1, 2}, {0, 1, 2}};
+    const auto with = [&one](std::size_t output, const std::vector<unsigned char>& bytes) {
+        std::vector<std::vector<unsigned char>> outputs{
+            bytes_of<float>({0.5F}), bytes_of<std::int8_t>({-1, 99, 100}),
+            bytes_of<std::int8_t>({4, 9, 3}), bytes_of<float>({2.1F, NAN, 1}),
+            bytes_of<std::int32_t>({6, -1, 5}),
+            // 2, not a number, and 1, in 16 bits.
+            bytes_of<std::uint16_t>({0x4000, 0x7E00, 0x3C00}),
+            bytes_of<std::uint16_t>({0x4000, 0x7E00, 0x3C00})};
+        outputs[output] = bytes;
+        return difference(one, outputs);
+    };
+    CHECK_EQUAL(with(0, bytes_of<float>({0.5F})), "");
+    CHECK_CONTAINS(with(1, bytes_of<std::int8_t>({-1, 99, 101})), "keys[1] is 101, expected 100");
+    CHECK_CONTAINS(with(5, bytes_of<std::uint16_t>({0x4000, 0x7E00, 0x3C01})), "key_scales[1]");
+}
+
 TEST(sixteen_bit_numbers_are_read) {
     const auto half = less_cache::testing::numbers_of(
         bytes_of<std::uint16_t>({0x3C00, 0xC100, 0x0001, 0x7C00, 0x0000}), Dtype::kFloat16);

@@ -46,6 +46,24 @@ SyntheticKernels usual_kernels() {
     return kernels;
 }
 
+/// 2 bits for keys, 4 for values.
+Layer coded_layer_of(std::int32_t query_heads, std::int32_t kv_heads, std::int32_t capacity) {
+    Layer layer = layer_of(query_heads, kv_heads, capacity);
+    layer.attributes.key_bits = "2";
+    layer.attributes.value_bits = "4";
+    layer.attributes.transform = less_cache::Transform::kHadamard;
+    layer.attributes.model_dtype = Dtype::kFloat16;
+    layer.sizes.key_bytes = 16;
+    layer.sizes.value_bytes = 32;
+    return layer;
+}
+
+SyntheticKernels coded_kernels() {
+    auto kernels = usual_kernels();
+    kernels.add_layout("float16", 64, 2, 90, false, {"2", "4", 0, 16, 32});
+    return kernels;
+}
+
 template <typename Body>
 std::string refusal(const Body& body) {
     try {
@@ -95,6 +113,10 @@ TEST(attributes_out_of_range_are_refused) {
     CHECK_CONTAINS(refused([](auto& a) { a.maps = MapKind::kNone; }), "maps: got none");
     CHECK_CONTAINS(refused([](auto& a) { a.scale = 0.0F; }), "scale: got 0");
     CHECK_CONTAINS(refused([](auto& a) { a.softcap = INFINITY; }), "softcap: got inf");
+    CHECK_CONTAINS(refused([](auto& a) { a.key_bits = "3"; }),
+                   "key_bits: got 3, expected none without a transform");
+    CHECK_CONTAINS(refused([](auto& a) { a.transform = less_cache::Transform::kHadamard; }),
+                   "key_bits: got 0, expected numbers");
 }
 
 TEST(sizes_out_of_range_are_refused) {
@@ -203,6 +225,40 @@ TEST(kernels_get_the_outputs_for_the_state) {
     }
 }
 
+TEST(codes_have_kernels_of_their_own) {
+    const auto kernels = coded_kernels();
+    const Plan plan = plan_step(kernels.table(), coded_layer_of(8, 8, 64), kGpu, 2);
+    CHECK_EQUAL(plan.launches.size(), 2U);
+    CHECK_EQUAL(std::string(plan.launches[0].record->key_bits), "2");
+    CHECK_EQUAL(std::string(plan.launches[1].record->value_bits), "4");
+    const auto& attend = plan.launches[1];
+    CHECK_EQUAL(number(attend, "keys_row_stride"), 8 * 64 * 16);
+    CHECK_EQUAL(number(attend, "values_row_stride"), 8 * 64 * 32);
+    CHECK_EQUAL(number(attend, "value_scales_row_stride"), 8 * 64);
+    CHECK(argument(attend, "key_scales").source == Source::kOutput);
+    CHECK_EQUAL(argument(attend, "key_scales").index, 5);
+    CHECK_EQUAL(argument(attend, "H").index, 7);
+    // Slots are not shared, but sums are left in memory all the same.
+    CHECK(argument(attend, "part_numerator").source == Source::kWorkspace);
+    CHECK(static_cast<std::int64_t>(plan.workspace_bytes) >=
+          number(attend, "part_numerator") + std::int64_t{16} * 16 * 64 * 4);
+    // Neither serves the other.
+    const auto float_slots = plan_step(kernels.table(), layer_of(8, 8, 64), kGpu, 2);
+    CHECK_EQUAL(std::string(float_slots.launches[1].record->key_bits), "0");
+    const auto plain = usual_kernels();
+    CHECK_CONTAINS(refusal([&] { plan_step(plain.table(), coded_layer_of(8, 8, 64), kGpu, 2); }),
+                   "codes of 2 and 4 bits, hadamard; there is: ");
+    Layer other = coded_layer_of(8, 8, 64);
+    other.attributes.value_bits = "6,4,4,3,3,2,2,0";
+    CHECK_CONTAINS(refusal([&] { plan_step(kernels.table(), other, kGpu, 2); }), "not compiled");
+    other = coded_layer_of(8, 8, 64);
+    other.sizes.key_bytes = 17;
+    CHECK_CONTAINS(refusal([&] { plan_step(kernels.table(), other, kGpu, 2); }), "not compiled");
+    other = coded_layer_of(8, 8, 64);
+    other.sizes.key_bytes = 0;
+    CHECK_CONTAINS(refusal([&] { check(other); }), "bytes of a key's codes: got 0");
+}
+
 TEST(the_workspace_has_room_for_every_array) {
     const auto kernels = usual_kernels();
     const Layer layer = layer_of(32, 8, 4096);
@@ -234,10 +290,11 @@ TEST(the_workspace_has_room_for_every_array) {
 }
 
 TEST(one_workspace_suffices_for_every_smaller_batch) {
-    const auto kernels = usual_kernels();
+    const auto kernels = coded_kernels();
     for (const std::int32_t capacity : {64, 700, 4096, 9001}) {
-        for (const std::int32_t kv_heads : {1, 8}) {
-            const Layer layer = layer_of(8, kv_heads, capacity);
+        for (const auto& [kv_heads, coded] : {std::pair{1, false}, {8, false}, {1, true}}) {
+            const Layer layer =
+                coded ? coded_layer_of(8, kv_heads, capacity) : layer_of(8, kv_heads, capacity);
             for (const std::int32_t most : {0, 1, 7, 40, 300}) {
                 const std::size_t bytes = workspace_for(kernels.table(), layer, kGpu, most);
                 for (std::int32_t batch = 0; batch <= most; ++batch) {

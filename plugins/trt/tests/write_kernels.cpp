@@ -36,9 +36,11 @@ int main(int count, char** arguments) {
               << record.group << ", " << record.block_g << ", " << record.block_r << ", "
               << record.block_b << ", " << real(record.softcap) << ", " << record.split << ", "
               << record.hidden_multiple << ", " << record.rank_multiple << ", " << record.block_c
-              << ", " << record.warps << ", " << record.shared_bytes << ", "
-              << quoted(record.symbol) << ", " << quoted(record.parameters) << ", " << record.offset
-              << ", " << record.size << "},\n";
+              << ", " << quoted(record.key_bits) << ", " << quoted(record.value_bits) << ", "
+              << record.transform << ", " << record.key_bytes << ", " << record.value_bytes << ", "
+              << record.warps << ", " << record.shared_bytes << ", " << quoted(record.symbol)
+              << ", " << quoted(record.parameters) << ", " << record.offset << ", " << record.size
+              << "},\n";
     }
     return index.good() && images.good() ? 0 : 1;
 }

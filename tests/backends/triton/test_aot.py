@@ -12,12 +12,12 @@ from tests.backends.triton.compiling import run
 PTX_TYPES = {"u64": "i64", "b64": "i64", "u32": "i32", "b32": "i32", "f32": "f32"}
 
 
-def write_manifest(folder, config, kinds):
+def write_manifest(folder, config, kinds, windows=(0, 0)):
     """The part of an exported model's manifest that says what its caches are."""
     layers = [
-        {"policy": policy.to_dict(), "rank": rank, "maps": kind}
-        for policy, rank, kind in zip(
-            config.policies, [config.rank if k else 0 for k in kinds], kinds, strict=True
+        {"policy": policy.to_dict(), "rank": rank, "maps": kind, "window": window}
+        for policy, rank, kind, window in zip(
+            config.policies, [config.rank if k else 0 for k in kinds], kinds, windows, strict=False
         )
     ]
     folder.mkdir()
@@ -162,16 +162,17 @@ def test_no_size_is_compiled_in(tmp_path):
 from less_cache.backends.triton.aot import layouts, records
 known = {"HAS_MASK", "START", "GAIN", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE", "DOT"}
 known |= {"KEY_CODES", "VALUE_CODES"}
-for layout in layouts.every_layout():
+chosen = [*layouts.every_layout(), *layouts.coded_layouts()]
+for layout in chosen:
     for wanted in records.launches(layout):
         found = records.generalised(wanted, layout)
         for name, value in found.constants.items():
             allowed = name in known or name.startswith("BLOCK_") or value in (None, 0, 1, 1.0)
             assert allowed, (wanted.kernel.__name__, layout, name, value)
-print(len(layouts.every_layout()))
+print(len(layouts.every_layout()), len(layouts.coded_layouts()))
 """
     result = run(["-c", script], tmp_path)
-    assert result.stdout.strip() == "1050", result.stdout + result.stderr[-2000:]
+    assert result.stdout.strip() == "1050 432", result.stdout + result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -223,15 +224,51 @@ layouts_of_export(path.parent)
     assert "has scores of Python code, and no kernels" in result.stderr
 
 
-def test_coded_pairs_are_refused_by_name(tmp_path):
-    codes = lc.Quantization(3, 3)
-    config = lc.CacheConfig(1, 2, 2, 64, capacity=9, policy=lc.H2O(), rank=0, quantization=codes)
-    folder = write_manifest(tmp_path / "export", config, [None])
-    script = """
-import sys
+CODED = """
+import json, sys
 from pathlib import Path
+from types import SimpleNamespace
+from less_cache.backends.triton.aot import records
+from less_cache.backends.triton.aot.compile_gate import read_usage
+from less_cache.backends.triton.aot.compiling import compile_kernel
 from less_cache.backends.triton.aot.layouts import layouts_of_export
-layouts_of_export(Path(sys.argv[1]))
+coded, plain = layouts_of_export(Path(sys.argv[1]))
+assert plain.codes is None
+for wanted in records.launches(coded):
+    parameters = records.generalised(wanted, coded)
+    told = SimpleNamespace(name="", shared=0)
+    record = records.record_of(wanted, parameters, coded, 90, False, told).to_dict()
+    # The one with the most registers.
+    if record["kernel"] == "attend" and not record["split"]:
+        record["usage"] = read_usage(compile_kernel(wanted, parameters, 90).asm["cubin"])
+    print(json.dumps(record))
 """
-    result = run(["-c", script, str(folder)], tmp_path)
-    assert "quantization: got Quantization(key_bits=3, value_bits=3" in result.stderr
+
+
+def test_kernels_over_codes_say_which_and_take_scales(tmp_path):
+    codes = lc.Quantization(4, 2, "calibrated")
+    policies = (lc.H2O(), lc.SinkWindow())
+    config = lc.CacheConfig(
+        2, 32, 2, 128, capacity=100, policy=policies, rank=8, dtype="float16", quantization=codes
+    )
+    # Pairs of a sliding window are stored as they are.
+    folder = write_manifest(tmp_path / "export", config, ["exp", None], windows=[0, 100])
+    result = run(["-c", CODED, str(folder)], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(records) == 5
+    for record in records:
+        selects = record["kernel"] == "select_and_map"
+        assert (record["key_bits"], record["value_bits"]) == ("4", "" if selects else "2")
+        assert (record["key_bytes"], record["value_bytes"]) == (64, 0 if selects else 32)
+        assert record["transform"] == 1
+        names = {parameter.split(":")[0] for parameter in record["parameters"].split()}
+        assert {"key_scales", "key_scales_row_stride"} <= names
+        assert ("value_scales" in names) != selects
+        assert ("psi_b1" in names) == selects
+        concludes = not selects and not (record["kernel"] == "attend" and record["split"])
+        assert ("shift" in names) == concludes
+        assert ("part_numerator" in names) != selects
+    ((registers, spilled),) = (record["usage"] for record in records if "usage" in record)
+    assert 0 < registers <= 255
+    assert spilled == 0

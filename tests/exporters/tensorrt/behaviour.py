@@ -56,7 +56,8 @@ class TensorRT:
         logger.log(self.module.ILogger.Severity.ERROR, text)
 
     def dtype(self, kind: int) -> Any:
-        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 2: "UINT8", 6: "INT32", 7: "INT64"}
+        names = {1: "FLOAT", 10: "HALF", 16: "BF16", 2: "UINT8", 3: "INT8"}
+        names |= {6: "INT32", 7: "INT64"}
         return getattr(self.module.DataType, names[kind])
 
 

@@ -15,7 +15,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from exporters.onnx.nodes import STEP
+from exporters.tensorrt.operators import types_of
+
 MODEL = "model.onnx"
+FLOAT, UINT8, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8, onnx.TensorProto.INT8
 PLAN = b"plan:"
 
 
@@ -96,9 +100,14 @@ class Context:
 
 
 def _may_share(engine: Any, past: str, present: str) -> bool:
-    """Whether the plugin says that this output lies in that input's place."""
+    """Whether one plugin, and nothing else, reads this input and writes that output.
+
+    TensorRT knows of it or not: the plugin is right at one address.
+    """
     own = present.startswith("present.") and past == present.replace("present.", "past.", 1)
-    return engine._plan["aliased"] and own and past != "past.length"
+    nodes = engine._model.graph.node
+    users = [node for node in nodes if past in node.input or present in node.output]
+    return own and len(users) == 1 and users[0].op_type == STEP
 
 
 def _tensors(engine: Any) -> list[Any]:
@@ -112,11 +121,34 @@ def _view(address: int, shape: Any, kind: int) -> np.ndarray:
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
+def _cast_for_functions(graph: Any) -> None:
+    """What only the plugin takes as it is: bytes of codes as int8, and narrow maps over codes."""
+    kinds = types_of(graph)
+    nodes = []
+    for node in graph.node:
+        after = []
+        if node.op_type == STEP and any(a.name == "transform" for a in node.attribute):
+            for place, name in enumerate(node.input):
+                wanted = {"INT8": UINT8, "FP16": FLOAT, "BF16": FLOAT}.get(kinds.get(name, ""))
+                if wanted is not None and "_scales" not in name:
+                    node.input[place] = f"{name}.cast"
+                    nodes.append(onnx.helper.make_node("Cast", [name], [f"{name}.cast"], to=wanted))
+            for place, name in enumerate(node.output):
+                if kinds.get(name) == "INT8":
+                    node.output[place] = f"{name}.bytes"
+                    after.append(onnx.helper.make_node("Cast", [f"{name}.bytes"], [name], to=INT8))
+        nodes += [node, *after]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
 def session_of(path: Path) -> Any:
     """The graph, with the exported file's functions in the plugin's place."""
     model = onnx.load(path, load_external_data=False)
     if any(node.domain for node in model.graph.node):
         exported = onnx.load(path.parent / MODEL, load_external_data=False)
+        _cast_for_functions(model.graph)
         model.functions.extend(exported.functions)
         del model.opset_import[:]
         model.opset_import.extend(exported.opset_import)

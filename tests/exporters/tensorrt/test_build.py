@@ -64,6 +64,21 @@ def test_profiles_cover_every_input(trt, exported, library, tmp_path):
     assert step[3]["max"] == prompt[3]["max"] == (4, 2, C, 12)
 
 
+def test_aliasing_is_told_or_not(trt, exported, library, tmp_path):
+    from exporters.tensorrt import TensorRTDecoder
+
+    tokens = []
+    for alias in (True, False):
+        trt.calls.clear()
+        built = build_quietly(exported, tmp_path / str(alias), plugin=library, alias=alias)
+        assert len(recorded(trt, "set_preview_feature")) == alias
+        for one_address in (True, False):
+            decoder = TensorRTDecoder(built, one_address=one_address)
+            tokens.append(decoder.generate(np.array([[5, 6, 7]]), max_new_tokens=12))
+    for found in tokens[1:]:
+        np.testing.assert_array_equal(found, tokens[0])
+
+
 def test_without_the_plugin_nothing_is_in_place(trt, exported, tmp_path):
     build_quietly(exported, tmp_path)
     assert json.loads((tmp_path / "less_cache_engine.json").read_text())["plugin"] is None
@@ -187,7 +202,7 @@ def test_the_command_builds(exported, library, tmp_path):
 
 @pytest.mark.parametrize("tool", ["trtexec", "polygraphy"])
 def test_lines_for_nvidias_tools_name_every_input(exported, tool):
-    from exporters.tensorrt.trtexec import command_lines
+    from exporters.tensorrt.trtexec import PREVIEW, command_lines
 
     step, prompt = (
         shlex.split(line)
@@ -195,6 +210,9 @@ def test_lines_for_nvidias_tools_name_every_input(exported, tool):
     )
     assert any("a plugin.so" in word for word in step)
     assert not any("plugin" in word.lower() for word in prompt)
+    plain, _ = command_lines(exported, "my engines", plugin="a plugin.so", alias=False, tool=tool)
+    told = [word for word in step if word not in shlex.split(plain)]
+    assert told == PREVIEW[tool]
     names = read_manifest(exported).data["inputs"]
     if tool == "trtexec":
         (largest,) = (word for word in prompt if word.startswith("--maxShapes="))

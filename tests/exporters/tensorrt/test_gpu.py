@@ -10,22 +10,32 @@ import torch
 SCRIPT = """
 import sys
 import numpy as np
+import less_cache as lc
 from exporters.onnx import OnnxDecoder, export_decoder
 from exporters.tensorrt import TensorRTDecoder, build_engines
 from tests.integrations.models import build, less, prompts
 
 out, plugin = sys.argv[1], sys.argv[2] or None
 model = build("llama")
-export_decoder(model, *less(model, capacity=8), out + "/onnx")
-build_engines(out + "/onnx", out + "/engines", max_batch=2, max_prompt=64, plugin=plugin)
-ids, mask = (x.numpy() for x in prompts([20, 5]))
-sides = [TensorRTDecoder(out + "/engines"), OnnxDecoder(out + "/onnx", threads=1)]
-states = [side.new_state(2) for side in sides]
-for step in range(64):
-    found, expected = (s.append(t, ids, mask) for s, t in zip(sides, states))
-    np.testing.assert_allclose(found, expected, atol=2e-3, err_msg=f"step {step}")
-    ids = expected.argmax(1)[:, None]
-    mask = np.ones_like(ids)
+config, maps = less(model, capacity=8)
+# A window evicts by position, so that a code at the edge of two levels changes no set.
+coded = config.replace(quantization=lc.Quantization(4, 4), policy=lc.SinkWindow(1))
+for name, own, atol in (("plain", config, 2e-3), ("coded", coded, 2e-2)):
+    onnx = f"{out}/{name}"
+    export_decoder(model, own, maps, onnx)
+    # Past and present at one address, whether TensorRT is told or not; and at two.
+    for alias, one in ((True, True), (False, True), (False, False)) if plugin else ((True, True),):
+        engines = f"{onnx}-{alias}"
+        build_engines(onnx, engines, max_batch=2, max_prompt=64, plugin=plugin, alias=alias)
+        ids, mask = (x.numpy() for x in prompts([20, 5]))
+        sides = [TensorRTDecoder(engines, one_address=one), OnnxDecoder(onnx, threads=1)]
+        states = [side.new_state(2) for side in sides]
+        for step in range(64):
+            found, expected = (s.append(t, ids, mask) for s, t in zip(sides, states))
+            told = f"{name}, alias {alias}, one address {one}, step {step}"
+            np.testing.assert_allclose(found, expected, atol=atol, err_msg=told)
+            ids = expected.argmax(1)[:, None]
+            mask = np.ones_like(ids)
 """
 
 

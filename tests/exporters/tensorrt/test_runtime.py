@@ -52,13 +52,13 @@ def test_logits_are_onnx_runtimes(decoder, onnx_side):
         np.testing.assert_array_equal(states[0].lengths(), states[1].lengths())
 
 
-def test_codes_are_onnx_runtimes(coded, library, tmp_path):
+@pytest.mark.parametrize("plugged", [False, True])
+def test_codes_are_onnx_runtimes(coded, library, tmp_path, plugged):
     from exporters.tensorrt import TensorRTDecoder, build_engines
 
-    parts = coded("calibrated")
-    with pytest.raises(ValueError, match="the plugin LessAttention takes no codes"):
-        build_engines(parts.folder, tmp_path / "out", plugin=library, progress=False)
-    built = build_engines(parts.folder, tmp_path / "out", max_batch=2, progress=False)
+    parts, plugin = coded("calibrated"), library if plugged else None
+    out = tmp_path / "out"
+    built = build_engines(parts.folder, out, max_batch=2, plugin=plugin, progress=False)
     decoder, onnx_side = TensorRTDecoder(built), parts.decoder
     states = [side.new_state(2) for side in (decoder, onnx_side)]
     assert states[0].arrays["0.h0.keys"].dtype == torch.uint8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ....policies import (
     Start,
     policy_from_dict,
 )
+from ....quantization import BITS, TRANSFORMS, Quantization
 from ..launch import block
 
 Score = tuple[Start, Gain]
@@ -43,7 +44,7 @@ class Layout:
     Parameters
     ----------
     dtype, state_dtype
-        Of keys and values; of H and z.
+        Of the model, and of keys and values that are stored as they are; of H and z.
     head_dim
         D.
     score
@@ -58,6 +59,8 @@ class Layout:
         Ranks are multiples of it.
     softcap
         On the logits, or ``None``.
+    codes
+        How pairs are coded; ``None``: they are stored as they are.
     """
 
     dtype: str = "float16"
@@ -69,6 +72,7 @@ class Layout:
     rank: int = 16
     rank_multiple: int = 4
     softcap: float | None = None
+    codes: Quantization | None = None
 
     @property
     def example(self) -> LayerConfig:
@@ -84,6 +88,7 @@ class Layout:
             softcap=self.softcap,
             dtype=self.dtype,
             state_dtype=self.state_dtype,
+            quantization=self.codes,
         ).layer(0)
 
 
@@ -98,8 +103,7 @@ def layouts_of_export(folder: Path) -> list[Layout]:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the folder has no manifest, or not one that can be read, or a policy without kernels, or
-        codes for pairs.
+        If the folder has no manifest, or not one that can be read, or a policy without kernels.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -107,7 +111,12 @@ def layouts_of_export(folder: Path) -> list[Layout]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         config = CacheConfig.from_dict(manifest["config"])
-        layers = [_layout(config, layer) for layer in manifest["layers"]]
+        # Layers with sliding windows store pairs as they are, and are none of the config's.
+        given = iter(config.quantizations)
+        layers = [
+            _layout(config, layer, None if layer.get("window") else next(given))
+            for layer in manifest["layers"]
+        ]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not the manifest of an exported model: {error!r}") from None
     return list(dict.fromkeys(layers))
@@ -123,14 +132,25 @@ def every_layout() -> list[Layout]:
     return _product(("float16", "bfloat16", "float32"), (64, 80, 96, 128, 256), (16, 32, 64))
 
 
+def coded_layouts() -> list[Layout]:
+    """Each number of bits in both bases, as many for keys as for values; else as the usual ones.
+
+    Half precision is float16 alone: a model in bfloat16 has other maps.
+    """
+    codes = [Quantization(bits, bits, t) for bits, t in itertools.product(BITS, TRANSFORMS)]
+    usual = _product(("float16",), (64, 128), (16,))
+    return [replace(layout, codes=own) for layout in usual for own in codes if _can_be(layout, own)]
+
+
 def sample_layouts() -> list[Layout]:
-    """A single one, to try a build with."""
-    return [Layout(head_dim=64)]
+    """One for pairs that are stored as they are and one for codes, to try a build with."""
+    return [Layout(head_dim=64), Layout(head_dim=64, codes=Quantization(3, 3))]
 
 
 LAYOUTS: dict[str, Callable[[], list[Layout]]] = {
     "sample": sample_layouts,
     "usual": usual_layouts,
+    "coded": coded_layouts,
     "every": every_layout,
 }
 
@@ -146,12 +166,12 @@ def _product(
     ]
 
 
-def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
-    if config.quantization is not None:
-        raise ValueError(
-            f"quantization: got {config.quantization}, but kernels are compiled ahead of time for "
-            "pairs that are stored as they are; use the Triton backend"
-        )
+def _can_be(layout: Layout, codes: Quantization) -> bool:
+    """Whether a config would take it: calibrated keys have other norms."""
+    return layout.score[0] is not Start.KEY_NORM or codes.transform != "calibrated"
+
+
+def _layout(config: CacheConfig, layer: dict[str, Any], codes: Quantization | None) -> Layout:
     policy = policy_from_dict(layer["policy"])
     if policy.custom:
         raise ValueError(f"policy: {policy} has scores of Python code, and no kernels")
@@ -167,4 +187,5 @@ def _layout(config: CacheConfig, layer: dict[str, Any]) -> Layout:
         rank=block(rank) if rank else 0,
         rank_multiple=min(16, rank & -rank) if rank else 1,
         softcap=config.softcap,
+        codes=codes,
     )

@@ -9,6 +9,8 @@ import triton
 
 from ....layer_maps import LAST_LAYERS
 from ....policies import Gain, Start
+from ....quantization import TRANSFORMS
+from ....quantization.settings import spelled_bits
 from ..decode import KINDS
 from ..launch import Launch, recording
 from .compiling import Signature, compile_kernel, signature
@@ -47,7 +49,7 @@ class Record:
     kernel
         ``"select_and_map"``, ``"attend"`` or ``"conclude_split"``.
     dtype, state_dtype
-        Of keys and values; of H and z; ``""``: any.
+        Of the model; of H and z; ``""``: any.
     arch, ptx
         Compute capability; of PTX: the least one.
     head_dim, block_d
@@ -70,6 +72,13 @@ class Record:
         What the hidden size and the rank are multiples of.
     block_c
         Slots a tile of ``"attend"``.
+    key_bits, value_bits
+        Of codes, as `spelled_bits` has them; ``"0"``: for pairs that are stored as they are;
+        ``""``: any.
+    transform
+        Of codes: its place in `TRANSFORMS`; -1: any.
+    key_bytes, value_bytes
+        Of one pair's codes; 0 where they are not read.
     warps, shared_bytes
         Threads a program, by 32; its dynamic shared memory.
     symbol, parameters
@@ -96,6 +105,11 @@ class Record:
     hidden_multiple: int
     rank_multiple: int
     block_c: int
+    key_bits: str
+    value_bits: str
+    transform: int
+    key_bytes: int
+    value_bytes: int
     warps: int
     shared_bytes: int
     symbol: str
@@ -135,7 +149,7 @@ def compile_layout(layout: Layout, arch: int, with_code: bool, with_ptx: bool) -
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise AssertionError(f"{metadata.name} wants scratch memory, which nobody would give")
         for ptx in [False] * with_code + [True] * with_ptx:
-            record = _record(wanted, parameters, layout, arch, ptx, metadata)
+            record = record_of(wanted, parameters, layout, arch, ptx, metadata)
             code = compiled.asm["ptx"].encode() + b"\0" if ptx else compiled.asm["cubin"]
             images.append(Image(record, code))
     return images
@@ -167,8 +181,9 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
             found.pass_on(size, "i32")
     # The caller's arrays are dense: rows lie a multiple of D apart, in 64 bits.
     found.fix("ALIGNED", False)
-    _strided(found, wanted.constants["HEAD_DIM"])
-    _drop(found, "key_scales", "value_scales")
+    _strided(found, layout)
+    if layout.codes is None:
+        _drop(found, "key_scales", "value_scales")
     if layout.kind is not None:
         found.pass_on("RANK", "i32", layout.rank_multiple)
     if name == "select_and_map":
@@ -185,7 +200,7 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     if layout.group > 1:
         found.pass_on("GROUP", "i32")
     if not layout.rank:
-        _drop(found, "H", "z")
+        _drop(found, "H", "z", "shift")
     if layout.score[1] is not Gain.HISTORY:
         _drop(found, "history")
     if layout.score[1] is Gain.NONE:
@@ -195,7 +210,7 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     if name == "attend" and wanted.constants["SPLIT"]:
         found.pass_on("splits", "i32")
         _fix_score(found, _like_over_slots(layout.score))
-        _drop(found, "k", "v", "scores", "history", "H", "z")
+        _drop(found, "k", "v", "scores", "history", "H", "z", "shift")
         for unread in ("phi", "psi"):
             found.fix(unread, None)
         for unread in ("DECAY", "WINDOW", "RANK", "BLOCK_R"):
@@ -208,11 +223,15 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     return found
 
 
-def _strided(found: Signature, head_dim: int) -> None:
+def _strided(found: Signature, layout: Layout) -> None:
     """Strides between rows and heads as parameters, whatever they were in the example."""
-    multiple = min(16, head_dim & -head_dim)
+    layer = layout.example
+    pairs = {"keys": layer.key_layout, "values": layer.value_layout}
     for name in found.types:
         array = name.removesuffix("_stride").removesuffix("_row").removesuffix("_head")
+        codes = pairs.get(array)
+        size = layer.head_dim if codes is None else codes.nbytes
+        multiple = min(16, size & -size)
         if name.endswith("_row_stride"):
             found.pass_on(name, "i64", multiple if array in VECTORS else 1)
         elif name.endswith("_head_stride"):
@@ -235,7 +254,7 @@ def _drop_unread_maps(found: Signature, layout: Layout) -> None:
     last = {name for names in LAST_LAYERS.values() for name in names}
     if layout.kind is None:
         unread = {*first, *last}
-        _drop(found, "q", "keys")
+        _drop(found, "q", "keys", "key_scales")
     else:
         unread = last - {*LAST_LAYERS[layout.kind]}
     for name in unread:
@@ -258,9 +277,10 @@ def _like_over_slots(score: Score) -> Score:
     return (Start.ZERO, Gain.NONE if score[1] is Gain.NONE else Gain.SUM)
 
 
-def _record(
+def record_of(
     wanted: Launch, parameters: Signature, layout: Layout, arch: int, ptx: bool, metadata: Any
 ) -> Record:
+    """What there is to know of a compiled kernel; `metadata` is the compiler's."""
     name, constants = wanted.kernel.__name__, wanted.constants
     selects = name == "select_and_map"
     split = name == "attend" and bool(constants["SPLIT"])
@@ -271,6 +291,8 @@ def _record(
         alike = [s for s in SCORES if _like_over_slots(s) == _like_over_slots(layout.score)]
     simple = selects and layout.kind is None
     low_rank = not split and not simple
+    key, value = layout.example.key_layout, layout.example.value_layout
+    codes = layout.codes
     return Record(
         kernel=name,
         dtype="" if simple else layout.dtype,
@@ -290,6 +312,11 @@ def _record(
         hidden_multiple=HIDDEN_MULTIPLE if selects and layout.kind else 1,
         rank_multiple=layout.rank_multiple if low_rank and layout.rank else 1,
         block_c=constants["BLOCK_C"] if name == "attend" else 0,
+        key_bits="" if simple else "0" if codes is None else spelled_bits(codes.key_bits),
+        value_bits="" if selects else "0" if codes is None else spelled_bits(codes.value_bits),
+        transform=ANY if simple or codes is None else TRANSFORMS.index(codes.transform),
+        key_bytes=0 if simple or key is None else key.nbytes,
+        value_bytes=0 if selects or value is None else value.nbytes,
         warps=wanted.warps,
         shared_bytes=int(metadata.shared),
         symbol=metadata.name,

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 __all__ = ["register"]
 
-BACKEND = f"{__name__}.backend.LessBackend"
-
 
 def register() -> None:
     """Make the attention backend known as CUSTOM, and have every configuration checked."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from .hooks import install
+    from .settings import BACKEND
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     install()

@@ -61,13 +61,11 @@ class LessAttention(AttentionImpl[Any]):
 
     def bind(self, layer: Any, serving: Serving) -> None:
         """Become the attention of vLLM's `layer`."""
-        from .backend import for_page
-
         index = serving.index(extract_layer_index(layer.layer_name))
         shapes = serving.layer(index, self.scale, self.logits_soft_cap)
         self._page = serving.page(index)
         self._plan = serving.plan(shapes, index, self._vllm_config.device_config.device)
-        layer.attn_backend = for_page(self._page.nbytes, serving.max_model_len)
+        layer.attn_backend = layer.attn_backend.for_page(self._page.nbytes, serving.max_model_len)
 
     def forward(
         self,

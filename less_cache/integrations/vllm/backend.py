@@ -59,17 +59,17 @@ class LessBackend(AttentionBackend):
         # One group of layers, whatever their pages are.
         return (LessBackend.__module__, LessBackend.__qualname__)
 
+    @staticmethod
+    @functools.cache
+    def for_page(nbytes: int, max_model_len: int) -> type[LessBackend]:
+        """The backend of layers whose pages have so many bytes."""
+        return type("LessBackend", (LessBackend,), {"page": (nbytes, max_model_len)})
+
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         if cls.page is None:
             raise RuntimeError("less_cache: asked for the pages of layers that are not loaded")
         return page_spec(spec, *cls.page)
-
-
-@functools.cache
-def for_page(nbytes: int, max_model_len: int) -> type[LessBackend]:
-    """The backend of layers whose pages have so many bytes."""
-    return type("LessBackend", (LessBackend,), {"page": (nbytes, max_model_len)})
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...backends import best_backend
 from ...call import most_tokens, no_room
-from .settings import NAME, Settings
+from .settings import BACKEND, NAME, Settings
 
 TESTED = ("0.32",)
 """Minor versions of vLLM that the plugin was run with: it stands on internal interfaces."""
@@ -44,8 +44,6 @@ def check_vllm(vllm_config: Any) -> None:
 def _given(vllm_config: Any) -> Any:
     """The options; ``None`` where neither they nor the backend is asked for."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from . import BACKEND
 
     custom = AttentionBackendEnum.CUSTOM
     attention = vllm_config.attention_config

@@ -21,6 +21,9 @@ from ..introspection import model_shapes
 NAME = "less_cache"
 """The key in vLLM's additional configuration."""
 
+BACKEND = "less_cache.integrations.vllm.backend.LessBackend"
+"""What vLLM finds as attention backend CUSTOM."""
+
 PROMPT_CHUNK = 1024
 """Tokens of a prompt taken in at once, by default; vLLM's own defaults have room for it."""
 

@@ -31,7 +31,11 @@ ENGINE = {
 
 def options(less: dict[str, Any] | None = None, **engine: Any) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``; `less` in place of the shipped cache."""
-    return {**ENGINE, "additional_config": {"less_cache": less or CACHE}, **engine}
+    return {
+        **ENGINE,
+        "additional_config": {"less_cache": CACHE if less is None else less},
+        **engine,
+    }
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,9 @@ def run(name: str, load: Load, memory: int, chunk: int, bursts: int) -> dict[str
         for cache, less in caches.items():
             log = folder / f"{cache}.log"
             with serve(model, load, memory, less, log) as address:
-                # The first burst warms up.
-                timed = [measure(address, model, load, i, folder) for i in range(bursts + 1)][1:]
+                # A small burst warms up.
+                measure(address, model, replace(load, requests=2), 0, folder)
+                timed = [measure(address, model, load, i + 1, folder) for i in range(bursts)]
             best = min(timed, key=lambda burst: burst["seconds"])
             found[cache] = {"requests_held": held(log), **best, "bursts": timed}
             print(name, cache, json.dumps({k: v for k, v in found[cache].items() if k != "bursts"}))
@@ -171,7 +172,10 @@ def main() -> None:
         name: run(name, LOADS[name], given.memory, given.chunk, given.bursts) for name in loads
     }
     facts = {**surroundings(), "vllm": version("vllm")}
-    given.out.write_text(json.dumps({"environment": facts, "loads": found}, indent=2) + "\n")
+    if given.out.exists():
+        # Loads may be measured one by one, each with both caches.
+        found = {**json.loads(given.out.read_text())["loads"], **found}
+    given.out.write_text(json.dumps({**facts, "loads": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

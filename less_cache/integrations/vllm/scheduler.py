@@ -24,8 +24,8 @@ class Chunks(Scheduler):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        options = self.vllm_config.additional_config[NAME]
-        self.prompt_chunk = Settings.from_dict(options).prompt_chunk
+        options: Any = self.vllm_config.additional_config
+        self.prompt_chunk = Settings.from_dict(options[NAME]).prompt_chunk
         self.need_mamba_block_aligned_split = True
 
     def _mamba_block_aligned_split(

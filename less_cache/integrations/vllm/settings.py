@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._checks import check_int
+from ..._files import parse_json
 from ...backends import BACKENDS
 from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
@@ -151,7 +152,10 @@ def _by_hand(given: str, model_shapes: str) -> Parts:
 
 
 def _policy(text: str) -> Any:
-    return policy_from_dict(json.loads(text)) if text.startswith("{") else parse_policy(text)
+    """A policy from its command-line spelling, or from the JSON of its fields."""
+    if text.startswith("{"):
+        return policy_from_dict(parse_json("policy", text))
+    return parse_policy(text)
 
 
 def _quantization(data: dict[str, Any], transforms: Transforms | None) -> Quantization | None:

@@ -58,7 +58,7 @@ def answers(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[list[in
     """Greedy tokens of all prompts at once."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     found = llm.generate(given, parameters, use_tqdm=False)
     return [list(request.outputs[0].token_ids) for request in found]

@@ -49,7 +49,7 @@ class Killer(threading.Thread):
                 break
             time.sleep(0.01)
         for child in psutil.Process().children(recursive=True):
-            if child.name().startswith("ray::_call"):
+            if any("ray::_fit_one" in word for word in child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
                 self.killed += 1
 

@@ -21,6 +21,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from .attention import LessAttention
 from .spec import page_spec
 
+MADE = "_less_cache_metadata"
+"""Where a batch keeps what was made of it."""
+
 
 class LessBackend(AttentionBackend):
     """What vLLM asks of a backend; one subclass for each size of a page (`for_page`)."""
@@ -128,6 +131,10 @@ class LessMetadataBuilder(AttentionMetadataBuilder[LessMetadata]):
         fast_build: bool = False,
     ) -> LessMetadata:
         common = common_attn_metadata
+        # Layers with pages of another size are another group, with a builder of its own.
+        made, of = getattr(common, MADE, (None, None))
+        if made is not None and of is common.block_table_tensor:
+            return made
         count = common.num_reqs
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common)
         lengths, rows = self._lengths[:count], self._rows[:count]
@@ -136,6 +143,8 @@ class LessMetadataBuilder(AttentionMetadataBuilder[LessMetadata]):
         first = common.query_start_loc[decodes : count + 1]
         if prefills:
             first = first - decode_tokens
-        return LessMetadata(
+        made = LessMetadata(
             common.num_actual_tokens, decodes, lengths, rows, first, common.max_query_len
         )
+        setattr(common, MADE, (made, common.block_table_tensor))
+        return made

@@ -170,12 +170,21 @@ def _check_room(vllm_config: Any, settings: Settings) -> None:
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     chunk = min(settings.prompt_chunk, model.max_model_len)
     needed = chunk + scheduler.max_num_seqs - 1
-    if scheduler.max_num_batched_tokens < needed:
+    room = scheduler.max_num_batched_tokens
+    if scheduler.max_num_scheduled_tokens is not None:
+        room = min(room, scheduler.max_num_scheduled_tokens)
+    if room < needed:
         raise ValueError(
-            f"{NAME}: max_num_batched_tokens: got {scheduler.max_num_batched_tokens}, expected at "
+            f"{NAME}: max_num_batched_tokens: got {room}, expected at "
             f"least {needed}: prompt_chunk = {settings.prompt_chunk} tokens of a prompt, whole, "
             f"beside one of each of max_num_seqs = {scheduler.max_num_seqs} requests; give more, "
             "or a smaller prompt_chunk"
+        )
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < chunk:
+        raise ValueError(
+            f"{NAME}: long_prefill_token_threshold: got {threshold}, expected 0, or at least "
+            f"prompt_chunk = {chunk}: a chunk is taken in whole"
         )
 
 

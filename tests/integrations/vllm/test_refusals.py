@@ -96,6 +96,7 @@ def test_options_that_cannot_be(less, message):
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "context parallel"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler class .* brings"),
         ({"max_num_batched_tokens": 1030}, "got 1030, expected at least 1039"),
+        ({"long_prefill_token_threshold": 64}, "long_prefill_token_threshold: got 64"),
     ],
 )  # fmt: skip
 def test_features_that_cannot_be_had_with_it(engine, message):

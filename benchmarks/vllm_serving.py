@@ -1,17 +1,24 @@
 """vLLM with the full cache and with LESS: requests held, and tokens a second end to end.
 
-Both serve the same random prompts from the same memory to vLLM's own benchmark client
-(``vllm bench serve``), one after the other in one run. The model is the reference model, whose
-positions are extended where prompts are longer: this measures time, not text.
+::
 
-    .venv-vllm/bin/python -m benchmarks.vllm_serving --load short --load long
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_serving
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_serving --client
+
+Both answer the same random prompts from the same memory, one after the other in one run: as an
+engine in this process, where the processor's time can be told as well, which other work on the
+machine changes little; or with ``--client`` as servers, asked by ``vllm bench serve``. The
+model is the reference model, with more positions where prompts are longer: this measures time, not
+text.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -136,42 +143,111 @@ def measure(address: str, model: Path, load: Load, seed: int, folder: Path) -> d
     }
 
 
-def run(name: str, load: Load, memory: int, chunk: int, bursts: int) -> dict[str, Any]:
+def as_servers(
+    model: Path, load: Load, memory: int, less: dict[str, Any] | None, bursts: int, folder: Path
+) -> dict[str, Any]:
+    """What vLLM's client finds."""
+    log = folder / "log"
+    with serve(model, load, memory, less, log) as address:
+        # A small burst warms up.
+        measure(address, model, replace(load, requests=2), 0, folder)
+        timed = [measure(address, model, load, i + 1, folder) for i in range(bursts)]
+    best = min(timed, key=lambda burst: burst["seconds"])
+    return {"requests_held": held(log), **best, "bursts": timed}
+
+
+def in_this_process(
+    model: Path, load: Load, memory: int, less: dict[str, Any] | None, bursts: int, folder: Path
+) -> dict[str, Any]:
+    """What an engine does with all requests handed in at once."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": load.longest,
+        "max_num_seqs": load.requests,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": memory,
+        "enable_prefix_caching": False,
+    }
+    if less is not None:
+        options["attention_backend"] = "CUSTOM"
+        options["additional_config"] = {"less_cache": less}
+    llm = LLM(**options)
+    cache = llm.llm_engine.vllm_config.cache_config
+    # Block 0 belongs to nobody.
+    pages = cache.num_gpu_blocks - 1
+    holds = pages if less is not None else pages * cache.block_size / load.longest
+    timed = []
+    for burst in range(-1, bursts):
+        some = load if burst >= 0 else replace(load, requests=2, prompt=300, answer=4)
+        draws = random.Random(burst)
+        prompts = [
+            {"prompt_token_ids": draws.choices(range(5, 4000), k=some.prompt)}
+            for _ in range(some.requests)
+        ]
+        parameters = SamplingParams(
+            max_tokens=some.answer, temperature=0, ignore_eos=True, detokenize=False
+        )
+        started, processor = time.perf_counter(), time.process_time()
+        llm.generate(prompts, parameters, use_tqdm=False)
+        if burst >= 0:
+            seconds = time.perf_counter() - started
+            tokens = some.requests * (some.prompt + some.answer)
+            timed.append(
+                {
+                    "seconds": seconds,
+                    "processor_seconds": time.process_time() - processor,
+                    "tokens_a_second": tokens / seconds,
+                }
+            )
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    best = min(timed, key=lambda burst: burst["processor_seconds"])
+    return {"requests_held": holds, **best, "bursts": timed}
+
+
+def run(name: str, load: Load, given: argparse.Namespace) -> dict[str, Any]:
     """Both caches under one load."""
     caches: dict[str, dict[str, Any] | None] = {
         "full": None,
-        "less": {**CACHE, "prompt_chunk": chunk},
+        "less": {**CACHE, "prompt_chunk": given.chunk},
     }
-    found: dict[str, Any] = {"load": asdict(load), "memory_bytes": memory, "prompt_chunk": chunk}
+    found: dict[str, Any] = {"load": asdict(load), "memory_bytes": given.memory}
+    found["prompt_chunk"] = given.chunk
+    way = as_servers if given.client else in_this_process
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = model_folder(folder, load.longest)
         for cache, less in caches.items():
-            log = folder / f"{cache}.log"
-            with serve(model, load, memory, less, log) as address:
-                # A small burst warms up.
-                measure(address, model, replace(load, requests=2), 0, folder)
-                timed = [measure(address, model, load, i + 1, folder) for i in range(bursts)]
-            best = min(timed, key=lambda burst: burst["seconds"])
-            found[cache] = {"requests_held": held(log), **best, "bursts": timed}
-            print(name, cache, json.dumps({k: v for k, v in found[cache].items() if k != "bursts"}))
-    found["ratio"] = found["full"]["seconds"] / found["less"]["seconds"]
+            found[cache] = way(model, load, given.memory, less, given.bursts, folder)
+            told = {key: value for key, value in found[cache].items() if key != "bursts"}
+            print(name, cache, json.dumps(told), flush=True)
+    for kind in ("seconds", "processor_seconds"):
+        if kind in found["full"]:
+            found[f"{kind}_ratio"] = found["full"][kind] / found["less"][kind]
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--load", action="append", choices=LOADS, help="default: both")
     parser.add_argument("--memory", type=int, default=2**30, help="bytes of the pool")
     parser.add_argument("--chunk", type=int, default=256, help="prompt_chunk of LESS")
-    parser.add_argument("--bursts", type=int, default=2)
+    parser.add_argument("--bursts", type=int, default=1)
+    parser.add_argument("--client", action="store_true", help="servers, and vLLM's own client")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_serving.json")
     given = parser.parse_args()
     loads = given.load or list(LOADS)
-    found = {
-        name: run(name, LOADS[name], given.memory, given.chunk, given.bursts) for name in loads
-    }
+    if not given.client:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     facts = {**surroundings(), "vllm": version("vllm")}
+    found = {name: run(name, LOADS[name], given) for name in loads}
     if given.out.exists():
         # Loads may be measured one by one, each with both caches.
         found = {**json.loads(given.out.read_text())["loads"], **found}

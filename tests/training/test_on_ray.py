@@ -57,7 +57,7 @@ class Killer(threading.Thread):
 def test_a_worker_that_is_killed_midway_makes_no_difference(
     model, tokens, config, recipe, tmp_path
 ):
-    longer = dataclasses.replace(recipe, epochs=400)
+    longer = dataclasses.replace(recipe, epochs=150)
     here = train(model, tokens, config, longer, tmp_path / "here", progress=False)
     killer = Killer(tmp_path / "there", 0)
     killer.start()

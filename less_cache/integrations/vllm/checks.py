@@ -37,6 +37,8 @@ def check_vllm(vllm_config: Any) -> None:
     _check_cache(vllm_config, settings)
     _check_room(vllm_config, settings)
     _keep_sliding_layers(vllm_config)
+    # Beside sliding layers, whose blocks it may find, it would skip tokens that pages never saw.
+    vllm_config.cache_config.enable_prefix_caching = False
     kind = "AsyncChunks" if vllm_config.scheduler_config.async_scheduling else "Chunks"
     vllm_config.scheduler_config.scheduler_cls = f"{SCHEDULERS}.{kind}"
 

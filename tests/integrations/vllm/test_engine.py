@@ -44,8 +44,8 @@ def pools(llm):
 
 
 def test_what_memory_held_makes_no_difference(prompts, wanted):
-    with engine(CHUNKED, num_gpu_blocks_override=6) as llm:
-        assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    with engine(CHUNKED, num_gpu_blocks_override=6, enable_prefix_caching=True) as llm:
+        assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         for pool in pools(llm):
             # All ones: not a number in any width.
             pool.fill_(-1)

@@ -17,7 +17,8 @@ from ...feature_maps import FeatureMaps
 from ...policies import parse_policy, policy_from_dict
 from ...quantization import Quantization
 from ...quantization.transforms import Transforms, check_transforms
-from ..introspection import model_shapes
+from ...recipe import CacheRecipe
+from ..introspection import description, model_shapes
 
 NAME = "less_cache"
 """The key in vLLM's additional configuration."""
@@ -29,7 +30,7 @@ PROMPT_CHUNK = 1024
 """Tokens of a prompt taken in at once, by default; vLLM's own defaults have room for it."""
 
 BY_HAND = ("capacity", "policy", "rank", "maps", "bits", "key_bits", "value_bits", "transforms")
-OPTIONS = (*BY_HAND, "prompt_chunk", "backend")
+OPTIONS = ("cache", *BY_HAND, "prompt_chunk", "backend")
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,18 @@ class Settings:
                 f"{NAME}: unknown option(s) {', '.join(unknown)}, expected some of "
                 f"{', '.join(OPTIONS)}"
             )
-        for name in ("policy", "maps", "transforms", "backend"):
+        for name in ("cache", "policy", "maps", "transforms", "backend"):
             if not isinstance(data.get(name, ""), str):
                 raise TypeError(f"{NAME}: {name}: got {data[name]!r}, expected a text")
-        if "capacity" not in data:
-            raise ValueError(f"{NAME}: capacity: missing; expected slots a head, or a share")
+        by_hand = sorted(set(data) & set(BY_HAND))
+        if "cache" in data and by_hand:
+            raise ValueError(
+                f"{NAME}: {by_hand[0]}: given with cache, whose folder says all of that itself"
+            )
+        if "cache" not in data and "capacity" not in data:
+            raise ValueError(
+                f"{NAME}: capacity: missing; expected slots a head, or a share; or cache, a folder"
+            )
         backend = data.get("backend", "auto")
         if backend not in ("auto", *BACKENDS):
             raise ValueError(
@@ -116,13 +124,26 @@ class Settings:
         ValueError, TypeError, FileNotFoundError
             If it cannot be read, or is not for this model.
         """
+        told = json.dumps({**description(model_config), "dtype": dtype}, sort_keys=True)
         shapes = json.dumps({**model_shapes(model_config), "dtype": dtype}, sort_keys=True)
         try:
+            if "cache" in json.loads(self.given):
+                return _from_folder(self.given, told)
             return _by_hand(self.given, shapes)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{NAME}: {error}") from None
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{NAME}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _from_folder(given: str, model: str) -> Parts:
+    """What `less-cache tune` made, once a process."""
+    wanted = json.loads(model)
+    dtype = wanted.pop("dtype")
+    recipe = CacheRecipe.from_pretrained(json.loads(given)["cache"])
+    recipe.check_model(wanted)
+    return Parts(recipe.config.with_dtype(dtype), recipe.maps, recipe.transforms)
 
 
 @functools.lru_cache(maxsize=4)

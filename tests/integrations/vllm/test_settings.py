@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
 import less_cache as lc
 from less_cache import reference_model
+from less_cache.integrations.introspection import description
 from less_cache.integrations.vllm.settings import PROMPT_CHUNK, Settings
 from tests.integrations.vllm.engines import CACHE
 
@@ -44,9 +46,41 @@ def test_capacities_by_head_and_a_policy_of_many_fields(model_config):
     assert config.rank == 0
 
 
+@pytest.fixture(scope="module")
+def folder(model_config, tmp_path_factory):
+    """A tuned cache of the reference model."""
+    parts = Settings.from_dict(CACHE).parts(model_config, "float32")
+    out = tmp_path_factory.mktemp("cache")
+    told = description(model_config)
+    lc.CacheRecipe(parts.config, parts.maps, model=told).save_pretrained(out)
+    return out
+
+
+def test_a_tuned_folder_says_it_all(model_config, folder):
+    wanted = Settings.from_dict(CACHE).parts(model_config, "bfloat16")
+    found = Settings.from_dict({"cache": str(folder)}).parts(model_config, "bfloat16")
+    assert found.config == wanted.config
+    assert found.maps is not None
+    assert wanted.maps is not None
+    assert found.maps.digest == wanted.maps.digest
+
+
+def test_a_folder_of_another_model_is_refused(model_config, folder):
+    other = copy.deepcopy(model_config)
+    other.num_key_value_heads = 2
+    with pytest.raises(ValueError, match="less_cache: recipe: made for a model of kv_heads = 4"):
+        Settings.from_dict({"cache": str(folder)}).parts(other, "float32")
+
+
+def test_a_folder_that_is_none_is_refused(model_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"less_cache: .*holds no"):
+        Settings.from_dict({"cache": str(tmp_path)}).parts(model_config, "float32")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"cache": "folder", "bits": 3}, "less_cache: bits: given with cache"),
         (None, "less_cache: got NoneType, expected an object"),
         ({"slots": 3}, r"less_cache: unknown option\(s\) slots"),
         ({}, "less_cache: capacity: missing"),

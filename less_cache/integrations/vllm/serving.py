@@ -64,8 +64,8 @@ class Serving:
 
     def plan(self, layer: LayerConfig, index: int, device: Any) -> StepPlan:
         """What steps of a layer need, on the device."""
-        transforms = None
-        if self._transforms is not None:
-            transforms = self._transforms[index].heads(self._kv_heads)
+        transforms = None if self._transforms is None else self._transforms[index]
+        if transforms is not None:
+            transforms = transforms.heads(self._kv_heads)
         maps = None if self._maps is None else self._maps[index]
         return plan_step(layer, maps, transforms, device=device, backend=self.settings.backend)

@@ -16,8 +16,8 @@ from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
 from ...policies import parse_policy, policy_from_dict
 from ...quantization import Quantization
-from ...quantization.transforms import Transforms, check_transforms
-from ...recipe import CacheRecipe
+from ...quantization.transforms import Transforms
+from ...recipe import CacheRecipe, check_parts
 from ..introspection import description, model_shapes
 
 NAME = "less_cache"
@@ -153,22 +153,18 @@ def _by_hand(given: str, model_shapes: str) -> Parts:
     maps = None
     if "maps" in data:
         maps = FeatureMaps.from_pretrained(data["maps"])
-    rank = data.get("rank", 0 if maps is None else maps[0].shapes["rank"])
+    rank = data.get("rank", 0 if maps is None else maps.rank)
     transforms = Transforms.load(Path(data["transforms"])) if "transforms" in data else None
     config = CacheConfig(
         capacity=data["capacity"],
         policy=_policy(data.get("policy", "h2o")),
-        rank=check_int("rank", rank, minimum=0),
+        rank=rank,
         quantization=_quantization(data, transforms),
         **shapes,
     )
-    if config.rank and maps is None:
+    if config.has_state and maps is None:
         raise ValueError(f"maps: missing, but rank = {config.rank} needs a folder of feature maps")
-    if maps is not None:
-        if not config.rank:
-            raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
-        maps.check_against(config)
-    check_transforms(config, transforms)
+    check_parts(config, maps, transforms)
     return Parts(config, maps, transforms)
 
 
@@ -183,6 +179,8 @@ def _quantization(data: dict[str, Any], transforms: Transforms | None) -> Quanti
     key_bits = data.get("key_bits", data.get("bits"))
     value_bits = data.get("value_bits", data.get("bits"))
     if transforms is not None:
+        if not isinstance(transforms.key_bits, int) or not isinstance(transforms.value_bits, int):
+            raise ValueError("transforms: fitted for other bits by layer: give cache, a folder")
         key_bits = key_bits or transforms.key_bits
         value_bits = value_bits or transforms.value_bits
     if key_bits is None and value_bits is None:

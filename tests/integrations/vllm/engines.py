@@ -76,7 +76,7 @@ def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
 def config_of(model: Any, less: dict[str, Any]) -> lc.CacheConfig:
     """The config that the options stand for."""
     bits = less.get("bits")
-    rank = lc.FeatureMaps.from_pretrained(less["maps"])[0].shapes["rank"] if "maps" in less else 0
+    rank = lc.FeatureMaps.from_pretrained(less["maps"]).rank if "maps" in less else 0
     return lc.CacheConfig.from_model(
         model.config,
         capacity=less["capacity"],

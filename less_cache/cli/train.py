@@ -41,6 +41,7 @@ from .quantized import (
     ValueBitsOption,
     read_codes,
 )
+from .ray_options import GpusOption, RayOption, RetriesOption, cluster
 from .telling import resumable, say
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def train(
     layers: Annotated[str | None, typer.Option(help="Only these: 0:8, or 3.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a pass when collecting.")] = 4,
     data_on_disk: Annotated[bool, typer.Option(help="Keep a layer's data in files.")] = False,
+    ray: RayOption = None,
+    gpus: GpusOption = 0.0,
+    retries: RetriesOption = 3,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -102,10 +106,13 @@ def train(
     check_config(capacity, policy)
     codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_out(out)
-    check_machine(device, dtype)
+    on = cluster(ray, gpus, retries, device)
+    # On a cluster the workers have the device, and this process perhaps none.
+    here = device if on is None else "cpu"
+    check_machine(here, dtype)
     documents = read_documents(data)
     with resumable():
-        loaded, tokenizer = load_model(model, device, dtype)
+        loaded, tokenizer = load_model(model, here, dtype)
         config = config_for(loaded, capacity, policy, rank, codes)
         part = parse_layers(layers, config.num_layers)
         tokens = load_tokens(
@@ -126,6 +133,8 @@ def train(
             data_on_disk=data_on_disk,
             batch=batch,
             model_id=model_name(model),
+            on=on,
+            device=device,
         )
     if maps is None:
         merged = shlex.join(["less-cache", "merge", str(out), "--out"])

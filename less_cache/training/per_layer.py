@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import check_int
 from .._files import scratch_folder
 from ..config import CacheConfig
+from ..distributed import Ray, run_tasks
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..layer_maps import LayerMaps
@@ -52,12 +53,15 @@ def train(
     batch: int = 4,
     model_id: str | None = None,
     progress: bool = True,
+    on: Ray | None = None,
+    device: str | None = None,
 ) -> FeatureMaps | None:
     """Fit the maps of a model, each layer on its own.
 
     A run that was killed goes on when it is started again with the same arguments, to the same
-    result bit for bit on the CPU. Layers may be spread over processes or machines by `layers`,
-    each with a folder of its own or a shared one; `merge` puts them together.
+    result bit for bit on the CPU. Layers may be spread over the machines of a Ray cluster, to that
+    same result; or over processes by `layers`, each with a folder of its own or a shared one:
+    `merge` puts them together.
 
     Parameters
     ----------
@@ -70,7 +74,8 @@ def train(
     recipe
         How they are fitted.
     out
-        Folder of the run: checkpoints, logs, a picture of them, and the finished maps.
+        Folder of the run: checkpoints, logs, a picture of them, and the finished maps. On a cluster
+        all machines must see it.
     transforms
         The bases of codes; needed where a layer has calibrated ones.
     layers
@@ -83,6 +88,10 @@ def train(
         Name of the model, kept with the maps.
     progress
         Show bars.
+    on
+        A cluster, each of whose tasks fits a layer; ``None``: in this process.
+    device
+        Where a task puts the model. Default: where it is.
 
     Returns
     -------
@@ -110,27 +119,13 @@ def train(
     for layer in chosen:
         check_can_fit(config.layer(layer), sequences, length, recipe, layer)
     claim(out, run_settings(model, config, recipe, tokens, model_id, transforms))
-    for layer in chosen:
-        folder = layer_folder(out, layer)
-        spec = config.layer(layer)
-        with scratch_folder(folder, "data.") if data_on_disk else nullcontext() as scratch:
-            if (folder / "maps.safetensors").exists():
-                logger.info("layer %d: fitted before", layer)
-                continue
-            started = time.monotonic()
-            data = collect_layer(
-                model,
-                tokens,
-                layer,
-                spec,
-                transforms=None if transforms is None else transforms[layer],
-                batch=batch,
-                folder=scratch,
-                progress=progress,
-            )
-            maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
-        save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
-        logger.info("layer %d: fitted in %.0f s", layer, time.monotonic() - started)
+    if on is not None:
+        out, progress = out.resolve(), False
+    common = (model, tokens, config, recipe, out, transforms)
+    how = (data_on_disk, batch, progress, device)
+    run_tasks(_fit_one, [(layer,) for layer in chosen], shared=(*common, *how), on=on)
+    if unseen := [i for i in chosen if not (layer_folder(out, i) / "maps.safetensors").exists()]:
+        raise ValueError(f"out: layers {unseen} are fitted, but not in {out}: workers see another")
     curves = {f"layer {layer}": log for layer, log in learning_curves(out).items()}
     save_curves(out, curves, "error, as a share of the policy's")
     if all(
@@ -140,6 +135,44 @@ def train(
     ):
         return merge([out], out)
     return None
+
+
+def _fit_one(
+    model: Any,
+    tokens: Tensor,
+    config: CacheConfig,
+    recipe: Recipe,
+    out: Path,
+    transforms: Transforms | None,
+    data_on_disk: bool,
+    batch: int,
+    progress: bool,
+    device: str | None,
+    layer: int,
+) -> None:
+    """Fit one layer's maps, from its checkpoint on where there is one."""
+    folder = layer_folder(out, layer)
+    spec = config.layer(layer)
+    if device is not None:
+        model = model.to(device)
+    with scratch_folder(folder, "data.") if data_on_disk else nullcontext() as scratch:
+        if (folder / "maps.safetensors").exists():
+            logger.info("layer %d: fitted before", layer)
+            return
+        started = time.monotonic()
+        data = collect_layer(
+            model,
+            tokens,
+            layer,
+            spec,
+            transforms=None if transforms is None else transforms[layer],
+            batch=batch,
+            folder=scratch,
+            progress=progress,
+        )
+        maps = fit_layer(spec, data, recipe, folder, layer, progress=progress)
+    save_checkpoint(folder / "maps.safetensors", maps.tensors, {"kind": maps.kind})
+    logger.info("layer %d: fitted in %.0f s", layer, time.monotonic() - started)
 
 
 def run_settings(

@@ -1,0 +1,75 @@
+"""Training on a local cluster of two workers comes to what one process comes to, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import less_cache as lc
+from less_cache.distributed import Ray
+from less_cache.training import train
+from less_cache.training.per_layer import layer_folder, learning_curves
+
+psutil = pytest.importorskip("psutil")
+ray = pytest.importorskip("ray", reason="needs Ray: make vllm sets up an environment with it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_cluster_comes_to_the_same_maps(model, tokens, config, recipe, tmp_path):
+    here = train(model, tokens, config, recipe, tmp_path / "here", progress=False)
+    there = train(model, tokens, config, recipe, tmp_path / "there", on=Ray(), progress=False)
+    assert there.digest == here.digest
+    assert learning_curves(tmp_path / "there") == learning_curves(tmp_path / "here")
+    assert lc.FeatureMaps.from_pretrained(tmp_path / "there").digest == here.digest
+
+
+class Killer(threading.Thread):
+    """Kills the worker that fits a layer, midway: when it has logged its first epoch."""
+
+    def __init__(self, out, layer):
+        super().__init__(daemon=True)
+        self.log = layer_folder(out, layer) / "log.jsonl"
+        self.killed = 0
+
+    def run(self):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if self.log.exists() and self.log.read_text().count("\n") >= 1:
+                break
+            time.sleep(0.01)
+        for child in psutil.Process().children(recursive=True):
+            if any("ray::_fit_one" in word for word in child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+                self.killed += 1
+
+
+def test_a_worker_that_is_killed_midway_makes_no_difference(
+    model, tokens, config, recipe, tmp_path
+):
+    longer = dataclasses.replace(recipe, epochs=150)
+    here = train(model, tokens, config, longer, tmp_path / "here", progress=False)
+    killer = Killer(tmp_path / "there", 0)
+    killer.start()
+    there = train(model, tokens, config, longer, tmp_path / "there", on=Ray(), progress=False)
+    killer.join()
+    assert killer.killed
+    assert there.digest == here.digest
+
+
+def test_what_cannot_be_fitted_is_refused_as_in_one_process(
+    model, tokens, config, recipe, tmp_path
+):
+    hopeless = dataclasses.replace(recipe, learning_rate=1e30)
+    with pytest.raises(ValueError, match="learning_rate"):
+        train(model, tokens, config, hopeless, tmp_path, on=Ray(), progress=False)

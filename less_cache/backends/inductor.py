@@ -19,8 +19,9 @@ from .torch.pairs import Attended, attend_pairs
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
 
 
-def _attend_slots(layer: LayerConfig, *given: Any) -> Attended:
-    return (attend_pairs if layer.quantization is None else attend_codes)(layer, *given)
+def _attend_slots(layer: LayerConfig, *given: Any, **named: Any) -> Attended:
+    attend_slots = attend_pairs if layer.quantization is None else attend_codes
+    return attend_slots(layer, *given, **named)
 
 
 attend = functools.partial(eager.attend, pairs=_attend_slots)

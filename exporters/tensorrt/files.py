@@ -15,6 +15,9 @@ from .limits import Limits
 
 ENGINE_MANIFEST = "less_cache_engine.json"
 STEP_ENGINE, PROMPT_ENGINE = "step.engine", "prompt.engine"
+PLUGIN_CODE_DTYPE = "int8"
+"""Of the bytes of codes at the edge of a step with the plugin, whose tensors cannot be of uint8:
+the same bytes, which nothing else in the graph reads."""
 FORMAT = "less_cache.tensorrt.1"
 FIELDS: dict[str, Any] = {
     "tensorrt": str,

@@ -23,6 +23,7 @@ from less_cache._files import replaced
 from less_cache.layer_maps import FIRST_LAYERS
 from less_cache.ops import FOLDED_BIAS
 
+from .files import PLUGIN_CODE_DTYPE
 from .limits import counts_order
 from .operators import OPSET, check_operators
 from .rewrites import rewrite
@@ -36,9 +37,6 @@ CODE_DTYPE = "float16"
 """Of the bytes of codes inside a graph: TensorRT has uint8 only at an engine's edge, where it casts
 it to and from 16- and 32-bit floats. Numbers up to 255 are exact in both."""
 
-PLUGIN_CODE_DTYPE = "int8"
-"""Of the bytes of codes at the edge of a step with the plugin, whose tensors cannot be of uint8:
-the same bytes, which nothing else in the graph reads."""
 
 CODED_ARRAYS = ("keys", "values")
 """What is bytes where pairs are coded."""

@@ -16,8 +16,7 @@ from exporters.common.snapshots import read_arrays
 
 from .cuda import Device, device_info
 from .engine import TORCH_TYPES, Call, Engine
-from .files import PROMPT_ENGINE, STEP_ENGINE, check_place, read_engine_manifest
-from .graphs import PLUGIN_CODE_DTYPE
+from .files import PLUGIN_CODE_DTYPE, PROMPT_ENGINE, STEP_ENGINE, check_place, read_engine_manifest
 from .library import Log, load_plugin
 from .state import TensorRTState, empty_arrays, to_numpy
 

@@ -85,7 +85,8 @@ class CodedParts:
         if family == "llama_one":
             family, changes = "llama", {"num_hidden_layers": 1}
         if family == "llama_three":
-            family, changes = "llama", {"num_hidden_layers": 3}
+            # With seed 0 a number lies at a level's edge, where another order of sums differs.
+            family, changes = "llama", {"num_hidden_layers": 3, "seed": 1}
         self.model = build(family, **changes)
         self.config, self.maps = less(self.model, capacity=capacity, rank=rank or 4)
         self.config = self.config.replace(quantization=quantization, rank=rank)

@@ -308,9 +308,8 @@ def test_mixtures_of_experts(tmp_path):
 @pytest.mark.parametrize(("name", "count"), [("calibrated", 16), ("by layer", 12)])
 def test_graphs_over_codes_do_what_the_file_does(coded, name, count):
     folder = coded(name).folder
-    # With 2 bits of values a number at a level's edge that falls to the other side is felt.
     for plugin in (False, True):
-        compare(folder, plugin, atol=1e-4 if name == "calibrated" else 5e-3)
+        compare(folder, plugin, atol=1e-4)
     for path in derive_graphs(folder, plugin=False):
         graph = onnx.load(path, load_external_data=False).graph
         values = (*graph.input, *graph.output)

@@ -114,7 +114,7 @@ def layouts_of_export(folder: Path) -> list[Layout]:
         # Layers with sliding windows store pairs as they are, and are none of the config's.
         given = iter(config.quantizations)
         layers = [
-            _layout(config, layer, None if layer.get("window") else next(given))
+            _layout(config, layer, None if layer.get("window") else next(given, None))
             for layer in manifest["layers"]
         ]
     except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -55,7 +55,7 @@ def test_the_file_has_standard_operators_alone(folders):
 
 def test_the_same_logits_and_states_as_with_functions(folders):
     ids, mask = (x.numpy() for x in prompts([11, 5]))
-    decoders = [OnnxDecoder(folder) for folder in folders]
+    decoders = [OnnxDecoder(folder, threads=1) for folder in folders]
     states = [decoder.new_state(2) for decoder in decoders]
     for step in range(30):
         first, second = (d.append(s, ids, mask) for d, s in zip(decoders, states, strict=True))

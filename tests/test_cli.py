@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import json
 import logging
@@ -21,8 +20,6 @@ import less_cache as lc
 from less_cache import cli, reference_model
 from less_cache._checks import check_choice
 from less_cache.cli import loading, telling
-from less_cache.evaluation import demo
-from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY
 from less_cache.feature_maps import FeatureMaps
 from less_cache.policies import POLICIES, register_policy
 from tests.helpers import small_config
@@ -98,34 +95,6 @@ def test_info_tells_what_differs_by_layer(tmp_path):
     words = " ".join(told.split())
     assert "for the rank 0 in layer 0, 2 in layer 1" in words
     assert "for pairs stored as they are in layer 0, in 3 bits (hadamard) in layer 1" in words
-
-
-def test_demo_writes_a_page_to_look_at(tmp_path, monkeypatch):
-    for name, small in {"WINDOWS": 3, "PROMPTS": 1, "NEW_TOKENS": 4, "CONTEXT": 64}.items():
-        monkeypatch.setattr(demo, name, small)
-    result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    page = (tmp_path / "index.html").read_text()
-    assert "$" not in page
-    assert page.count("data:image/png;base64,") == 2
-    assert page.count("<section>") == 2
-    data = json.loads((tmp_path / "demo.json").read_text())
-    assert [cache["name"] for cache in data["caches"]] == [FULL, POLICY, BASELINE_PLUS, "LESS"]
-    assert data["policy"][0]["name"] == "SinkWindow"
-    assert data["ahead"] == 3
-    assert len(data["tokens"]) == demo.STRETCH
-    assert {timing["cache"] for timing in data["timings"]} >= {"full cache", "LESS (torch)"}
-    for told in (data["command"], data["date"], data["machine"]["cpu"], torch.__version__):
-        assert html.escape(told) in page
-    for better in ("full", "less"):
-        extreme = max(data["tokens"], key=lambda t: np.exp(-t[better]) - np.exp(-t["policy"]))
-        shares = (f"<td>{np.exp(-extreme[cache]):.1%}</td>" for cache in ("full", "policy", "less"))
-        assert "".join(shares) in page
-
-
-def test_the_shown_window_is_the_median_one():
-    assert demo.median_window([0.5, 0.1, 0.3]) == 2
-    assert demo.median_window([0.4, -0.1, 0.2, 0.3]) == 3
 
 
 def run(monkeypatch, capsys, *arguments):

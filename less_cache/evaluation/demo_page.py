@@ -1,4 +1,4 @@
-"""The demo's report: one page with its pictures inside, and its numbers as JSON."""
+"""The demo's report: one page with its picture inside, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -6,153 +6,185 @@ import base64
 import html
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from .._files import json_text, write_text
-from . import demo as run
-from .comparison import BASELINE_PLUS, FULL
-from .demo import LESS, Demo, TokenLoss
-from .report import as_json, draw_positions, draw_recovery, gap_text
+from ..config import CacheConfig
+from ..provenance import codes_text
+from .comparison import FULL
+from .demo import ALONE, LESS, Demo, Line
+from .perplexity import Recovery
+from .report import COLOURS, blank_figure
 
 PAGE = Path(__file__).parent / "demo.html"
-WON_MOST, LOST_MOST = 5, 3
-"""Tokens in the table: where LESS wins back most, and where the policy loses most."""
-DEEPEST = 4.0
-"""Nats above the full cache from which on a token's colour is the strongest."""
 LABELS = {"cpu": "processor", "cores": "cores", "system": "system", "threads": "torch threads"}
+STYLES = {ALONE: (COLOURS["bad"], "-"), LESS: (COLOURS["plus"], "-")}
+"""Of lines in the picture; those of tuned caches are green."""
 
 
 def write_demo(demo: Demo, folder: Path) -> Path:
     """Write ``index.html`` and ``demo.json`` into a folder; the page's path."""
-    comparison = demo.comparison
-    facts = comparison.facts
+    facts, full, best = demo.facts, demo.line(FULL), first_tuned(demo)
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        slots=comparison.row(LESS).slots,
+        share=percent(best.share),
+        headline_perplexity=f"{best.perplexity:.2f}",
+        full_perplexity=f"{full.perplexity:.2f}",
+        alone_perplexity=f"{demo.line(ALONE).perplexity:.2f}",
+        accepted=f"{best.mean_accepted:.0f}",
+        alone_accepted=f"{demo.line(ALONE).mean_accepted:.0f}",
+        faster=times(best.speed.tokens_per_second / full.speed.tokens_per_second),
         window=f"{facts['window']:,}",
         windows=facts["windows"],
         tokens=f"{facts['tokens_scored']:,}",
-        won_most=WON_MOST,
-        lost_most=LOST_MOST,
-        prompts=min(run.PROMPTS, facts["windows"]),
+        prompts=facts["prompts"],
+        prompt_tokens=facts["prompt_tokens"],
         new_tokens=facts["new_tokens"],
-        ahead=demo.ahead,
-        baseline=BASELINE_PLUS,
-        rows=_comparison_rows(demo),
-        positions=_inline(draw_positions(comparison, "Where the small cache hurts")),
-        recovery=_inline(draw_recovery(comparison, "How much of the loss is won back")),
-        document=html.escape(demo.document),
-        shown=len(demo.tokens),
-        lost=_lost_rows(demo.tokens),
-        policy_text=_coloured(demo.tokens, lambda token: token.policy),
-        less_text=_coloured(demo.tokens, lambda token: token.less),
-        policy_nats=_excess(demo.tokens, lambda token: token.policy),
-        less_nats=_excess(demo.tokens, lambda token: token.less),
-        context=f"{run.CONTEXT:,}",
-        batch=run.BATCH,
-        timings=_timing_rows(demo),
-        around=_around_rows(demo.around),
+        context=f"{facts['speed_context']:,}",
+        batch=facts["speed_batch"],
+        rows="\n".join(_line_row(line, full, facts["new_tokens"]) for line in demo.lines),
+        positions=_inline(draw_excess(demo)),
+        first=html.escape(best.name),
+        heads=_heads(demo.tuned),
+        document=html.escape(demo.continuation.document),
+        prompt=html.escape(demo.continuation.prompt),
+        continuations=_continuations(demo),
+        around=_around_rows(facts),
     )
     path = folder / "index.html"
     write_text(path, page)
     data = {
-        **as_json(comparison),
-        **demo.around,
-        "ahead": demo.ahead,
-        "document": demo.document,
-        "tokens": [vars(token) for token in demo.tokens],
-        "timings": [vars(timing) for timing in demo.timings],
+        **facts,
+        "caches": [{**asdict(line), "mean_accepted": line.mean_accepted} for line in demo.lines],
+        "continuation": asdict(demo.continuation),
+        "tuned": demo.tuned.to_dict(),
     }
     write_text(folder / "demo.json", json_text(data, indent=2) + "\n")
     return path
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def first_tuned(demo: Demo) -> Line:
+    """The line of the cache that the page is about: the first that is none of the others."""
+    return next(line for line in demo.lines if line.name not in (FULL, ALONE, LESS))
 
 
-def _comparison_rows(demo: Demo) -> str:
-    return "\n".join(
-        _row(
-            (
-                html.escape(row.name),
-                row.slots,
-                f"{row.bytes_per_sequence / 1024:,.0f} KiB",
-                f"{row.perplexity:.2f}",
-                f"{row.second_half:.2f}",
-                gap_text(row) or "&ndash;",
-                "&ndash;" if row.accepted is None or row.name == FULL else f"{row.accepted:.1f}",
-            )
-        )
-        for row in demo.comparison.rows
+def percent(share: float) -> str:
+    """A share such as 5.00 % or 1.25 %, without the digits that say nothing."""
+    return f"{100 * share:.3g} %"
+
+
+def times(ratio: float) -> str:
+    """How often something is faster, with as many digits as such a time bears."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+def won_back(share: Recovery | None) -> str:
+    """The part of the gap with its interval, as text."""
+    if share is None:
+        return ""
+    if math.isnan(share.low):
+        return f"{share.share:.0%}"
+    return f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def _line_row(line: Line, full: Line, new_tokens: int) -> str:
+    if line is full:
+        kept, gap = f"{new_tokens}", "&ndash;"
+    else:
+        kept = f"{line.mean_accepted:.1f} <small>({line.low:.1f} to {line.high:.1f})</small>"
+        gap = won_back(line.recovery) or "&ndash;"
+    ratio = line.speed.tokens_per_second / full.speed.tokens_per_second
+    faster = "" if line is full else f" <small>&times; {times(ratio)}</small>"
+    cells = (
+        html.escape(line.name),
+        html.escape(line.slots),
+        f"{line.nbytes / 1024:,.0f}&nbsp;KiB",
+        f"{percent(line.share)}{_bar(line.share)}",
+        f"{line.perplexity:.2f}",
+        gap,
+        f"{kept}{_bar(line.mean_accepted / new_tokens)}",
+        f"{line.speed.tokens_per_second:,.0f}{faster}",
+        f"{line.speed.prompt_seconds:.1f}&nbsp;s",
     )
+    kind = {FULL: "full", ALONE: "plain", LESS: "plain"}.get(line.name, "tuned")
+    return f'<tr class="{kind}">{_cells(cells)}</tr>'
 
 
-def _lost_rows(tokens: list[TokenLoss]) -> str:
-    """What LESS remembers best, and what the policy loses most on, whatever LESS makes of it."""
+def _bar(share: float) -> str:
+    return f'<b class="bar" style="--share:{min(1.0, share):.3f}"></b>'
 
-    def gain(loss: float, of: float) -> float:
-        """In probability: a token that nobody foresees is no example, whatever its ratio."""
-        return math.exp(-loss) - math.exp(-of)
 
-    won = sorted(tokens, key=lambda t: gain(t.less, t.policy), reverse=True)[:WON_MOST]
-    others = [token for token in tokens if token not in won]
-    worst = sorted(others, key=lambda t: gain(t.full, t.policy), reverse=True)[:LOST_MOST]
-    numbers = ((token, (token.full, token.policy, token.less)) for token in (*won, *worst))
-    return "\n".join(
-        _row(
-            (
-                f"<code>{html.escape(_visible(token.text))}</code>",
-                *(f"{math.exp(-loss):.1%}" for loss in losses),
-            )
+def _cells(cells: Iterable[str]) -> str:
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _heads(config: CacheConfig) -> str:
+    """Slots by layer and KV head, the more the darker, and what else differs by layer."""
+    most = max(map(max, config.capacities))
+    heads = "".join(f"<th>head {head}</th>" for head in range(config.kv_heads))
+    rows = [f"<tr><th></th>{heads}<th>pairs</th><th>policy</th><th>state</th></tr>"]
+    for index, layer in enumerate(config.layers):
+        cells = [f"<td>layer {index}</td>"]
+        for slots in layer.capacities:
+            # Few slots matter as much as many: shades follow the logarithm.
+            depth = math.log1p(slots) / math.log1p(most)
+            light = " light" if depth > 0.8 else ""
+            cells.append(f'<td class="head{light}" style="--depth:{depth**3:.2f}">{slots}</td>')
+        words = (
+            codes_text(layer.quantization).removesuffix(" (calibrated)"),
+            type(layer.policy).__name__,
+            f"rank {layer.rank}" if layer.rank else "&ndash;",
         )
-        for token, losses in numbers
-    )
+        rows.append(f"<tr>{''.join(cells)}{_cells(words)}</tr>")
+    return "\n".join(rows)
 
 
-def _visible(text: str) -> str:
-    return text.replace("\n", "\N{RETURN SYMBOL}").replace(" ", "\N{OPEN BOX}")
+def _continuations(demo: Demo) -> str:
+    """A column a cache; what is no longer the full cache's is pale."""
+    shown, columns = demo.continuation, []
+    tuned = [line.name for line in demo.lines if line.name not in (FULL, ALONE, LESS)]
+    for name in (FULL, *tuned, LESS, ALONE):
+        kept, changed = html.escape(shown.kept[name]), html.escape(shown.changed[name])
+        if name == FULL:
+            told, text = "what the others are held against", kept
+        else:
+            told = f"{shown.accepted[name]} of {demo.facts['new_tokens']} tokens the same"
+            text = f"<mark>{kept}</mark><s>{changed}</s>"
+        title = f"<h3>{html.escape(name)}</h3><p>{told}</p>"
+        columns.append(f"<section>{title}<pre>{text}</pre></section>")
+    return "\n".join(columns)
 
 
-def _coloured(tokens: list[TokenLoss], loss: Callable[[TokenLoss], float]) -> str:
-    """The text; the more a token loses against the full cache, the redder."""
-    parts = []
-    for token in tokens:
-        depth = min(1.0, (loss(token) - token.full) / DEEPEST)
-        text = html.escape(token.text)
-        # Faint ones are noise.
-        parts.append(text if depth < 0.1 else f'<i style="--depth:{depth:.2f}">{text}</i>')
-    return "".join(parts)
+def draw_excess(demo: Demo) -> Any:
+    """Loss above the full cache by position: where in a text each cache hurts."""
+    figure, axes = blank_figure("What a text's later tokens lose")
+    full = demo.line(FULL)
+    greens = iter((COLOURS["good"], "#7fb8a8"))
+    for line in demo.lines:
+        if line is full:
+            continue
+        colour, dashes = STYLES.get(line.name) or (next(greens, COLOURS["good"]), "-")
+        extra = [a - b for a, b in zip(line.losses, full.losses, strict=True)]
+        label = f"{line.name} ({percent(line.share)})" if line.name in STYLES else line.name
+        axes.plot(line.positions, extra, dashes, color=colour, label=label, lw=2)
+    axes.axhline(0, color=COLOURS["muted"], lw=1)
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("nats a token above the full cache")
+    axes.set_xlim(0, None)
+    axes.legend(frameon=False)
+    return figure
 
 
-def _excess(tokens: list[TokenLoss], loss: Callable[[TokenLoss], float]) -> str:
-    mean = sum(loss(token) - token.full for token in tokens) / len(tokens)
-    return f"{mean:.2f}"
-
-
-def _timing_rows(demo: Demo) -> str:
-    full = {t.device: t.milliseconds for t in demo.timings if t.cache == "full cache"}
+def _around_rows(facts: dict[str, Any]) -> str:
+    told = {"command": facts["command"], "date": facts["date"]}
+    told |= {label: facts["machine"][name] for name, label in LABELS.items()}
+    told |= facts["versions"]
     return "\n".join(
-        _row(
-            (
-                html.escape(timing.cache),
-                html.escape(timing.device),
-                f"{timing.bytes_per_sequence / 1024:,.0f} KiB",
-                f"{timing.milliseconds:.2f} ms",
-                f"{full[timing.device] / timing.milliseconds:.1f} times",
-            )
-        )
-        for timing in demo.timings
+        f"<tr>{_cells((html.escape(name), html.escape(str(x))))}</tr>" for name, x in told.items()
     )
-
-
-def _around_rows(around: dict[str, Any]) -> str:
-    told = {"command": around["command"], "date": around["date"]}
-    told |= {label: around["machine"][name] for name, label in LABELS.items()}
-    told |= around["versions"]
-    return "\n".join(_row((html.escape(name), html.escape(str(x)))) for name, x in told.items())
 
 
 def _inline(figure: Any) -> str:

@@ -105,7 +105,7 @@ def _colour(name: str) -> str:
 
 def draw_positions(comparison: Comparison, title: str) -> Any:
     """Loss by position: where in a text a small cache hurts, and where LESS helps."""
-    figure, axes = _figure(title)
+    figure, axes = blank_figure(title)
     full = comparison.row(FULL)
     dashes = iter(("-", "--", ":", "-."))
     for row in comparison.rows:
@@ -124,7 +124,7 @@ def draw_positions(comparison: Comparison, title: str) -> Any:
 
 def draw_recovery(comparison: Comparison, title: str) -> Any:
     """The share of the gap that each cache wins back, with its interval."""
-    figure, axes = _figure(title)
+    figure, axes = blank_figure(title)
     rows = [row for row in comparison.rows if row.recovery is not None]
     for place, row in enumerate(rows):
         share = row.recovery
@@ -144,7 +144,8 @@ def draw_recovery(comparison: Comparison, title: str) -> Any:
     return figure
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def blank_figure(title: str) -> tuple[Any, Any]:
+    """A figure and its axes, in the reports' style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")

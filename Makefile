@@ -7,8 +7,10 @@ PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
 # Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=
+# Of `make gpu`: such as --only kernels.
+GPU_ARGUMENTS ?=
 
-.PHONY: venv demo serve plugin test lint format clean
+.PHONY: venv demo serve plugin gpu test lint format clean
 
 venv: .venv/installed
 
@@ -34,6 +36,10 @@ plugin: venv
 	cmake --build plugins/trt/build/release
 	ctest --test-dir plugins/trt/build/release --output-on-failure
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/plugins
+
+# What a first run on a card should show, in order; the plugin's part wants `make plugin` before it.
+gpu: venv
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGUMENTS)
 
 lint: venv
 	$(BIN)/ruff check .

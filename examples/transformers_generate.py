@@ -71,7 +71,7 @@ def main(
         llm.config,
         capacity=capacity,
         policy=lc.H2O(),
-        rank=trained[0].rank if trained else 0,
+        rank=trained.rank if trained else 0,
     )
     with lc.attach(llm, config, trained) as less:
         cache = less.new_cache()

@@ -31,6 +31,7 @@ from .policies import (
 )
 from .quantization import Quantization
 from .quantization.transforms import Transforms
+from .recipe import CacheRecipe
 from .state import CacheState, LayerState
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "TOVA",
     "CacheConfig",
     "CacheManager",
+    "CacheRecipe",
     "CacheState",
     "DecayedH2O",
     "FeatureMaps",

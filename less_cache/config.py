@@ -25,6 +25,9 @@ MOST_PARTS = 2**16
 Slots: TypeAlias = "int | float | str"
 """A number of slots; or a share of the model's longest sequence, 0.05 or "5%"."""
 
+Codes: TypeAlias = "Quantization | None"
+"""In how many bits pairs are stored; ``None``: as they are."""
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -45,7 +48,7 @@ class CacheConfig:
     policy
         Which pair leaves when the cache is full; or one policy for each layer.
     rank
-        R, the rows of the low-rank state; 0 runs the policy alone.
+        R, the rows of the low-rank state; 0 runs the policy alone. One for all, or one a layer.
     hidden
         Hidden size of the feature maps; ``None`` takes whatever the maps have.
     max_positions
@@ -60,12 +63,13 @@ class CacheConfig:
         Of H and z: float32 or float64. They are sums over the whole past, for which 16 bits do
         not do. Default: float32 (float64 where `dtype` is).
     quantization
-        In how many bits pairs are stored; ``None``: in `dtype`.
+        In how many bits pairs are stored; ``None``: in `dtype`. One for all, or one a layer.
 
     Attributes
     ----------
     The parameters, with every number filled in: `capacity` and `policy` one for all where all
-    layers and heads agree, else one a layer, else one a head of each layer.
+    layers and heads agree, else one a layer, else one a head of each layer; `rank` and
+    `quantization` one for all where all layers agree, else one a layer.
 
     Raises
     ------
@@ -78,6 +82,8 @@ class CacheConfig:
     >>> config = lc.CacheConfig(2, 8, 2, 64, capacity=[32, [16, 128]], policy=lc.SinkWindow())
     >>> config.capacities
     ((32, 32), (16, 128))
+    >>> config.replace(rank=[0, 8]).ranks
+    (0, 8)
     """
 
     num_layers: int
@@ -86,14 +92,14 @@ class CacheConfig:
     head_dim: int
     capacity: Slots | Sequence[Slots | Sequence[Slots]]
     policy: Policy | Sequence[Policy]
-    rank: int = 8
+    rank: int | Sequence[int] = 8
     hidden: int | None = None
     max_positions: int | None = None
     scale: float | None = None
     softcap: float | None = None
     dtype: Any = "float32"
     state_dtype: Any = None
-    quantization: Quantization | None = None
+    quantization: Codes | Sequence[Codes] = None
     # What was asked for, and what came of it: not part of what a config is.
     _asked: dict[str, Any] = field(init=False, repr=False, compare=False)
     _layers: tuple[LayerConfig, ...] = field(init=False, repr=False, compare=False)
@@ -103,7 +109,6 @@ class CacheConfig:
         for name in ("num_layers", "query_heads", "kv_heads"):
             asked[name] = check_int(name, asked[name], minimum=1, maximum=MOST_PARTS)
         asked["head_dim"] = check_int("head_dim", self.head_dim, minimum=1)
-        asked["rank"] = check_int("rank", self.rank, minimum=0)
         for name in ("hidden", "max_positions"):
             if asked[name] is not None:
                 asked[name] = check_int(name, asked[name], minimum=1)
@@ -118,18 +123,18 @@ class CacheConfig:
         asked["dtype"] = dtype_name(self.dtype)
         if self.state_dtype is not None:
             asked["state_dtype"] = state_dtype_name(self.state_dtype)
-        if self.quantization is not None and not isinstance(self.quantization, Quantization):
-            raise TypeError(
-                f"quantization: got {self.quantization!r}, expected a Quantization or None"
-            )
+        ranks = _per_layer("rank", self.rank, asked["num_layers"])
+        asked["rank"] = collapsed(tuple(check_int("rank", rank, minimum=0) for rank in ranks))
+        codes = _per_layer("quantization", self.quantization, asked["num_layers"])
+        asked["quantization"] = collapsed(tuple(map(_checked_codes, codes)))
         asked["capacity"] = _plain(self.capacity)
         asked["policy"] = _plain(self.policy)
         layers = tuple(_resolve_layers(asked))
         # Two spellings of the same cache are to compare equal and to hash alike.
         resolved = {
             **asked,
-            "capacity": _collapsed(tuple(_collapsed(layer.capacities) for layer in layers)),
-            "policy": _collapsed(tuple(_collapsed(layer.policies) for layer in layers)),
+            "capacity": collapsed(tuple(collapsed(layer.capacities) for layer in layers)),
+            "policy": collapsed(tuple(collapsed(layer.policies) for layer in layers)),
             "scale": layers[0].scale,
             "state_dtype": layers[0].state_dtype,
         }
@@ -145,6 +150,26 @@ class CacheConfig:
     def policies(self) -> tuple[Policy, ...]:
         """The policy of each layer, with its first head's numbers."""
         return tuple(layer.policy for layer in self._layers)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """R of each layer."""
+        return tuple(layer.rank for layer in self._layers)
+
+    @property
+    def quantizations(self) -> tuple[Quantization | None, ...]:
+        """In how many bits each layer's pairs are stored."""
+        return tuple(layer.quantization for layer in self._layers)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any layer has a low-rank state, and so needs feature maps."""
+        return any(self.ranks)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any layer's pairs are coded."""
+        return any(codes is not None for codes in self.quantizations)
 
     @property
     def group(self) -> int:
@@ -292,7 +317,7 @@ class CacheConfig:
         *,
         capacity: Slots | Sequence[Slots | Sequence[Slots]] | None = None,
         policy: Policy | Sequence[Policy],
-        rank: int = 8,
+        rank: int | Sequence[int] = 8,
         **parameters: Any,
     ) -> CacheConfig:
         """The config for a transformers model; layers with a sliding window are not counted.
@@ -334,8 +359,7 @@ class CacheConfig:
         for policy in policies:
             check_registered(policy)
         data["policy"] = [policy.to_dict() for policy in policies]
-        if self.quantization is not None:
-            data["quantization"] = self.quantization.to_dict()
+        data["quantization"] = codes_data(data["quantization"])
         return {"format": FORMAT_VERSION, **data}
 
     @classmethod
@@ -361,8 +385,10 @@ class CacheConfig:
             found = type(fields["policy"]).__name__
             raise TypeError(f"config: policy: got {found}, expected a list of one a layer")
         fields["policy"] = [policy_from_dict(policy) for policy in fields["policy"]]
-        if fields["quantization"] is not None:
-            fields["quantization"] = Quantization.from_dict(fields["quantization"])
+        codes = fields["quantization"]
+        fields["quantization"] = (
+            [*map(_read_codes, codes)] if isinstance(codes, list) else (_read_codes(codes))
+        )
         return cls(**fields)
 
 
@@ -395,6 +421,8 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
     layers = []
     capacities = _per_layer("capacity", asked["capacity"], num_layers)
     policies = _per_layer("policy", asked["policy"], num_layers)
+    ranks = _per_layer("rank", asked["rank"], num_layers)
+    codes = _per_layer("quantization", asked["quantization"], num_layers)
     for index, (capacity, policy) in enumerate(zip(capacities, policies, strict=True)):
         heads = capacity if isinstance(capacity, tuple) else (capacity,) * kv_heads
         if len(heads) != kv_heads:
@@ -403,7 +431,7 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
                 f"{kv_heads}: one a KV head"
             )
         slots = tuple(_slots(value, asked["max_positions"]) for value in heads)
-        _check_codes(asked["quantization"], _checked_policy(policy))
+        _check_codes(codes[index], _checked_policy(policy))
         layers.append(
             LayerConfig(
                 query_heads=asked["query_heads"],
@@ -411,12 +439,12 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
                 head_dim=asked["head_dim"],
                 capacities=slots,
                 policies=tuple(_checked_policy(policy).resolve(c) for c in slots),
-                rank=asked["rank"],
+                rank=ranks[index],
                 scale=scale if scale is not None else asked["head_dim"] ** -0.5,
                 softcap=asked["softcap"],
                 dtype=dtype,
                 state_dtype=asked["state_dtype"] or default_state_dtype(dtype),
-                quantization=asked["quantization"],
+                quantization=codes[index],
             )
         )
     return layers
@@ -432,6 +460,23 @@ def _check_codes(quantization: Quantization | None, policy: Policy) -> None:
             f"quantization: {quantization} cannot be had with {policy}, whose scores start from "
             "the key itself"
         )
+
+
+def _checked_codes(codes: Any) -> Codes:
+    if codes is not None and not isinstance(codes, Quantization):
+        raise TypeError(f"quantization: got {codes!r}, expected a Quantization or None")
+    return codes
+
+
+def _read_codes(data: Any) -> Codes:
+    return None if data is None else Quantization.from_dict(data)
+
+
+def codes_data(quantization: Codes | Sequence[Codes]) -> Any:
+    """A `CacheConfig.quantization` as JSON-ready data."""
+    if isinstance(quantization, Sequence):
+        return [codes_data(entry) for entry in quantization]
+    return None if quantization is None else quantization.to_dict()
 
 
 def _plain(value: Any) -> Any:
@@ -455,7 +500,8 @@ def _per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _collapsed(values: tuple[Any, ...]) -> Any:
+def collapsed(values: tuple[Any, ...]) -> Any:
+    """One value where all are equal, else all of them."""
     return values[0] if all(value == values[0] for value in values) else values
 
 

@@ -10,32 +10,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._checks import check_choice, check_device, check_int, check_memory, check_path
-from .config import CacheConfig, kv_shard
+from ._hub import locate, upload
+from .config import CacheConfig, collapsed, kv_shard
 from .layer_maps import LAST_LAYERS, LayerMaps, checked_layer, tensor_shapes, untrained_layer
-from .maps_io import load_folder, load_official, locate, public_name, save_folder, upload
+from .maps_io import (
+    CARD,
+    WEIGHTS,
+    by_layer,
+    card_text,
+    load_folder,
+    load_official,
+    named_tensors,
+    public_name,
+    read_card,
+    save_folder,
+)
 
 
 class FeatureMaps:
-    """The maps of all layers, with where they came from.
+    """The maps of all layers, with where they came from; ``None`` for a layer of rank 0.
 
     Make them with `from_tensors`, `initialise`, `from_pretrained` or `from_official`.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerMaps],
+        layers: Sequence[LayerMaps | None],
         *,
         model_id: str | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        if not layers:
+        kinds = {i: layer.kind for i, layer in enumerate(layers) if layer is not None}
+        if not kinds:
             raise ValueError("layers: got none, expected the maps of at least one layer")
-        for i, layer in enumerate(layers):
-            if layer.kind != layers[0].kind:
+        first = min(kinds)
+        for i, kind in kinds.items():
+            if kind != kinds[first]:
                 raise ValueError(
-                    f"layers[{i}]: kind {layer.kind!r} differs from layers[0]'s {layers[0].kind!r}"
+                    f"layers[{i}]: kind {kind!r} differs from layers[{first}]'s {kinds[first]!r}"
                 )
         self.layers = tuple(layers)
         self.model_id = model_id
@@ -44,26 +59,43 @@ class FeatureMaps:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: int) -> LayerMaps:
+    def __getitem__(self, layer: int) -> LayerMaps | None:
         return self.layers[layer]
 
-    def __iter__(self) -> Iterator[LayerMaps]:
+    def __iter__(self) -> Iterator[LayerMaps | None]:
         return iter(self.layers)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}={size}" for name, size in self.layers[0].shapes.items())
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
         return f"FeatureMaps(kind={self.kind!r}, num_layers={len(self)}, {sizes})"
 
     @property
     def kind(self) -> str:
         """``"paper"`` or ``"exp"``."""
-        return self.layers[0].kind
+        return self._first.kind
+
+    @property
+    def rank(self) -> int | tuple[int, ...]:
+        """R as `CacheConfig` takes it: one for all layers, or one a layer, 0 where none are."""
+        return collapsed(tuple(0 if layer is None else layer.rank for layer in self.layers))  # type: ignore[no-any-return]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """`LayerMaps.shapes` of the first maps, with the `rank` of all layers."""
+        return {**self._first.shapes, "rank": self.rank}
+
+    @property
+    def _first(self) -> LayerMaps:
+        return next(layer for layer in self.layers if layer is not None)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the kind and every parameter: two maps with one digest are the same."""
         digest = hashlib.sha256(self.kind.encode())
         for i, layer in enumerate(self.layers):
+            if layer is None:
+                digest.update(f"{i}: none".encode())
+                continue
             for name in sorted(layer.tensors):
                 tensor = layer.tensors[name].detach().to("cpu", torch.float64).contiguous()
                 digest.update(f"{i}.{name}{tuple(tensor.shape)}".encode())
@@ -73,7 +105,7 @@ class FeatureMaps:
     @classmethod
     def from_tensors(
         cls,
-        layers: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any] | None],
         *,
         kind: str | None = None,
         model_id: str | None = None,
@@ -87,7 +119,7 @@ class FeatureMaps:
             For each layer ``phi_w1`` [Hq, D, hidden], ``phi_w2`` [Hq, hidden, R], ``psi_w1``
             [Hkv, D, hidden], ``psi_w2`` [Hkv, hidden, R], and for the paper's kind ``psi_w3``
             [Hkv, R, R], ``psi_s1`` and ``psi_s2`` [Hkv, R], for ``"exp"`` ``psi_b`` [Hkv, R].
-            Tensors or arrays of floating-point numbers.
+            Tensors or arrays of floating-point numbers. ``None`` for a layer of rank 0.
         kind
             Default: told by the names.
         model_id, record
@@ -107,7 +139,10 @@ class FeatureMaps:
                 f"layers: got {type(layers).__name__}, expected a list of one dict a layer"
             )
         return cls(
-            [checked_layer(i, tensors, kind) for i, tensors in enumerate(layers)],
+            [
+                None if tensors is None else checked_layer(i, tensors, kind)
+                for i, tensors in enumerate(layers)
+            ],
             model_id=model_id,
             record=record,
         )
@@ -126,7 +161,7 @@ class FeatureMaps:
         Parameters
         ----------
         config
-            Gives the shapes; its rank must be above 0.
+            Gives the shapes; its rank must be above 0 in some layer.
         kind
             ``"paper"`` or ``"exp"``.
         hidden
@@ -145,23 +180,27 @@ class FeatureMaps:
             raise TypeError(
                 f"generator: got {type(generator).__name__}, expected a torch.Generator"
             )
-        if config.rank == 0:
+        if not config.has_state:
             raise ValueError("config: rank is 0, expected a rank above 0 for feature maps")
         if hidden is not None:
             hidden = check_int("hidden", hidden, minimum=1)
         generator = generator or torch.Generator().manual_seed(0)
-        shapes = tensor_shapes(
-            kind,
-            query_heads=config.query_heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            hidden=hidden or config.hidden or 512,
-            rank=config.rank,
-        )
-        numbers = config.num_layers * sum(map(math.prod, shapes.values()))
-        width = shapes["phi_w1"][2]
+        width = hidden or config.hidden or 512
+        shapes = [
+            tensor_shapes(
+                kind,
+                query_heads=config.query_heads,
+                kv_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                hidden=width,
+                rank=rank,
+            )
+            for rank in config.ranks
+        ]
+        held = [own if rank else None for own, rank in zip(shapes, config.ranks, strict=True)]
+        numbers = sum(sum(map(math.prod, own.values())) for own in held if own is not None)
         check_memory("hidden, rank", f"{width}, {config.rank}", 4.0 * numbers, torch.device("cpu"))
-        return cls([untrained_layer(kind, shapes, generator) for _ in range(config.num_layers)])
+        return cls([None if own is None else untrained_layer(kind, own, generator) for own in held])
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> FeatureMaps:
         """The maps on another device, the first layers' matrices in `dtype`.
@@ -175,7 +214,7 @@ class FeatureMaps:
             device = check_device("device", device)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating-point dtype of torch")
-        layers = [layer.to(device, dtype) for layer in self.layers]
+        layers = [None if layer is None else layer.to(device, dtype) for layer in self.layers]
         return FeatureMaps(layers, model_id=self.model_id, record=self.record)
 
     def shard(self, rank: int, world: int) -> FeatureMaps:
@@ -191,8 +230,11 @@ class FeatureMaps:
         ValueError
             If the heads cannot be dealt out evenly.
         """
-        layers = []
+        layers: list[LayerMaps | None] = []
         for layer in self.layers:
+            if layer is None:
+                layers.append(None)
+                continue
             shapes = layer.shapes
             kv_heads = kv_shard(shapes["query_heads"], shapes["kv_heads"], rank, world)
             share = shapes["query_heads"] // world
@@ -206,7 +248,8 @@ class FeatureMaps:
         Raises
         ------
         ValueError, TypeError
-            If the number of layers, or any size of any layer, differs.
+            If the number of layers, or any size of any layer, differs, or a layer has maps that
+            needs none, or lacks some.
         """
         if not isinstance(config, CacheConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
@@ -214,9 +257,12 @@ class FeatureMaps:
             raise ValueError(
                 f"maps: made for {len(self)} layers, expected num_layers = {config.num_layers}"
             )
-        for i, layer in enumerate(self.layers):
-            for name, size in layer.shapes.items():
-                wanted = getattr(config, name)
+        for i, (layer, rank) in enumerate(zip(self.layers, config.ranks, strict=True)):
+            if (layer is None) != (rank == 0):
+                found = "none" if layer is None else "some"
+                raise ValueError(f"maps: layer {i} has {found}, but its rank is {rank}")
+            for name, size in ({} if layer is None else layer.shapes).items():
+                wanted = rank if name == "rank" else getattr(config, name)
                 if wanted is not None and size != wanted:
                     raise ValueError(f"maps: layer {i} has {name} = {size}, expected {wanted}")
 
@@ -225,9 +271,23 @@ class FeatureMaps:
 
         Whoever reads meanwhile, or after a crash, finds the old maps or the new ones.
         """
-        save_folder(
-            check_path("folder", folder), [layer.tensors for layer in self.layers], self._card()
-        )
+        save_folder(check_path("folder", folder), self._tensors(), self._card())
+
+    def to_parts(self) -> tuple[dict[str, Tensor], str]:
+        """What a file of something larger holds of them: tensors by name, and a card."""
+        return named_tensors(self._tensors()), card_text(self._card())
+
+    @classmethod
+    def from_parts(cls, where: str, tensors: Mapping[str, Tensor], card: str) -> FeatureMaps:
+        """The maps that `to_parts` took apart; `where` begins the messages of errors.
+
+        Raises
+        ------
+        ValueError
+            If tensors and card disagree.
+        """
+        fields = read_card(where, card)
+        return cls._checked(where, by_layer(where, tensors, fields), fields)
 
     @classmethod
     def from_pretrained(
@@ -252,17 +312,9 @@ class FeatureMaps:
             If a file is damaged, or tensors and description disagree.
         """
         check_path("name", name)
-        folder = locate(name, subfolder, revision)
-        layers, card = load_folder(folder)
-        maps = cls.from_tensors(
-            layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
-        )
-        for size, found in maps[0].shapes.items():
-            if card.get(size) != found:
-                raise ValueError(
-                    f"{folder}: says {size} = {card.get(size)}, but the maps have {found}"
-                )
-        return maps
+        # A repository of format 1 has a card beside its weights.
+        folder = locate(name, subfolder, revision, [WEIGHTS, CARD])
+        return cls._checked(str(folder), *load_folder(folder))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the maps to a repository of the Hugging Face hub, made if need be.
@@ -272,8 +324,8 @@ class FeatureMaps:
         str
             The address of the commit.
         """
-        tensors = [layer.tensors for layer in self.layers]
-        return upload(tensors, self._card(), repo_id, private=private, token=token)
+        message = "Upload LESS feature maps"
+        return upload(self.save_pretrained, repo_id, message, private=private, token=token)
 
     @classmethod
     def from_official(cls, folder: str | Path) -> FeatureMaps:
@@ -294,11 +346,33 @@ class FeatureMaps:
             load_official(check_path("folder", folder)), kind="paper", record=record
         )
 
+    @classmethod
+    def _checked(
+        cls, where: str, layers: Sequence[Mapping[str, Tensor] | None], card: Mapping[str, Any]
+    ) -> FeatureMaps:
+        maps = cls.from_tensors(
+            layers, kind=card["kind"], model_id=card["model_id"], record=card["training"]
+        )
+        for size, found in maps._card_sizes().items():
+            if card.get(size) != found:
+                raise ValueError(
+                    f"{where}: says {size} = {card.get(size)}, but the maps have {found}"
+                )
+        return maps
+
     def _card(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "num_layers": len(self),
-            **self[0].shapes,
+            **self._card_sizes(),
             "model_id": public_name(self.model_id),
             "training": self.record,
         }
+
+    def _card_sizes(self) -> dict[str, Any]:
+        """`sizes` as JSON has them."""
+        rank = self.rank
+        return {**self.sizes, "rank": rank if isinstance(rank, int) else [*rank]}
+
+    def _tensors(self) -> list[Mapping[str, Tensor]]:
+        return [{} if layer is None else layer.tensors for layer in self.layers]

@@ -17,7 +17,8 @@ from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
 from .ops import StepPlan, plan_step
-from .quantization.transforms import LayerTransforms, Transforms, check_transforms
+from .quantization.transforms import LayerTransforms, Transforms
+from .recipe import CacheRecipe, check_parts
 from .snapshot import differences
 from .state import CacheState, LayerState, allocate
 
@@ -39,14 +40,14 @@ class CacheManager:
     config
         Shapes, budget and policy.
     maps
-        φ and ψ of each layer; needed where ``config.rank`` is above 0, refused where it is 0.
+        φ and ψ of each layer whose rank is above 0, ``None`` for a layer of rank 0.
     backend
         ``"auto"``, or one by name: ``"reference"`` is the definition, plain and slow;
         ``"torch"`` is fast on the CPU and on a GPU; ``"triton"`` has kernels for a CUDA GPU, and
         is what ``"auto"`` takes for a state that lives on one; ``"inductor"`` compiles attention
         over coded pairs for a CPU, once for each layout, which takes a C++ compiler and a while.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes of each layer that has calibrated ones, ``None`` for others.
 
     Raises
     ------
@@ -74,18 +75,8 @@ class CacheManager:
         backend: str = "auto",
         transforms: Transforms | None = None,
     ) -> None:
-        if not isinstance(config, CacheConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected a CacheConfig")
         check_choice("backend", backend, ("auto", *BACKENDS))
-        if maps is not None and not isinstance(maps, FeatureMaps):
-            raise TypeError(f"maps: got {type(maps).__name__}, expected FeatureMaps")
-        if config.rank and maps is None:
-            raise ValueError(f"maps: got None, but rank = {config.rank} needs feature maps")
-        if maps is not None and not config.rank:
-            raise ValueError("maps: given, but rank = 0 has no low-rank state that would use them")
-        if maps is not None:
-            maps.check_against(config)
-        check_transforms(config, transforms)
+        check_parts(config, maps, transforms)
         if backend != "auto":
             get_backend(backend).check_config(config)
         self.config = config
@@ -94,6 +85,27 @@ class CacheManager:
         self.backend = backend
         # By device and dtype: states are made often, maps are converted once.
         self._plans: dict[tuple[str, str], _Plan] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        subfolder: str = "",
+        revision: str | None = None,
+        backend: str = "auto",
+    ) -> CacheManager:
+        """The manager of a cache that was saved as a `CacheRecipe`.
+
+        Parameters
+        ----------
+        name, subfolder, revision
+            As of `CacheRecipe.from_pretrained`.
+        backend
+            As above.
+        """
+        recipe = CacheRecipe.from_pretrained(name, subfolder=subfolder, revision=revision)
+        return cls(recipe.config, recipe.maps, backend=backend, transforms=recipe.transforms)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold modules, and are made again when a state asks for one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
@@ -42,19 +41,13 @@ def save_folder(
     card
         `CARD_FIELDS` and the sizes, JSON-ready.
     """
-    tensors = {
-        # A copy: layers may share a tensor, which safetensors does not take.
-        f"layers.{i}.{name}": tensor.detach().cpu().contiguous().clone()
-        for i, layer in enumerate(layers)
-        for name, tensor in layer.items()
-    }
-    text = json_text({"format": FORMAT_VERSION, **card})
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "card": text})
+    header = {"format": "pt", "card": card_text(card)}
+    write_tensors(folder / WEIGHTS, named_tensors(layers), header)
     # Where one is left, it is that of older maps; `WEIGHTS` with a card of its own goes first.
     (folder / CARD).unlink(missing_ok=True)
 
 
-def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+def load_folder(folder: Path) -> tuple[list[dict[str, Tensor] | None], dict[str, Any]]:
     """Read what `save_folder` wrote: each layer's tensors by name, and the card.
 
     Raises
@@ -69,26 +62,53 @@ def load_folder(folder: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
         raise FileNotFoundError(f"{folder}: holds no {WEIGHTS}, which every folder of maps has")
     header, tensors = read_tensors(path)
     if "card" in header:
-        card = _card(path, header["card"], FORMAT_VERSION)
+        card = read_card(str(path), header["card"])
         if DIGEST not in header:
             raise ValueError(f"{path}: its header lacks the digest of the maps")
     else:
         path = folder / CARD
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: holds no {CARD}, and {WEIGHTS} has no card either")
-        card = _card(path, path.read_bytes(), 1)
-    if card["num_layers"] not in range(1, len(tensors) + 1):
+        card = read_card(str(path), path.read_bytes(), 1)
+    return by_layer(str(path), tensors, card), card
+
+
+def named_tensors(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all layers by one name each, as files have them."""
+    return {
+        # A copy: layers may share a tensor, which safetensors does not take.
+        f"layers.{i}.{name}": tensor.detach().cpu().contiguous().clone()
+        for i, layer in enumerate(layers)
+        for name, tensor in layer.items()
+    }
+
+
+def by_layer(
+    where: str, tensors: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> list[dict[str, Tensor] | None]:
+    """Each layer's tensors by name, from `named_tensors`; ``None`` where the card's rank is 0.
+
+    Raises
+    ------
+    ValueError
+        If there are tensors of other layers than the card's, or too few of them.
+    """
+    count, ranks = card["num_layers"], card.get("rank")
+    # Ranks by layer are as many as the card is long; a number alone may be any.
+    most = len(ranks) if isinstance(ranks, list) else len(tensors)
+    if count not in range(1, most + 1):
         raise ValueError(
-            f"{path}: num_layers = {card['num_layers']!r}, but there are {len(tensors)} tensors "
-            "in all"
+            f"{where}: num_layers = {count!r}, but there are {len(tensors)} tensors in all"
         )
-    layers: list[dict[str, Tensor]] = [{} for _ in range(card["num_layers"])]
+    layers: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for key, tensor in tensors.items():
         match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
         if match is None or int(match[1]) >= len(layers):
-            raise ValueError(f"{folder / WEIGHTS}: unexpected tensor {key!r}")
+            raise ValueError(f"{where}: unexpected tensor {key!r}")
         layers[int(match[1])][match[2]] = tensor
-    return layers, card
+    if not isinstance(ranks, list):
+        return [*layers]
+    return [own if own or rank else None for own, rank in zip(layers, ranks, strict=False)]
 
 
 def public_name(model_id: str | None) -> str | None:
@@ -101,69 +121,29 @@ def public_name(model_id: str | None) -> str | None:
     return model_id
 
 
-def _card(path: Path, text: str | bytes, version: int) -> dict[str, Any]:
-    card = parse_json(f"{path}: card", text)
+def card_text(card: Mapping[str, Any]) -> str:
+    """A card as files have it."""
+    return json_text({"format": FORMAT_VERSION, **card})
+
+
+def read_card(where: str, text: str | bytes, version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """The card that `card_text` made.
+
+    Raises
+    ------
+    ValueError
+        If it is of another format, or lacks a field.
+    """
+    card = parse_json(f"{where}: card", text)
     if not isinstance(card, dict) or card.get("format") != version:
         found = card.get("format") if isinstance(card, dict) else card
-        raise ValueError(f"{path}: format {found!r}, expected {version}")
+        raise ValueError(f"{where}: format {found!r}, expected {version}")
     if missing := [name for name in CARD_FIELDS if name not in card]:
-        raise ValueError(f"{path}: its card lacks {missing}")
+        raise ValueError(f"{where}: its card lacks {missing}")
     for name, kinds in CARD_FIELDS.items():
         if type(card[name]) not in kinds:
-            raise ValueError(f"{path}: its card has {name} = {card[name]!r:.60}")
+            raise ValueError(f"{where}: its card has {name} = {card[name]!r:.60}")
     return card
-
-
-def locate(name: str | Path, subfolder: str, revision: str | None) -> Path:
-    """The folder that `name` means, fetched from the hub where it is no local one."""
-    local = Path(name)
-    if local.is_dir():
-        return local / subfolder
-    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
-    if not looks_like_id:
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(
-            f"{name}: no such folder; to fetch it from the hub, install less_cache[transformers]"
-        ) from None
-    prefix = f"{subfolder}/" if subfolder else ""
-    # A repository of format 1 has a card beside its weights.
-    patterns = [prefix + WEIGHTS, prefix + CARD]
-    try:
-        fetched = snapshot_download(str(name), revision=revision, allow_patterns=patterns)
-    except Exception as error:  # Network, hub, rights: whatever it is, the name led to it.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"{name}: no such folder, and the hub gave no such repository: {reason}"
-        ) from error
-    return Path(fetched) / subfolder
-
-
-def upload(
-    layers: Sequence[Mapping[str, Tensor]],
-    card: Mapping[str, Any],
-    repo_id: str,
-    *,
-    private: bool,
-    token: str | None,
-) -> str:
-    """Upload what `save_folder` writes as one commit and return its address."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise ImportError(
-            "push_to_hub needs huggingface_hub: install less_cache[transformers]"
-        ) from None
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_folder(Path(folder), layers, card)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload LESS feature maps"
-        )
-    return str(commit.commit_url)
 
 
 def load_official(folder: Path) -> list[dict[str, Tensor]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
 from .quantization import Quantization
+from .quantization.settings import bits_text
 from .quantization.transforms import Transforms
 
 
@@ -76,13 +79,31 @@ def mismatches(
     return told
 
 
-def codes_text(quantization: Quantization | None) -> str:
-    """How pairs are stored, in words."""
+def codes_text(quantization: Quantization | Sequence[Quantization | None] | None) -> str:
+    """How pairs are stored, in words: a `CacheConfig.quantization`, one for all or one a layer."""
+    if isinstance(quantization, Sequence):
+        return _by_layer([codes_text(entry) for entry in quantization])
     if quantization is None:
         return "as they are"
-    keys, values = quantization.key_bits, quantization.value_bits
-    bits = f"{keys}" if keys == values else f"{keys} and {values}"
+    keys, values = bits_text(quantization.key_bits), bits_text(quantization.value_bits)
+    bits = keys if keys == values else f"{keys} and {values}"
     return f"in {bits} bits ({quantization.transform})"
+
+
+def ranks_text(rank: int | Sequence[int]) -> str:
+    """A `CacheConfig.rank` in words."""
+    return f"{rank}" if isinstance(rank, int) else _by_layer([f"{entry}" for entry in rank])
+
+
+def _by_layer(texts: list[str]) -> str:
+    """What is said of each layer, once for layers side by side that agree."""
+    told, first = [], 0
+    for text, run in itertools.groupby(texts):
+        last = first + len([*run]) - 1
+        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+        told.append(f"{text} in {layers}")
+        first = last + 1
+    return ", ".join(told)
 
 
 def slots_text(capacity: Any) -> str:

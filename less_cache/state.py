@@ -296,7 +296,7 @@ class CacheState:
             device = check_device("device", device)
         found = snapshot.read(check_path("path", path))
         found.check_config(config)
-        if found.config.rank:
+        if found.config.has_state:
             if maps is None:
                 raise ValueError(
                     f"{path}: has a low-rank state; maps must be given to go on with it"
@@ -315,7 +315,7 @@ class CacheState:
             # Who wrote the file may not have counted.
             seen = int(tensors["length"].max())
             layers.append(LayerState(**arrays, tokens_bound=max(bound, seen)))
-        own = maps if found.config.rank else None
+        own = maps if found.config.has_state else None
         return cls(found.config, layers, own, transforms=transforms)
 
     def _like(self, layers: list[LayerState]) -> CacheState:

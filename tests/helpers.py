@@ -48,19 +48,22 @@ def random_maps(
     config: lc.CacheConfig, kind: str = "exp", seed: int = 0, hidden: int = 6
 ) -> lc.FeatureMaps | None:
     """Maps whose state weighs about as much as the pairs do; ``None`` for rank 0."""
-    if config.rank == 0:
+    if not config.has_state:
         return None
     rng = np.random.default_rng(seed)
-    shapes = tensor_shapes(
-        kind,
-        query_heads=config.query_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        hidden=hidden,
-        rank=config.rank,
-    )
-    layers = []
-    for _ in range(config.num_layers):
+    layers: list[dict[str, np.ndarray] | None] = []
+    for rank in config.ranks:
+        if not rank:
+            layers.append(None)
+            continue
+        shapes = tensor_shapes(
+            kind,
+            query_heads=config.query_heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            hidden=hidden,
+            rank=rank,
+        )
         tensors = {name: rng.normal(size=shape) * 0.5 for name, shape in shapes.items()}
         if kind == "exp":
             tensors["psi_b"] -= 1.0

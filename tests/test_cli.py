@@ -25,6 +25,7 @@ from less_cache.evaluation import demo
 from less_cache.evaluation.comparison import BASELINE_PLUS, FULL, POLICY
 from less_cache.feature_maps import FeatureMaps
 from less_cache.policies import POLICIES, register_policy
+from tests.helpers import small_config
 from tests.policies import MostSeen
 
 runner = CliRunner()
@@ -87,6 +88,16 @@ def test_info_describes_machine_and_maps(maps):
     result = runner.invoke(cli.app, ["info", "--maps", str(maps)], catch_exceptions=False)
     assert "backends" in result.output
     assert "per layer" in result.output
+
+
+def test_info_tells_what_differs_by_layer(tmp_path):
+    config = small_config(rank=[0, 2], quantization=[None, lc.Quantization(3, 3)])
+    maps = lc.FeatureMaps.initialise(config, hidden=4)
+    lc.FeatureMaps(maps.layers, record={"config": config.to_dict()}).save_pretrained(tmp_path)
+    told = runner.invoke(cli.app, ["info", "--maps", str(tmp_path)], catch_exceptions=False).output
+    words = " ".join(told.split())
+    assert "for the rank 0 in layer 0, 2 in layer 1" in words
+    assert "for pairs stored as they are in layer 0, in 3 bits (hadamard) in layer 1" in words
 
 
 def test_demo_writes_a_page_to_look_at(tmp_path, monkeypatch):

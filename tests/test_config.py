@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import less_cache as lc
 from less_cache.dtypes import dtype_name
 from less_cache.integrations.introspection import full_attention_layers
-from tests.helpers import POLICIES, policy_id, small_config
+from tests.helpers import POLICIES, policy_id, random_maps, small_config
 
 BAD = {
     "no-layers": ("num_layers", ValueError, {"num_layers": 0}),
@@ -28,6 +28,19 @@ BAD = {
     "negative-head-dim": ("head_dim", ValueError, {"head_dim": -4}),
     "negative-rank": ("rank", ValueError, {"rank": -1}),
     "rank-none": ("rank", TypeError, {"rank": None}),
+    "rank-as-text": ("rank", TypeError, {"rank": "22"}),
+    "rank-of-3-layers": ("rank", ValueError, {"rank": [2, 2, 2]}),
+    "rank-of-no-layers": ("rank", ValueError, {"rank": []}),
+    "rank-negative-in-a-layer": ("rank", ValueError, {"rank": [2, -1]}),
+    "rank-none-in-a-layer": ("rank", TypeError, {"rank": [2, None]}),
+    "rank-of-heads": ("rank", TypeError, {"rank": [2, [2, 2]]}),
+    "codes-of-3-layers": ("quantization", ValueError, {"quantization": [None] * 3}),
+    "codes-as-number": ("quantization", TypeError, {"quantization": [None, 3]}),
+    "codes-of-key-norms": (
+        "quantization",
+        ValueError,
+        {"policy": lc.KeyNorm(), "quantization": [None, lc.Quantization(3, 3, "calibrated")]},
+    ),
     "no-hidden": ("hidden", ValueError, {"hidden": 0}),
     "capacity-0": ("capacity", ValueError, {"capacity": 0}),
     "capacity-negative": ("capacity", ValueError, {"capacity": -3}),
@@ -104,6 +117,45 @@ def test_two_spellings_of_one_cache_are_equal():
     assert one == other
     assert hash(one) == hash(other)
     assert one != small_config(capacity=6, policy=lc.H2O(recent=1), dtype="float16")
+
+
+def test_rank_and_bits_may_differ_by_layer():
+    three = lc.Quantization(3, 3)
+    config = small_config(rank=[0, np.int64(4)], quantization=[None, three])
+    assert (config.rank, config.ranks, config.has_state) == ((0, 4), (0, 4), True)
+    assert config.quantization == config.quantizations == (None, three)
+    assert [layer.rank for layer in config.layers] == [0, 4]
+    assert [layer.quantization for layer in config.layers] == [None, three]
+    assert config.has_codes
+    plain, coded = (small_config(num_layers=1, rank=r, quantization=q) for r, q in
+                    ((0, None), (4, three)))  # fmt: skip
+    parts = plain.bytes_per_sequence() + coded.bytes_per_sequence()
+    assert config.bytes_per_sequence() == parts
+    assert config.bytes_per_sequence() == lc.CacheManager(
+        config, random_maps(config)
+    ).init(1).nbytes  # fmt: skip
+    assert not small_config(rank=0).has_state
+    assert not small_config().has_codes
+
+
+def test_one_rank_in_all_layers_is_one_rank():
+    three = lc.Quantization(3, 3)
+    one = small_config(rank=4, quantization=three)
+    other = small_config(rank=[4, 4], quantization=(three, lc.Quantization(3, 3)))
+    assert (one, hash(one), one.to_dict()) == (other, hash(other), other.to_dict())
+    assert (other.rank, other.quantization) == (4, three)
+    assert small_config(quantization=[None, None]).quantization is None
+    assert one != small_config(rank=[4, 3], quantization=three)
+    assert one != small_config(rank=4, quantization=[three, None])
+
+
+def test_baseline_plus_spends_each_layers_own_state():
+    config = small_config(rank=[0, 8], capacity=9)
+    plus = config.baseline_plus()
+    assert plus.rank == 0
+    assert plus.capacities[0] == (9, 9)
+    assert plus.capacities[1][0] > 9
+    assert plus.bytes_per_sequence() >= config.bytes_per_sequence()
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_dim():

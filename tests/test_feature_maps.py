@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 import types
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import less_cache as lc
 from less_cache import _tensor_files
 from less_cache._tensor_files import read_tensors
+from less_cache.layer_maps import tensor_shapes
 from less_cache.maps_io import CARD, WEIGHTS
 from tests.helpers import random_maps, small_config, tensors_of
 
@@ -105,6 +107,58 @@ def test_maps_without_a_rank_are_not_made():
         lc.FeatureMaps.initialise(small_config(rank=0))
     with pytest.raises(ValueError, match=r"^kind: "):
         lc.FeatureMaps.initialise(small_config(), kind="tanh")
+
+
+def test_a_layer_of_rank_0_has_no_maps(tmp_path):
+    config = small_config(num_layers=3, rank=[0, 2, 0])
+    maps = lc.FeatureMaps.initialise(config, kind="paper", hidden=6)
+    assert [own is None for own in maps] == [True, False, True]
+    assert (maps.kind, maps.rank, len(maps)) == ("paper", (0, 2, 0), 3)
+    assert "rank=(0, 2, 0)" in repr(maps)
+    maps.check_against(config)
+    maps.save_pretrained(tmp_path / "saved")
+    read = lc.FeatureMaps.from_pretrained(tmp_path / "saved")
+    parts = lc.FeatureMaps.from_parts("here", *maps.to_parts())
+    given = lc.FeatureMaps.from_tensors([own and own.tensors for own in maps])
+    for other in (read, parts, given, maps.to("cpu")):
+        assert other.digest == maps.digest
+        assert other.rank == maps.rank
+    # The same maps, of another layer, or of one layer alone, are others.
+    for layers in ((None, None, maps[1]), (None, maps[1]), (maps[1],)):
+        assert lc.FeatureMaps(layers).digest != maps.digest
+    shard = maps.shard(1, 2)
+    assert shard.rank == (0, 2, 0)
+    shard.check_against(config.shard(1, 2))
+
+
+def test_ranks_may_differ(tmp_path):
+    config = small_config(rank=[3, 2])
+    maps = random_maps(config)
+    maps.check_against(config)
+    assert maps.rank == (3, 2)
+    maps.save_pretrained(tmp_path)
+    assert lc.FeatureMaps.from_pretrained(tmp_path).digest == maps.digest
+    with pytest.raises(ValueError, match="maps: layer 0 has rank = 3, expected 2"):
+        maps.check_against(config.replace(rank=2))
+
+
+def test_maps_that_a_layer_lacks_or_cannot_use_are_refused():
+    whole, first = random_maps(small_config()), small_config(rank=[2, 0])
+    with pytest.raises(ValueError, match="maps: layer 1 has some, but its rank is 0"):
+        whole.check_against(first)
+    with pytest.raises(ValueError, match="maps: layer 1 has none, but its rank is 2"):
+        lc.CacheManager(small_config(), random_maps(first))
+    with pytest.raises(ValueError, match=r"maps: got None, but rank = \(2, 0\)"):
+        lc.CacheManager(first)
+    with pytest.raises(ValueError, match="layers: got none"):
+        lc.FeatureMaps.from_tensors([None, None])
+
+
+def test_digests_are_those_of_earlier_versions():
+    shapes = tensor_shapes("exp", query_heads=2, kv_heads=1, head_dim=2, hidden=3, rank=2)
+    layer = {n: torch.arange(math.prod(s)).view(s) / 4 for n, s in shapes.items()}
+    maps = lc.FeatureMaps.from_tensors([layer, layer])
+    assert maps.digest == "87f4069ff5fe97b94eeff2b1fa8aea0d207ea5a6efe23af66dc57e40b69d0ba4"
 
 
 def test_a_digest_tells_maps_apart():
@@ -277,6 +331,12 @@ DAMAGES = {
     "card-of-no-layers": change_card(num_layers=0),
     "card-of-text-layers": change_card(num_layers="2"),
     "card-of-another-rank": change_card(rank=7),
+    "card-of-ranks-by-layer": change_card(rank=[2, 0]),
+    "card-of-more-ranks": change_card(rank=[2, 2, 2]),
+    "card-of-ranks-and-a-billion-layers": change_card(rank=[2, 2], num_layers=10**12),
+    "weights-without-a-layer": change_weights(
+        lambda tensors: [tensors.pop(name) for name in [*tensors] if "layers.1" in name]
+    ),
     "card-of-another-head-dim": change_card(head_dim=64),
     "weights-empty": write(WEIGHTS, b""),
     "weights-cut-in-the-header": cut(WEIGHTS, 0.05),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import less_cache as lc
-from less_cache.provenance import mismatches, slots_text, trained_for
+from less_cache.provenance import codes_text, mismatches, ranks_text, slots_text, trained_for
 from tests.helpers import random_maps, small_config
 from tests.quantization.fitted import fitted
 
@@ -47,6 +47,22 @@ def test_every_mismatch_is_named_once():
     assert capacity == "trained for a capacity of 6, not 4 to 9, mean 7.8"
     # Another capacity alone is no other policy, though `recent` follows it.
     assert mismatches(maps, small_config(capacity=20)) == ["trained for a capacity of 6, not 20"]
+
+
+def test_what_differs_by_layer_is_told_by_layer():
+    three, other = lc.Quantization(3, 3), lc.Quantization(4, 2, "calibrated")
+    assert ranks_text(8) == "8"
+    assert ranks_text((0, 0, 8, 0)) == "0 in layers 0-1, 8 in layer 2, 0 in layer 3"
+    assert codes_text((None, three, three, other)) == (
+        "as they are in layer 0, in 3 bits (hadamard) in layers 1-2, "
+        "in 4 and 2 bits (calibrated) in layer 3"
+    )
+    used = small_config(quantization=[None, three])
+    assert mismatches(maps_for(small_config()), used) == [
+        "trained for pairs stored as they are, not as they are in layer 0, "
+        "in 3 bits (hadamard) in layer 1"
+    ]
+    assert mismatches(maps_for(used), used) == []
 
 
 def test_how_pairs_are_stored_is_part_of_the_use():

@@ -14,6 +14,7 @@ from less_cache import _tensor_files
 from less_cache._tensor_files import write_tensors
 from less_cache.snapshot import FORMAT
 from tests.helpers import POLICIES, bits_of, policy_id, random_inputs, random_maps, small_config
+from tests.quantization.fitted import fitted
 
 KINDS = {
     "torch": ("torch", torch.float32),
@@ -68,6 +69,32 @@ def test_a_resumed_state_goes_on_bit_for_bit(tmp_path, kind, policy, rank):
             np.array_equal(a.tolist(), b.tolist()) for a, b in zip(first, second, strict=True)
         )
         assert bits_of(resumed) == bits_of(state)
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch-bfloat16", "numpy"])
+def test_layers_of_other_ranks_and_bits_go_on_bit_for_bit(tmp_path, kind):
+    backend, dtype = KINDS[kind]
+    codes = [None, lc.Quantization(3, 3), lc.Quantization(4, 4, "calibrated")]
+    config = small_config(num_layers=3, head_dim=16, rank=[2, 0, 3], quantization=codes)
+    parts = {"backend": backend, "transforms": fitted(config)}
+    manager = lc.CacheManager(config, random_maps(config), **parts)
+    state = manager.init(3, dtype=dtype)
+    append(manager, state, 9, seed=1, masked=True)
+    state.save(tmp_path / "cache")
+    resumed = manager.load(tmp_path / "cache")
+    for tokens in (1, 4, 1):
+        append(manager, state, tokens, seed=tokens)
+        append(manager, resumed, tokens, seed=tokens)
+    assert bits_of(resumed) == bits_of(state)
+    beams = state.select([2, 0, 0])
+    state.reorder([2, 0, 0])
+    assert bits_of(beams) == bits_of(state)
+    assert state.nbytes == 3 * state.config.bytes_per_sequence()
+    for changes in ({"rank": 2}, {"quantization": codes[1]}, {"rank": [2, 2, 3]}):
+        with pytest.raises(
+            ValueError, match=f"made with another config: .*{next(iter(changes))} is"
+        ):
+            lc.CacheState.load(tmp_path / "cache", config.replace(**changes))
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .app import Service
-from .model import SHIPPED, ServedModel, shipped_folder
+from .model import SHIPPED, ServedModel, folder_with, shipped_folder
 from .server import Server
 from .settings import Settings
 
@@ -19,7 +19,17 @@ DEFAULT = Settings()
 def main(
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder of an export with its tokenizer. Default: the shipped model."),
+        typer.Option(
+            help="Folder of an export with its tokenizer; with --cache, folder or hub id of a "
+            "transformers model. Default: the shipped model."
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a whole cache for the model, which is exported with it on "
+            "first use; reference:5%: one that ships."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="By which clients ask for it.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -70,12 +80,14 @@ def main(
         api_key=api_key,
         allowed_hosts=(f"[{host}]" if ":" in host else host, *(allowed_host or ())),
     )
-    if model is None:
-        served = ServedModel(
-            shipped_folder(), name=name or SHIPPED, context=context, threads=threads
-        )
+    if cache is not None:
+        folder = folder_with(cache, model)
+        name = name or (SHIPPED if model is None else model.name)
+    elif model is None:
+        folder, name = shipped_folder(), name or SHIPPED
     else:
-        served = ServedModel(model, name=name, context=context, threads=threads)
+        folder = model
+    served = ServedModel(folder, name=name, context=context, threads=threads)
     service = Service(served, settings)
     Server(service, host, port, access_log=access_log).run()
     if service.scheduler.dead:

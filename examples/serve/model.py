@@ -1,8 +1,9 @@
-"""What is served: an exported folder and its tokenizer; the shipped model is made on first use."""
+"""What is served: an exported folder and its tokenizer; some are exported on first use."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -37,11 +38,71 @@ def shipped_folder() -> Path:
 
     It lies in ``$XDG_CACHE_HOME/less_cache``, by default ``~/.cache/less_cache``.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # The maps may change with the version, so each has a folder of its own.
-    folder = cache / "less_cache" / f"{SHIPPED}-{lc.__version__}"
+    folder = exports_folder() / f"{SHIPPED}-{lc.__version__}"
     if not (folder / MANIFEST).is_file():
         export_shipped(folder)
+    return folder
+
+
+def exports_folder() -> Path:
+    """Where exports are kept from one start to the next."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "less_cache"
+
+
+def folder_with(cache: str, model: Path | None) -> Path:
+    """Export a model with a whole cache, unless an earlier start did; its folder.
+
+    Parameters
+    ----------
+    cache
+        Folder or hub id of the cache, or ``reference:5%``: one that ships.
+    model
+        Folder or hub id of a transformers model with a fast tokenizer; ``None``: the shipped one.
+
+    Raises
+    ------
+    ValueError
+        If the model is an export, which has a cache of its own, or the cache is for another one.
+    FileNotFoundError
+        If there is no such cache.
+    """
+    from less_cache import reference_model
+    from less_cache.integrations.introspection import description
+    from less_cache.training.runs import model_digest
+
+    if model is not None and (model / MANIFEST).is_file():
+        raise ValueError(
+            f"cache: got {cache!r}, but {model} was exported with its own; leave out --cache, or "
+            "give the model that was exported"
+        )
+    recipe = lc.CacheRecipe.from_pretrained(reference_model.cache_folder(cache))
+    decoder: Any
+    tokenizer: Any
+    if model is None:
+        decoder, tokenizer = reference_model.load()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        decoder = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+        decoder.train(False)
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    recipe.check_model(description(decoder.config))
+    both = f"{model_digest(decoder)} {recipe.digest}"
+    key = hashlib.sha256(both.encode()).hexdigest()[:12]
+    name = SHIPPED if model is None else model.name
+    folder = exports_folder() / f"{name}-{lc.__version__}-{key}"
+    if not (folder / MANIFEST).is_file():
+        export_decoder(
+            decoder,
+            recipe.config.with_dtype(decoder.dtype),
+            recipe.maps,
+            folder,
+            tokenizer=tokenizer,
+            transforms=recipe.transforms,
+            force=True,
+        )
     return folder
 
 
@@ -53,7 +114,7 @@ def export_shipped(folder: Path) -> None:
     model, tokenizer = reference_model.load()
     maps = shipped("h2o", 0.05)
     config = lc.CacheConfig.from_model(
-        model.config, capacity=0.05, policy=lc.H2O(), rank=maps[0].rank, dtype=model.dtype
+        model.config, capacity=0.05, policy=lc.H2O(), rank=maps.rank, dtype=model.dtype
     )
     export_decoder(model, config, maps, folder, tokenizer=tokenizer, force=True)
 

@@ -27,12 +27,12 @@ class Bases(nn.Module):
     layers
         The model's.
     transforms
-        The calibrated bases of the quantised layers, in order.
+        The calibrated bases of the layers that have some, in order.
     """
 
     def __init__(self, layers: list[ModelLayer], transforms: Transforms | None) -> None:
         super().__init__()
-        given = iter(transforms or ())
+        given = (own for own in transforms or () if own is not None)
         self._layers: dict[int, LayerTransforms] = {}
         # A module sees parameters only in lists of its own, and a rotation that all heads share
         # is held once.
@@ -42,10 +42,11 @@ class Bases(nn.Module):
             config = layer.config
             if config.quantization is None:
                 continue
-            basis = layer_transforms(config, next(given, None))
+            calibrated = config.quantization.transform == "calibrated"
+            basis = layer_transforms(config, next(given) if calibrated else None)
             if basis is None:
                 raise AssertionError(f"layer {layer.index}: quantised without a basis")
-            if config.quantization.transform == "hadamard":
+            if not calibrated:
                 shared = shared or self._taken(basis.heads(slice(1)))
                 self._layers[layer.index] = shared
                 continue

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     maps
         Those of the layers that have maps, in order.
     transforms
-        The calibrated bases of the quantised layers, in order.
+        The calibrated bases of the layers that have some, in order.
     all_logits
         Give the logits of every token instead of each row's last one.
     """
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.all_logits = all_logits
         # By the names of runs; a module sees parameters only in lists of its own.
         self.maps: dict[str, nn.ParameterList] = {}
-        given = iter(maps or ())
+        given = (own for own in maps or () if own is not None)
         self.bases = Bases(layers, transforms)
         for layer in layers:
             own = None

@@ -64,7 +64,7 @@ def export_decoder(
     config
         The config of its full-attention layers.
     maps
-        φ and ψ; needed if ``config.rank`` is above 0.
+        φ and ψ; needed where a layer's rank is above 0.
     out_dir
         The folder. Made if it is not there; files of an earlier export in it are replaced.
     dtype
@@ -78,7 +78,7 @@ def export_decoder(
     tokenizer
         Saved beside the model.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
     force
         Write into a folder that holds something else, too, and replace files of the same names.
 

@@ -50,7 +50,8 @@ def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Mode
     layers = []
     for i in range(model.config.num_hidden_layers):
         if i in full:
-            layers.append(ModelLayer(i, config.layer(full.index(i)), kind))
+            own = config.layer(full.index(i))
+            layers.append(ModelLayer(i, own, kind if own.rank else None))
         else:
             window = int(model.config.sliding_window)
             layers.append(ModelLayer(i, sliding_layer(config, window), None, window))

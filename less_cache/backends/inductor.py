@@ -29,11 +29,12 @@ def check_config(config: CacheConfig) -> None:
         no C++ compiler.
     """
     eager.check_config(config)
-    if config.quantization is None:
-        raise ValueError(
-            "backend: got 'inductor', which compiles attention over coded pairs, but quantization "
-            "is None; expected 'torch'"
-        )
+    for i, codes in enumerate(config.quantizations):
+        if codes is None:
+            raise ValueError(
+                "backend: got 'inductor', which compiles attention over coded pairs, but "
+                f"quantization is None in layer {i}; expected 'torch'"
+            )
     _check_compiler()
 
 

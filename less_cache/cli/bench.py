@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .._checks import check_choice
 from ..quantization import TRANSFORMS, Quantization
+from .given_cache import CacheOption, read_cache
 from .options import parse_capacity
 from .quantized import BitsOption, KeyBitsOption, ValueBitsOption, parse_bits
 
@@ -18,8 +19,19 @@ if TYPE_CHECKING:
     from ..evaluation.bench import Timing
 
 
+CONTEXT = 8192
+
+
 def bench(
-    context: Annotated[int, typer.Option(min=1, help="Tokens that the full cache holds.")] = 8192,
+    called: typer.Context,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Tokens that the full cache holds; default: {CONTEXT}, or the positions of the "
+            "model that --cache is for.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
     query_heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Of the layer.")] = 8,
@@ -31,6 +43,7 @@ def bench(
             "one a KV head."
         ),
     ] = "0.05",
+    cache: CacheOption = None,
     bits: BitsOption = None,
     key_bits: KeyBitsOption = None,
     value_bits: ValueBitsOption = None,
@@ -38,25 +51,38 @@ def bench(
         str, typer.Option(help="Basis of the codes: hadamard, or calibrated to random pairs.")
     ] = "hadamard",
 ) -> None:
-    """Time one layer's decode step on every backend that this machine can run."""
+    """Time one layer's decode step on every backend that this machine can run.
+
+    With --cache the steps of all its layers, one after another.
+    """
+    whole = read_cache(called, cache)
     check_choice("transform", transform, TRANSFORMS)
     chosen = parse_bits(bits, key_bits, value_bits)
     import torch
 
-    from ..evaluation.bench import bench_layer
+    from ..evaluation.bench import bench_cache, bench_layer
 
-    timings = bench_layer(
-        context=context,
-        batch=batch,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        capacity=parse_capacity(capacity),
-        quantization=None if chosen is None else Quantization(*chosen, transform),
-    )
-    title = (
-        f"One layer, one step: {context} tokens, batch {batch}, {torch.get_num_threads()} threads"
-    )
+    if whole is not None:
+        recipe = whole.recipe
+        context = context or recipe.config.max_positions or CONTEXT
+        timings = bench_cache(
+            recipe.config, recipe.maps, recipe.transforms, context=context, batch=batch
+        )
+        what = f"All {recipe.config.num_layers} layers of {whole.title}"
+    else:
+        context = context or CONTEXT
+        what = "One layer"
+        timings = bench_layer(
+            context=context,
+            batch=batch,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            capacity=parse_capacity(capacity),
+            quantization=None if chosen is None else Quantization(*chosen, transform),
+        )
+    threads = torch.get_num_threads()
+    title = f"{what}, one step: {context} tokens, batch {batch}, {threads} threads"
     Console().print(timings_table(timings, title))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .given_cache import CacheOption, read_cache
 from .loading import (
     check_config,
     check_machine,
@@ -41,13 +42,15 @@ from .telling import say, warn
 
 
 def evaluate(
+    context: typer.Context,
     maps: Annotated[
         list[str] | None,
         typer.Option(
             help="FOLDER, or NAME=FOLDER, of maps; may be given more than once. Needed but with "
-            "--bits or --transforms: coded slots are judged without as well."
+            "--bits or --transforms, where coded slots are judged without as well, or --cache."
         ),
     ] = None,
+    cache: CacheOption = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     data: Annotated[
         str | None, typer.Option(help="As for train; default: the shipped held-out modules.")
@@ -68,7 +71,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Judge maps, coded slots or both on held-out text.
+    """Judge maps, coded slots, both, or a whole cache on held-out text.
 
     Perplexity, gap recovered, agreement of continuations. Coded slots are compared with slots of
     16 bits a number for the same bytes.
@@ -83,22 +86,30 @@ def evaluate(
 
     # What needs no model is checked before one is loaded.
     check_can_draw()
+    whole = read_cache(context, cache)
     check_config(capacity, policy)
     codes = read_codes(bits, key_bits, value_bits, transform, transforms)
-    if not maps and codes.quantization is None:
-        raise ValueError("maps: none given; expected --maps, --bits or --transforms")
+    if not maps and codes.quantization is None and cache is None:
+        raise ValueError("maps: none given; expected --maps, --bits, --transforms or --cache")
     check_out(out)
     check_machine(device, dtype)
     named = named_maps(maps or [])
-    ranks = [entry[0].rank for entry in named.values()]
+    if whole is not None:
+        codes, named = whole.codes, whole.maps
+    ranks = [entry.rank for entry in named.values()]
     documents: list[Document] = [*held_out()] if data is None else read_documents(data)
     loaded, tokenizer = load_model(model, device, dtype)
-    config = config_for(loaded, capacity, policy, ranks[0] if ranks else 0, codes)
+    if whole is not None:
+        config = whole.config_for(loaded)
+        title = f"{model}: {whole.title}"
+    else:
+        config = config_for(loaded, capacity, policy, ranks[0] if ranks else 0, codes)
+        title = f"{model}: {policy} at {capacity}"
+        for name, entry in named.items():
+            for told in mismatches(entry, config, model_name(model), codes.transforms):
+                warn(f"maps {name}: {told}")
     size = length_for(config, length)
     contestants_for(config, named, size, codes.transforms)
-    for name, entry in named.items():
-        for told in mismatches(entry, config, model_name(model), codes.transforms):
-            warn(f"maps {name}: {told}")
     cut = cut_windows(tokenize(documents, tokenizer, vocabulary=vocabulary_of(loaded)), size)
     if windows is not None:
         cut = cut[:: max(1, len(cut) // windows)][:windows]
@@ -108,7 +119,6 @@ def evaluate(
             raise ValueError(f"new_tokens: got {new_tokens}, expected fewer than length = {size}")
         chosen = cut[:: max(1, len(cut) // prompts)][:prompts]
         starts = torch.stack([window.ids[: size - new_tokens] for window in chosen])
-    title = f"{model}: {policy} at {capacity}"
     if codes.quantization is not None:
         title += f", {codes_text(codes.quantization)}"
     comparison = compare(

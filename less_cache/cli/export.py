@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .._checks import check_choice
+from .given_cache import CacheOption, read_cache
 from .loading import check_config, check_machine, config_for, load_model
 from .options import SHIPPED, CapacityOption, ModelOption, PolicyOption, check_out, named_maps
 from .quantized import (
@@ -30,6 +31,7 @@ def _formats() -> None:
 
 @export.command()
 def onnx(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     model: ModelOption = SHIPPED,
     maps: Annotated[
@@ -38,6 +40,7 @@ def onnx(
             help="FOLDER, or NAME=FOLDER, of feature maps; without: the policy alone, rank 0."
         ),
     ] = None,
+    cache: CacheOption = None,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
     bits: BitsOption = None,
@@ -62,6 +65,7 @@ def onnx(
         from exporters.onnx.genai import export_genai
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install less_cache[onnx]") from None
+    whole = read_cache(context, cache)
     policy = "fullcache" if policy == "full" else policy
     check_config(capacity, policy)
     codes = read_codes(bits, key_bits, value_bits, transform, transforms)
@@ -69,7 +73,10 @@ def onnx(
     check_out(out)
     read = None if maps is None else next(iter(named_maps([maps]).values()))
     loaded, tokenizer = load_model(model, "cpu", dtype)
-    config = config_for(loaded, capacity, policy, 0 if read is None else read[0].rank, codes)
+    if whole is None:
+        config = config_for(loaded, capacity, policy, 0 if read is None else read.rank, codes)
+    else:
+        config, read, codes = whole.config_for(loaded), whole.recipe.maps, whole.codes
     write = export_genai if layout == "genai" else export_decoder
     write(
         loaded,

@@ -13,7 +13,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 def lm_eval(context: typer.Context) -> None:
     """Run lm_eval with the model less-cache: all arguments are lm_eval's.
 
-    less-cache lm-eval --model less-cache --model_args pretrained=M,capacity=52 --tasks piqa
+    less-cache lm-eval --model less-cache --model_args pretrained=M,cache=FOLDER --tasks piqa
     """
     # Loading it registers the model.
     from ..integrations import lm_eval as registered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def check_config(capacity: str, policy: str) -> None:
 
 
 def config_for(
-    model: Any, capacity: str, policy: str, rank: int, codes: Codes | None = None
+    model: Any, capacity: str, policy: str, rank: int | Sequence[int], codes: Codes | None = None
 ) -> CacheConfig:
     """The config of a cache for a model, in its dtype.
 

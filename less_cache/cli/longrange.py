@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .given_cache import CacheOption, read_cache
 from .loading import (
     check_config,
     check_machine,
@@ -30,15 +31,18 @@ from .options import (
     check_out,
     named_maps,
 )
+from .quantized import Codes
 from .telling import resumable, say, warn
 
 
 def longrange(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the report; a stopped run goes on there.")],
     maps: Annotated[
         list[str] | None,
         typer.Option(help="FOLDER, or NAME=FOLDER, of maps; may be given more than once."),
     ] = None,
+    cache: CacheOption = None,
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = "h2o",
@@ -85,6 +89,7 @@ def longrange(
 
     # What needs no model is checked before one is loaded.
     check_can_draw()
+    whole = read_cache(context, cache)
     check_config(capacity, policy)
     check_out(out)
     check_machine(device, dtype)
@@ -95,7 +100,7 @@ def longrange(
     sizes = tuple(number("lengths", text, int) for text in tasks_of(lengths or ""))
     style = style or ("code" if model == SHIPPED else "prose")
     chosen("style", style, STYLES)
-    named = named_maps(maps or [])
+    named, codes = (named_maps(maps or []), Codes()) if whole is None else (whole.maps, whole.codes)
     documents: list[Any] = held_out() if data is None else read_documents(data)
     lines = [*NOISE]
     if filler is not None:
@@ -103,8 +108,11 @@ def longrange(
     elif style == "code":
         lines = lines_of(held_out())
     loaded, tokenizer = load_model(model, device, dtype)
-    rank = next(iter(named.values()))[0].rank if named else 0
-    config = config_for(loaded, capacity, policy, rank)
+    if whole is None:
+        rank = next(iter(named.values())).rank if named else 0
+        config = config_for(loaded, capacity, policy, rank)
+    else:
+        config = whole.config_for(loaded)
     positions = length_for(config, window)
     most = max(NEW_TOKENS.get(task, 0) for task in wanted)
     if not sizes:
@@ -123,10 +131,7 @@ def longrange(
         short=short or max(2, positions // 8),
         batch=batch,
     )
-    contestants = contestants_for(config, named, min(*sizes, positions))
-    if not named:
-        # Without a low-rank state there are no bytes of its own to spend on slots.
-        contestants = contestants[:2]
+    contestants = contestants_for(config, named, min(*sizes, positions), codes.transforms)
     with resumable():
         result = measure_long_range(
             loaded,

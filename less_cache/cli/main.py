@@ -18,6 +18,7 @@ from .longrange import longrange
 from .reproduce import reproduce
 from .telling import log_to_stderr, plain_errors
 from .train import distill, merge, train
+from .tune import tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo)
@@ -25,6 +26,7 @@ app.command()(calibrate)
 app.command()(train)
 app.command()(distill)
 app.command()(merge)
+app.command()(tune)
 app.command(name="eval")(evaluate)
 app.add_typer(export, name="export")
 app.command()(longrange)

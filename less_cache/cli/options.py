@@ -10,7 +10,9 @@ import typer
 
 from .._files import parse_json
 from ..feature_maps import FeatureMaps
+from ..maps_io import WEIGHTS
 from ..policies import POLICIES
+from ..recipe import FILE as WHOLE
 
 SHIPPED = "reference"
 """The name by which the model that ships with the package is asked for."""
@@ -126,6 +128,8 @@ def named_maps(entries: list[str]) -> dict[str, FeatureMaps]:
             name = f"LESS {Path(entry).name}" if "LESS" in named else "LESS"
         if not name or name in named:
             raise ValueError(f"maps: got {entry!r}, expected NAME=FOLDER, each name once")
+        if (Path(folder) / WHOLE).is_file() and not (Path(folder) / WEIGHTS).is_file():
+            raise ValueError(f"maps: {folder} holds a whole cache; use --cache")
         named[name] = FeatureMaps.from_pretrained(folder)
     return named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -45,14 +46,14 @@ class Codes:
     Parameters
     ----------
     quantization
-        ``None``: as they are.
+        ``None``: as they are. One for all layers; one a layer where bases are for other bits.
     transforms
         The bases, where they are calibrated.
     options
         As they were given, for a command to go on with.
     """
 
-    quantization: Quantization | None = None
+    quantization: Quantization | Sequence[Quantization | None] | None = None
     transforms: Transforms | None = None
     options: dict[str, str] = field(default_factory=dict)
 
@@ -91,8 +92,22 @@ def read_codes(
         raise ValueError(
             f"transforms: got {str(transforms)!r}, but transform = 'hadamard' takes none"
         )
+    name = "key_bits, value_bits" if bits is None else "bits"
     read = load_transforms(transforms)
-    fitted = (read.key_bits, read.value_bits)
+    if missing := [layer for layer, own in enumerate(read) if own is None]:
+        raise ValueError(
+            f"transforms: {transforms} has none for layers {missing}, of which no option says how "
+            "their pairs are stored; a recipe does"
+        )
+    fitted, *others = [read.bits_of(layer) for layer in range(len(read))]
+    if others != [fitted] * len(others):
+        if chosen is not None:
+            raise ValueError(
+                f"{name}: got {chosen} of keys and values, but {transforms} was fitted for others "
+                f"by layer: {[fitted, *others]}"
+            )
+        by_layer = [Quantization(*own, read.kind) for own in (fitted, *others)]
+        return Codes(by_layer, read, {"--transforms": str(transforms)})
     if chosen is None:
         if not all(fitted):
             raise ValueError(
@@ -100,7 +115,6 @@ def read_codes(
             )
         chosen = fitted
     elif all(fitted) and chosen != fitted:
-        name = "key_bits, value_bits" if bits is None else "bits"
         raise ValueError(
             f"{name}: got {chosen} of keys and values, but {transforms} was fitted for {fitted}"
         )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .._checks import check_choice
 from ..feature_maps import FeatureMaps
+from .given_cache import CacheOption, read_cache
 from .loading import check_machine, load_model, model_name
 from .options import SHIPPED, DeviceOption, DtypeOption, LengthOption, ModelOption, check_out
 from .telling import resumable, say, warn
@@ -22,6 +23,7 @@ TABLE_NAMES = "wikitext, pg19, c4, cnn, xsum, multinews, lm-eval"
 
 
 def reproduce(
+    context: typer.Context,
     table: Annotated[str, typer.Option(help=f"{TABLE_NAMES}.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; a stopped run goes on there.")],
     model: ModelOption = SHIPPED,
@@ -32,6 +34,7 @@ def reproduce(
             "more than once; without: no line for LESS, or the shipped model's own."
         ),
     ] = None,
+    cache: CacheOption = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text file or folder, or .jsonl; default: the table's, by datasets."),
@@ -66,12 +69,13 @@ def reproduce(
     from ..evaluation.summaries import check_can_judge
 
     # What needs no model is checked before one is loaded.
+    given = read_cache(context, cache)
     check_choice("table", table, [*paper.TABLES])
     wanted = paper.TABLES[table]
     check_out(out)
     check_machine(device, dtype)
-    for given in policy or ():
-        check_choice("policy", given, paper.POLICIES)
+    for word in policy or ():
+        check_choice("policy", word, paper.POLICIES)
     shares = tuple(parse_share(text) for text in share or ()) or paper.SHARES
     named = maps_by_share(maps or [])
     read: list[Any] | None = None
@@ -83,9 +87,13 @@ def reproduce(
     else:
         read = [*paper_data.texts_of(wanted, data, limit)]
     loaded, tokenizer = load_model(model, device, dtype)
-    if model == SHIPPED and maps is None:
+    whole = None
+    if given is not None:
+        given.config_for(loaded)
+        whole = {given.title: given.recipe}
+    elif model == SHIPPED and maps is None:
         named = shipped_maps()
-    if not named:
+    if not named and whole is None:
         warn("maps: none are given, so there is no line for LESS")
     protocol = work.Protocol(
         shares=shares,
@@ -101,7 +109,15 @@ def reproduce(
     )
     with resumable():
         lines = work.reproduce(
-            loaded, tokenizer, wanted, read, protocol, named, out, named=model_name(model)
+            loaded,
+            tokenizer,
+            wanted,
+            read,
+            protocol,
+            named,
+            out,
+            named=model_name(model),
+            whole=whole,
         )
     Console().print(as_table(lines, f"{table}: {model_name(model)}"))
     say(f"Written: {out / 'table.json'}, {out / 'table.md'}")
@@ -161,7 +177,7 @@ def shipped_maps() -> dict[tuple[str, float | None], FeatureMaps]:
 
 def as_table(lines: Any, title: str) -> Table:
     """The lines for the terminal."""
-    from ..evaluation.reproduce import figure, line_name, published_text
+    from ..evaluation.reproduce import figure, line_name, published_text, slots_told
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cache")
@@ -171,7 +187,7 @@ def as_table(lines: Any, title: str) -> Table:
         table.add_column(name, justify="right")
     table.add_column("the paper's")
     for line in lines:
-        cells = [line_name(line), "all" if line.slots is None else f"{line.slots}"]
+        cells = [line_name(line), slots_told(line)]
         cells += [figure(line.values[name]) for name in names]
         table.add_row(*map(Text, [*cells, published_text(line)]))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,9 @@ from .quantized import (
     read_codes,
 )
 from .telling import resumable, say
+
+if TYPE_CHECKING:
+    from ..feature_maps import FeatureMaps
 
 OutOption = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")]
 
@@ -129,7 +132,7 @@ def train(
         say("Layers done; the others are still missing. With the folders of the other parts, then:")
         say(f"{merged} WHOLE PARTS...")
     else:
-        _say_errors(maps.record["validation_error_share"])
+        _say_errors(maps)
         say(f"Maps: {out}. Next:")
         say(_judge(model, capacity, policy, codes, out))
 
@@ -182,7 +185,7 @@ def distill(
     documents = read_documents(data)
     with resumable():
         loaded, tokenizer = load_model(model, device, dtype)
-        config = config_for(loaded, capacity, policy, start[0].rank, codes)
+        config = config_for(loaded, capacity, policy, start.rank, codes)
         tokens = load_tokens(
             documents,
             tokenizer,
@@ -205,7 +208,7 @@ def merge(
 
     check_out(out)
     maps = run(folders, out)
-    _say_errors(maps.record["validation_error_share"])
+    _say_errors(maps)
     say(f"Maps: {out}")
 
 
@@ -221,7 +224,11 @@ def _judge(model: str, capacity: str, policy: str, codes: Codes, out: Path) -> s
     return shlex.join(["less-cache", "eval", *(word for pair in options.items() for word in pair)])
 
 
-def _say_errors(shares: list[float | None]) -> None:
-    told = ("?" if share is None else f"{share:.2f}" for share in shares)
-    layers = ", ".join(f"{layer}: {share}" for layer, share in enumerate(told))
+def _say_errors(maps: FeatureMaps) -> None:
+    shares = maps.record["validation_error_share"]
+    layers = ", ".join(
+        f"{layer}: " + ("?" if share is None else f"{share:.2f}")
+        for layer, (own, share) in enumerate(zip(maps, shares, strict=True))
+        if own is not None
+    )
     say(f"Validation error by layer, as a share of the policy's own: {layers}")

@@ -1,9 +1,11 @@
-"""One decode step of one layer, on every backend that this machine can run."""
+"""A decode step of a layer or a whole cache, on every backend that this machine can run."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -117,7 +119,7 @@ def bench_layer(
             kind.bytes_per_sequence() for kind, _ in runs
         )
         given = f"{context}, {batch}, {query_heads}, {kv_heads}, {head_dim}"
-        weights = (query_heads + kv_heads) * hidden * (head_dim + small.rank) * 4
+        weights = (query_heads + kv_heads) * hidden * (head_dim + small.layer(0).rank) * 4
         check_memory(
             "context, batch, query_heads, kv_heads, head_dim",
             given,
@@ -168,6 +170,79 @@ def bench_layer(
     return timings
 
 
+def bench_cache(
+    config: CacheConfig,
+    maps: FeatureMaps | None = None,
+    transforms: Transforms | None = None,
+    *,
+    context: int,
+    batch: int,
+) -> list[Timing]:
+    """Time a decode step of all of a model's layers with a given cache, on each backend.
+
+    Each layer is timed by itself, beside a full cache's attention over as many heads, and the
+    medians are added; layers of one shape are timed once. Caches hold random pairs.
+
+    Parameters
+    ----------
+    config, maps, transforms
+        Of the cache, as of `CacheManager`.
+    context, batch
+        As of `bench_layer`.
+
+    Returns
+    -------
+    list of Timing
+        As of `bench_layer`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As of `bench_layer`.
+    """
+    check_int("batch", batch, minimum=1)
+    check_int("context", context, minimum=1)
+    most = max(slots for layer in config.capacities for slots in layer)
+    if most > context:
+        raise ValueError(f"context: got {context}, expected at least the {most} slots of a head")
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    timings = []
+    for device in devices:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        own = config.with_dtype(dtype)
+        names = _backends(own, device.type)
+        pair = 2 * config.kv_heads * config.head_dim * dtype.itemsize
+        needed = context * pair + len(names) * own.bytes_per_sequence()
+        check_memory("context, batch", f"{context}, {batch}", batch * needed, device)
+        shape = (batch, config.kv_heads, context, config.head_dim)
+        keys, values = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        k, v = keys[:, :, :1].clone(), values[:, :, :1].clone()
+        q = k.repeat_interleave(config.group, 1)
+        caches = []
+        for name in names:
+            manager = CacheManager(own, maps, backend=name, transforms=transforms)
+            state = manager.init(batch, device=device)
+            _fill(state, context)
+            caches.append((manager, state))
+        full = functools.partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=True)
+        total = [0.0] * (1 + len(caches))
+        for layer, count in Counter(own.layers).items():
+            index = own.layers.index(layer)
+            steps: list[Callable[[], object]] = [full]
+            steps += [functools.partial(m.attend, s, index, q, k, v) for m, s in caches]
+            for place, milliseconds in enumerate(_take_turns(steps, device)):
+                total[place] += count * milliseconds
+        labels = ["full cache", *(f"this cache ({name})" for name in names)]
+        sizes = [config.num_layers * context * pair, *[own.bytes_per_sequence()] * len(names)]
+        timings += [
+            Timing(str(device), label, milliseconds, size)
+            for label, milliseconds, size in zip(labels, total, sizes, strict=True)
+        ]
+    return timings
+
+
 def _backends(config: CacheConfig, device: str) -> list[str]:
     """Every backend that runs this config on such a device, but for the slow reference."""
     names = []
@@ -202,16 +277,16 @@ def _fill(state: CacheState, length: int) -> None:
 
 def _some_transforms(config: CacheConfig) -> Transforms | None:
     """Bases fitted to random pairs, where the config needs some: they cost what others cost."""
-    if config.quantization is None or config.quantization.transform != "calibrated":
-        return None
     spec = config.layer(0)
+    if spec.quantization is None or spec.quantization.transform != "calibrated":
+        return None
     sums = []
     for heads in (spec.query_heads, spec.kv_heads, spec.kv_heads):
         sums.append(Moments.empty(heads, spec.head_dim))
         sums[-1].add(torch.randn(1, heads, 2 * spec.head_dim, spec.head_dim))
     q, k, v = sums
     projection = torch.randn(spec.head_dim, spec.query_heads, spec.head_dim)
-    return Transforms("calibrated", [fit_layer(config.quantization, q, k, v, projection)])
+    return Transforms("calibrated", [fit_layer(spec.quantization, q, k, v, projection)])
 
 
 def _take_turns(steps: list[Callable[[], object]], device: torch.device) -> list[float]:

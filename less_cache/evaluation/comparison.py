@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import CacheConfig
+from ..config import CacheConfig, codes_data
 from ..feature_maps import FeatureMaps
 from ..provenance import slots_text
 from ..quantization import Quantization
+from ..quantization.settings import bits_text
 from ..quantization.transforms import Transforms, check_transforms
 from .generation import agreement
 from .perplexity import Contestant, Recovery, Scores, Window, recovery, score
@@ -99,7 +100,7 @@ def contestants_for(
     """Full, policy alone, Baseline+ at equal bytes, and LESS with each of the given maps.
 
     Where the config's pairs are coded, the policy alone has 16-bit slots for the same bytes, and
-    the policy with coded slots comes after it; without maps that is all.
+    the policy with coded slots comes after it. Without maps and rank that is all.
 
     Parameters
     ----------
@@ -110,7 +111,7 @@ def contestants_for(
     length
         The windows'; some head must have fewer slots.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def contestants_for(
         If nothing would be evicted, or maps or transforms do not fit the config.
     """
     check_transforms(config, transforms)
-    coded = None if config.quantization is None else coded_name(config.quantization)
+    coded = coded_name(config.quantization) if config.has_codes else None
     least = min(min(layer.capacities) for layer in config.layers)
     if least >= length:
         raise ValueError(
@@ -142,23 +143,26 @@ def contestants_for(
     else:
         contestants.append(Contestant(POLICY, uncoded(config)))
         contestants.append(Contestant(coded, alone, transforms=transforms))
-    if maps or coded is None:
+    if maps or (coded is None and config.rank):
         plus = config.baseline_plus().replace(hidden=None)
         contestants.append(Contestant(BASELINE_PLUS, plus, transforms=transforms))
     less = [Contestant(name, config, entry, transforms) for name, entry in maps.items()]
     return contestants + less
 
 
-def coded_name(quantization: Quantization) -> str:
-    """What the table calls the policy with coded slots."""
-    keys, values = quantization.key_bits, quantization.value_bits
+def coded_name(quantization: Any) -> str:
+    """What the table calls the policy with coded slots, by a `CacheConfig.quantization`."""
+    if not isinstance(quantization, Quantization):
+        return "coded slots"
+    keys, values = bits_text(quantization.key_bits), bits_text(quantization.value_bits)
     return f"{keys}-bit slots" if keys == values else f"slots of {keys} and {values} bits"
 
 
 def uncoded(config: CacheConfig) -> CacheConfig:
     """The sparse cache to compare coded slots with: the bytes spent on slots of 16 bits a number.
 
-    Each head's slots are rounded up, so that the comparison never favours codes.
+    Each head's slots are rounded up, so that the comparison never favours codes. Where that leaves
+    a head fewer than the policy takes, all heads have equally many for the same bytes.
 
     Raises
     ------
@@ -166,12 +170,17 @@ def uncoded(config: CacheConfig) -> CacheConfig:
         If the policy's own numbers do not go with so few slots.
     """
     plain = config.replace(quantization=None, rank=0, hidden=None, dtype="float16")
-    capacities = []
+    capacities, total, whole = [], 0, 0
     for own, layer in zip(config.with_dtype("float16").layers, plain.layers, strict=True):
         spent = [c * own.slot_bytes + own.low_rank_bytes for c in own.capacities]
         capacities.append([math.ceil(bytes_ / layer.slot_bytes) for bytes_ in spent])
+        total += sum(spent)
+        whole += layer.kv_heads * layer.slot_bytes
     try:
-        return plain.replace(capacity=capacities, dtype=config.dtype)
+        try:
+            return plain.replace(capacity=capacities, dtype=config.dtype)
+        except ValueError:
+            return plain.replace(capacity=math.ceil(total / whole), dtype=config.dtype)
     except ValueError as error:
         raise ValueError(f"capacity: in uncoded slots of the same bytes: {error}") from None
 
@@ -201,7 +210,7 @@ def compare(
     maps
         By the name that the table uses.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
     prompts
         [n, S] token ids whose greedy continuations are compared. Default: none are.
     new_tokens
@@ -219,7 +228,7 @@ def compare(
     length = len(windows[0].ids)
     contestants = contestants_for(config, maps, length, transforms)
     dtype = model.dtype
-    if config.quantization is not None and dtype.itemsize > 2:
+    if config.has_codes and dtype.itemsize > 2:
         # Nobody has to serve in more: codes must not win against a waste.
         dtype = torch.float16
     scores: dict[str, Scores] = {}
@@ -279,10 +288,10 @@ def _codes_facts(
     config: CacheConfig, transforms: Transforms | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a report says of codes: nothing where there are none."""
-    if config.quantization is None:
+    if not config.has_codes:
         return {}
     return {
-        "quantization": config.quantization.to_dict(),
+        "quantization": codes_data(config.quantization),
         "transforms_sha256": None if transforms is None else transforms.digest,
         "bytes_counted_in": str(dtype).removeprefix("torch."),
     }

@@ -82,7 +82,7 @@ def run_demo(*, progress: bool = True) -> Demo:
     # Of what ships, the pair that comes closest to the full cache at this size (docs/quality.md).
     maps = shipped("sinkwindow", CAPACITY)
     config = CacheConfig.from_model(
-        model.config, capacity=CAPACITY, policy=SinkWindow(), rank=maps[0].rank, dtype=model.dtype
+        model.config, capacity=CAPACITY, policy=SinkWindow(), rank=maps.rank, dtype=model.dtype
     )
     documents = [
         (d.name, torch.tensor(tokenizer(d.text, add_special_tokens=False)["input_ids"]))

@@ -291,7 +291,10 @@ def _told(contestant: Contestant) -> Any:
     if contestant.config is None:
         return "full"
     digest = None if contestant.maps is None else contestant.maps.digest
-    return {"config": contestant.config.to_dict(), "maps": digest}
+    told = {"config": contestant.config.to_dict(), "maps": digest}
+    if contestant.transforms is not None:
+        told["transforms"] = contestant.transforms.digest
+    return told
 
 
 def _digest(data: Any) -> str:

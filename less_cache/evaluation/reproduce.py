@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .._files import json_text, write_text
 from ..feature_maps import FeatureMaps
+from ..provenance import slots_text
+from ..recipe import CacheRecipe
 from ..training.runs import model_digest
 from .kept import KeptResults
 from .paper import (
@@ -35,6 +37,9 @@ from .word_perplexity import score_words
 TASKS = ("copa", "mathqa", "openbookqa", "piqa", "rte", "winogrande")
 """Those that H2O was judged by."""
 
+PlacedContestant: TypeAlias = "tuple[str, float | None, Contestant]"
+"""A cache with its policy and share: "" and ``None`` where it has none of the paper's."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -47,7 +52,7 @@ class Line:
     share
         Of the positions; ``None`` for the full cache.
     cache
-        Full, policy alone, Baseline+ or LESS.
+        Full, policy alone, Baseline+ or LESS; or the name of one that was given whole.
     slots
         Of a head; ``None`` for the full cache.
     values
@@ -96,7 +101,7 @@ class Protocol:
 
 def contestants_of(
     model: Any, protocol: Protocol, maps: Mapping[tuple[str, float | None], FeatureMaps]
-) -> list[tuple[str, float | None, Contestant]]:
+) -> list[PlacedContestant]:
     """The caches of a table with their policies and shares.
 
     Parameters
@@ -114,7 +119,7 @@ def contestants_of(
     ValueError
         If a share or a policy is none, or maps do not fit the model.
     """
-    found: list[tuple[str, float | None, Contestant]] = [("", None, Contestant(FULL))]
+    found: list[PlacedContestant] = [("", None, Contestant(FULL))]
     for policy in protocol.policies:
         for share in protocol.shares:
             own = maps.get((policy, share), maps.get((policy, None)))
@@ -124,9 +129,26 @@ def contestants_of(
             found.append((policy, share, Contestant(POLICY, plain)))
             found.append((policy, share, Contestant(BASELINE_PLUS, plus)))
             if own is not None:
-                config = plain.replace(rank=own[0].rank)
+                config = plain.replace(rank=own.rank)
                 own.check_against(config)
                 found.append((policy, share, Contestant(LESS, config, own)))
+    return found
+
+
+def whole_caches(given: Mapping[str, CacheRecipe], dtype: Any) -> list[PlacedContestant]:
+    """The full cache, and caches that were given whole: they follow none of the paper's policies.
+
+    Parameters
+    ----------
+    given
+        By the name that the table uses.
+    dtype
+        Of the model.
+    """
+    found: list[PlacedContestant] = [("", None, Contestant(FULL))]
+    for name, recipe in given.items():
+        config = recipe.config.with_dtype(dtype)
+        found.append(("", None, Contestant(name, config, recipe.maps, recipe.transforms)))
     return found
 
 
@@ -140,6 +162,7 @@ def reproduce(
     folder: Path,
     *,
     named: str,
+    whole: Mapping[str, CacheRecipe] | None = None,
     progress: bool = True,
 ) -> list[Line]:
     """Measure a table, and write ``table.json`` and ``table.md`` into a folder.
@@ -162,6 +185,9 @@ def reproduce(
         Made if need be.
     named
         What the table calls the model.
+    whole
+        Caches made for the model, by the name that the table uses: they are measured beside the
+        full one, in place of the protocol's shares and policies.
     progress
         Show bars.
 
@@ -170,7 +196,10 @@ def reproduce(
     ValueError
         If the folder holds another run, or nothing could be measured with such data.
     """
-    contestants = contestants_of(model, protocol, maps)
+    if whole is None:
+        contestants = contestants_of(model, protocol, maps)
+    else:
+        contestants = whole_caches(whole, model.dtype)
     measure, facts = _measure(model, tokenizer, table, data, protocol, progress)
     settings = {
         "table": table.name,
@@ -181,6 +210,8 @@ def reproduce(
         "maps": {f"{policy} {share}": own.digest for (policy, share), own in maps.items()},
         **facts,
     }
+    if whole is not None:
+        settings["caches"] = {name: recipe.digest for name, recipe in whole.items()}
     kept = KeptResults(folder, settings)
     lines = []
     for policy, share, contestant in contestants:
@@ -290,6 +321,7 @@ def _harness(
         tokenizer,
         contestant.config,
         contestant.maps,
+        transforms=contestant.transforms,
         tasks=protocol.tasks,
         include_path=protocol.include_path,
         limit=protocol.limit,
@@ -305,7 +337,7 @@ def as_markdown(lines: Sequence[Line], title: str, named: str) -> str:
     cells += [
         [
             line_name(line),
-            "all" if line.slots is None else f"{line.slots}",
+            slots_told(line),
             *(figure(line.values[name]) for name in names),
             published_text(line),
         ]
@@ -326,6 +358,11 @@ def line_name(line: Line) -> str:
         return line.cache
     policy = {"h2o": "H2O", "lambda": "Λ"}[line.policy]
     return f"{policy} {100 * line.share:g} %, {line.cache}"
+
+
+def slots_told(line: Line) -> str:
+    """A line's slots a head in words."""
+    return "all" if line.slots is None else slots_text(line.slots)
 
 
 def published_text(line: Line) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ..dtypes import dtype_name
@@ -77,3 +78,31 @@ def _attribute(model_config: Any, *names: str) -> Any:
     raise ValueError(
         f"model_config: {type(model_config).__name__} has no attribute {' or '.join(names)}"
     )
+
+
+IDENTITY = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "rope_parameters",
+)
+"""What tells models with caches of the same shapes apart, besides `model_shapes`."""
+
+
+def description(model_config: Any) -> dict[str, Any]:
+    """What tells a model from others, JSON-ready: for `CacheRecipe`.
+
+    Its name, by which its folder or repository went, and what its configuration says of the
+    computation. Two trainings of one architecture are told apart by their names alone.
+    """
+    text = model_config
+    if callable(getattr(model_config, "get_text_config", None)):
+        text = model_config.get_text_config()
+    found = model_shapes(model_config)
+    # The dtype is how it was loaded, not which model it is.
+    found.pop("dtype", None)
+    found |= {name: getattr(text, name) for name in IDENTITY if getattr(text, name, None)}
+    name = getattr(model_config, "_name_or_path", "") or None
+    return {"name": name, **json.loads(json.dumps(found))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from tqdm import tqdm
 
 from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
-from ..policies import Policy, parse_policy
+from ..policies import H2O, Policy, parse_policy
+from ..quantization.transforms import Transforms
+from ..recipe import CacheRecipe
 from .transformers import attach
 from .transformers.padding import padded
 
@@ -49,12 +52,15 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
     pretrained
         Folder or hub id, or a loaded model; ``reference`` is the shipped one.
     capacity
-        As of `CacheConfig`: 52, 0.05, ``5%``.
+        As of `CacheConfig`: 52, 0.05, ``5%``. Needed without `cache`.
     policy
-        As on the command line. Between fields stands a plus where lm_eval would take a comma for
-        the next argument: ``sinkwindow:sinks=4+recent=16``.
+        As on the command line; default: ``h2o``. Between fields stands a plus where lm_eval would
+        take a comma for the next argument: ``sinkwindow:sinks=4+recent=16``.
     maps
         Folder or hub id of feature maps, or the maps; without, the policy runs alone.
+    cache
+        Folder or hub id of a whole cache, or a `CacheRecipe`, in place of the three above;
+        ``reference:5%`` is one that ships with the shipped model.
     cache_backend
         As `CacheManager`'s ``backend``; lm_eval has an argument of that name.
     **arguments
@@ -63,42 +69,56 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
     Raises
     ------
     ValueError, TypeError, FileNotFoundError
-        If the config or the maps are none, or do not fit the model.
+        If the config or the maps are none, or do not fit the model; if the cache was made for
+        another model, or something that it says is given as well.
     """
 
     def __init__(
         self,
         pretrained: Any,
         *,
-        capacity: Slots | Sequence[Slots | Sequence[Slots]],
-        policy: str | Policy = "h2o",
+        capacity: Slots | Sequence[Slots | Sequence[Slots]] | None = None,
+        policy: str | Policy | None = None,
         maps: str | FeatureMaps | None = None,
+        cache: str | Path | CacheRecipe | None = None,
         cache_backend: str = "auto",
         **arguments: Any,
     ) -> None:
+        if cache is None and capacity is None:
+            raise ValueError("capacity: got None; expected capacity=, or cache= with a whole cache")
+        for name, value in (("capacity", capacity), ("policy", policy), ("maps", maps)):
+            if cache is not None and value is not None:
+                raise ValueError(f"{name}: given beside cache=, which has its own; leave it out")
         if isinstance(policy, str):
             policy = parse_policy(policy.replace("+", ","))
         if isinstance(maps, str):
             maps = FeatureMaps.from_pretrained(maps)
+        if isinstance(cache, (str, Path)):
+            from ..reference_model import cache_folder
+
+            cache = CacheRecipe.from_pretrained(cache_folder(str(cache)))
         if pretrained == SHIPPED:
             from ..reference_model import path
 
             pretrained = str(path())
         super().__init__(pretrained=pretrained, **arguments)
-        config = CacheConfig.from_model(
-            self.model.config,
-            capacity=capacity,
-            policy=policy,
-            rank=0 if maps is None else maps[0].rank,
-            dtype=self.model.dtype,
-        )
-        self.attachment = attach(self.model, config, maps, cache_backend, scoring=True)
+        if cache is None:
+            config = CacheConfig.from_model(
+                self.model.config,
+                capacity=capacity,
+                policy=H2O() if policy is None else policy,
+                rank=0 if maps is None else maps.rank,
+                dtype=self.model.dtype,
+            )
+            cache = CacheRecipe(config, maps)
+        self.attachment = attach(self.model, cache, backend=cache_backend, scoring=True)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes of the model beside its results: the cache, too."""
         manager = self.attachment.manager
-        digest = None if manager.maps is None else manager.maps.digest
-        own = {"cache": str(manager.config), "cache_maps": digest}
+        parts = {"cache_maps": manager.maps, "cache_transforms": manager.transforms}
+        digests = {name: None if part is None else part.digest for name, part in parts.items()}
+        own = {"cache": str(manager.config), **digests}
         return {**super().get_model_info(), **own}
 
     def _loglikelihood_tokens(
@@ -250,6 +270,7 @@ def judge_tasks(
     config: CacheConfig | None,
     maps: FeatureMaps | None,
     *,
+    transforms: Transforms | None = None,
     tasks: Sequence[str],
     include_path: str | None = None,
     limit: int | None = None,
@@ -263,9 +284,11 @@ def judge_tasks(
     model, tokenizer
         A transformers model that `attach` takes.
     config
-        Of the cache, with one policy; ``None``: the model's own.
+        Of the cache; ``None``: the model's own.
     maps
         Where the config's rank is above 0.
+    transforms
+        Where the config's codes have calibrated bases.
     tasks, include_path, limit
         As of lm_eval's command.
     batch
@@ -284,9 +307,7 @@ def judge_tasks(
     if config is None:
         judge = HFLM(pretrained=model, **given)
     else:
-        judge = LessCacheLM(
-            model, capacity=config.capacity, policy=config.policies[0], maps=maps, **given
-        )
+        judge = LessCacheLM(model, cache=CacheRecipe(config, maps, transforms), **given)
     try:
         found = simple_evaluate(
             judge,

@@ -96,14 +96,10 @@ def fit_layer(
     centred
         Whether keys lose their mean; a soft cap on logits does not allow it.
     """
-    kv_heads, size = keys.first.shape
-    group = len(queries.first) // kv_heads
+    size = keys.first.shape[1]
     key_layout = code_layout(quantization.transform, quantization.key_bits, size)
     value_layout = code_layout(quantization.transform, quantization.value_bits, size)
-    logits = queries.about_zero.view(kv_heads, group, size, size).mean(1)
-    weights = projection.to("cpu", torch.float64).view(-1, kv_heads, group, size)
-    outputs = torch.einsum("ohgd,ohge->hde", weights, weights)
-    key_spread = keys.covariance if centred else keys.about_zero
+    logits, outputs, key_spread = _weights(queries, keys, projection, centred)
     key_in, key_out = _bases(key_layout, logits, key_spread)
     value_in, value_out = _bases(value_layout, outputs, values.covariance)
     return LayerTransforms(
@@ -116,16 +112,52 @@ def fit_layer(
     )
 
 
-def _bases(layout: CodeLayout, weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """A and its inverse, [heads, D, D] each: inner channels have steps of 1."""
+def inner_variances(
+    queries: Moments, keys: Moments, values: Moments, projection: Tensor, *, centred: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Variances of the keys' and the values' inner channels before steps fold into them.
+
+    Parameters
+    ----------
+    queries, keys, values, projection, centred
+        As of `fit_layer`.
+
+    Returns
+    -------
+    keys, values
+        [Hkv, D], in descending order: what an error in a channel costs if it is not stored.
+    """
+    logits, outputs, key_spread = _weights(queries, keys, projection, centred)
+    return _spectrum(logits, key_spread)[0], _spectrum(outputs, values.covariance)[0]
+
+
+def _weights(
+    queries: Moments, keys: Moments, projection: Tensor, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M of keys and of values, and the keys' S, [Hkv, D, D] each."""
+    kv_heads, size = keys.first.shape
+    group = len(queries.first) // kv_heads
+    logits = queries.about_zero.view(kv_heads, group, size, size).mean(1)
+    weights = projection.to("cpu", torch.float64).view(-1, kv_heads, group, size)
+    outputs = torch.einsum("ohgd,ohge->hde", weights, weights)
+    return logits, outputs, keys.covariance if centred else keys.about_zero
+
+
+def _spectrum(weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Variances [heads, D] and eigenvectors U of ``M^1/2 S M^1/2``, descending, and M^±1/2."""
     weight, spread = _regular(weight), _regular(spread)
     levels, vectors = torch.linalg.eigh(weight)
     root = vectors @ torch.diag_embed(levels.sqrt()) @ vectors.transpose(1, 2)
     inverse_root = vectors @ torch.diag_embed(levels.rsqrt()) @ vectors.transpose(1, 2)
     variances, channels = torch.linalg.eigh(root @ spread @ root)
     # In descending order: the first channels have the most bits.
-    variances, channels = variances.flip(1), channels.flip(2)
-    steps = torch.from_numpy(layout.steps) * variances.clamp_min(1e-300).sqrt()
+    return variances.flip(1).clamp_min(1e-300), channels.flip(2), root, inverse_root
+
+
+def _bases(layout: CodeLayout, weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """A and its inverse, [heads, D, D] each: inner channels have steps of 1."""
+    variances, channels, root, inverse_root = _spectrum(weight, spread)
+    steps = torch.from_numpy(layout.steps) * variances.sqrt()
     inner = root @ channels / steps.unsqueeze(1)
     outer = steps.unsqueeze(2) * channels.transpose(1, 2) @ inverse_root
     return inner, outer

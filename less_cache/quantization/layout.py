@@ -9,9 +9,13 @@ unpacking is 8 / w shifts of whole runs of bytes, and nothing is interleaved.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from .settings import Bits
 
 GAUSSIAN_STEPS = {1: 1.595769, 2: 0.995687, 3: 0.586019, 4: 0.335201, 6: 0.104063, 8: 0.030763}
 """Steps of the uniform quantiser with the least mean squared error for N(0, 1), by bits."""
@@ -96,22 +100,26 @@ class CodeLayout:
 
 
 @functools.cache
-def code_layout(transform: str, bits: int, head_dim: int) -> CodeLayout:
-    """The layout of keys or values of `head_dim` channels at `bits` on average.
+def code_layout(transform: str, bits: Bits, head_dim: int) -> CodeLayout:
+    """The layout of keys or values of `head_dim` channels.
 
     Parameters
     ----------
     transform
         One of `settings.TRANSFORMS`.
     bits
-        One of `settings.BITS`.
+        As of `Quantization.key_bits`.
     head_dim
         D, any size.
     """
     of_channel: list[int] = []
     planes: list[Plane] = []
     eighths = offset = 0
-    for width, share in PROFILES[transform, bits]:
+    if isinstance(bits, int):
+        profile: Sequence[tuple[int, int]] = PROFILES[transform, bits]
+    else:
+        profile = [(width, len(list(same))) for width, same in itertools.groupby(bits)]
+    for width, share in profile:
         first, eighths = len(of_channel), eighths + share
         channels = round(head_dim * eighths / 8) - first
         of_channel += [width] * channels

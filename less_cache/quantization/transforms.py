@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class LayerTransforms:
         return LayerMaps(maps.kind, tensors)
 
 
-class Transforms(Sequence[LayerTransforms]):
+class Transforms(Sequence["LayerTransforms | None"]):
     """The bases of all layers of a model.
 
     Parameters
@@ -136,23 +137,53 @@ class Transforms(Sequence[LayerTransforms]):
     kind
         As of `Quantization.transform`.
     layers
-        One a layer.
+        One a layer; ``None`` where pairs are stored as they are, or in the Hadamard basis.
     key_bits, value_bits
-        That they were fitted for; 0: any.
+        That they were fitted for; 0: any. One for all, or one a layer.
+
+    Attributes
+    ----------
+    The parameters, `key_bits` and `value_bits` one for all where all layers that have bases agree,
+    else one a layer, 0 where there are none.
+
+    Raises
+    ------
+    ValueError
+        If no layer has bases, or there are bits of more or fewer layers.
     """
 
     def __init__(
         self,
         kind: str,
-        layers: Sequence[LayerTransforms],
+        layers: Sequence[LayerTransforms | None],
         *,
-        key_bits: int = 0,
-        value_bits: int = 0,
+        key_bits: int | Sequence[int] = 0,
+        value_bits: int | Sequence[int] = 0,
     ) -> None:
         self.kind = kind
         self.layers = tuple(layers)
-        self.key_bits = key_bits
-        self.value_bits = value_bits
+        if all(layer is None for layer in self.layers):
+            raise ValueError("layers: got none, expected the bases of at least one layer")
+        self.key_bits = self._bits("key_bits", key_bits)
+        self.value_bits = self._bits("value_bits", value_bits)
+
+    def _bits(self, name: str, bits: int | Sequence[int]) -> int | tuple[int, ...]:
+        if isinstance(bits, int):
+            return bits
+        if len(bits) != len(self):
+            raise ValueError(f"{name}: got {len(bits)} entries, expected one, or {len(self)}")
+        held = [b for b, layer in zip(bits, self.layers, strict=True) if layer is not None]
+        if len(set(held)) == 1:
+            return held[0]
+        return tuple(0 if own is None else b for b, own in zip(bits, self.layers, strict=True))
+
+    def bits_of(self, layer: int) -> tuple[int, int]:
+        """Of keys and of values, that a layer's bases are for; 0: any, or there are none."""
+        key, value = (
+            0 if self.layers[layer] is None else bits if isinstance(bits, int) else bits[layer]
+            for bits in (self.key_bits, self.value_bits)
+        )
+        return key, value
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -160,7 +191,7 @@ class Transforms(Sequence[LayerTransforms]):
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
 
-    def __iter__(self) -> Iterator[LayerTransforms]:
+    def __iter__(self) -> Iterator[LayerTransforms | None]:
         return iter(self.layers)
 
     @functools.cached_property
@@ -176,23 +207,31 @@ class Transforms(Sequence[LayerTransforms]):
         ValueError
             That says what differs.
         """
-        wanted = config.quantization
-        if wanted is None:
+        if not config.has_codes:
             raise ValueError("transforms: given, but config.quantization is None")
-        found = (self.kind, len(self), tuple(self.layers[0].key_in.shape))
+        kinds = {codes.transform for codes in config.quantizations if codes is not None}
         shape = (config.kv_heads, config.head_dim, config.head_dim)
-        expected = (wanted.transform, config.num_layers, shape)
+        first = next(own for own in self.layers if own is not None)
+        found = (self.kind, len(self), tuple(first.key_in.shape))
+        # "calibrated" where some layer's are: it comes first.
+        expected = (min(kinds), config.num_layers, shape)
         if found != expected:
             raise ValueError(
                 "transforms: got (kind, layers, shape of key_in) = "
                 f"{found}, but the config needs {expected}"
             )
-        bits = (self.key_bits, self.value_bits)
-        if any(bits) and bits != (wanted.key_bits, wanted.value_bits):
-            raise ValueError(
-                f"transforms: fitted for {bits} bits of keys and values, but the config has "
-                f"{(wanted.key_bits, wanted.value_bits)}"
-            )
+        for i, (own, wanted) in enumerate(zip(self.layers, config.quantizations, strict=True)):
+            if (own is not None) != (wanted is not None and wanted.transform == self.kind):
+                raise ValueError(
+                    f"transforms: {'none' if own is None else 'some'} for layer {i}, whose "
+                    f"quantization is {wanted}"
+                )
+            bits = self.bits_of(i)
+            if any(bits) and bits != (wanted.key_bits, wanted.value_bits):
+                raise ValueError(
+                    f"transforms: fitted for {bits} bits of keys and values in layer {i}, but the "
+                    f"config has {(wanted.key_bits, wanted.value_bits)}"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, by way of a temporary name."""
@@ -213,35 +252,60 @@ class Transforms(Sequence[LayerTransforms]):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of transforms")
         header, tensors = read_tensors(path)
+        return cls.from_parts(str(path), tensors, header)
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a file holds of them: tensors by name, and a header."""
+        return self._tensors(), self._header()
+
+    @classmethod
+    def from_parts(
+        cls, where: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
+    ) -> Transforms:
+        """The transforms that `to_parts` took apart; `where` begins the messages of errors.
+
+        Raises
+        ------
+        ValueError
+            If tensors and header disagree.
+        """
         if header.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: no transforms: format {header.get('format')!r}, expected {FORMAT!r}"
+                f"{where}: no transforms: format {header.get('format')!r}, expected {FORMAT!r}"
             )
         try:
             count = int(header["layers"])
-            bits = {name: int(header[name]) for name in ("key_bits", "value_bits")}
-            layers = [_read_layer(tensors, f"layers.{i}.") for i in range(count)]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
-        if len(tensors) != sum(len(layer.named()) for layer in layers):
-            raise ValueError(f"{path}: holds tensors of other layers than its {count}")
-        return cls(header["kind"], layers, **bits)
+            bits = {name: _read_bits(header[name]) for name in ("key_bits", "value_bits")}
+            without = set(json.loads(header.get("without", "[]")))
+            layers = [
+                None if i in without else _read_layer(tensors, f"layers.{i}.") for i in range(count)
+            ]
+            found = cls(header["kind"], layers, **bits)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: damaged: {error}") from None
+        if len(tensors) != sum(len(layer.named()) for layer in layers if layer is not None):
+            raise ValueError(f"{where}: holds tensors of other layers than its {count}")
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
             f"layers.{i}.{name}": tensor
             for i, layer in enumerate(self.layers)
+            if layer is not None
             for name, tensor in layer.named().items()
         }
 
     def _header(self) -> dict[str, str]:
-        return {
+        header = {
             "format": FORMAT,
             "kind": self.kind,
             "layers": str(len(self)),
-            "key_bits": str(self.key_bits),
-            "value_bits": str(self.value_bits),
+            "key_bits": _bits_text(self.key_bits),
+            "value_bits": _bits_text(self.value_bits),
         }
+        if without := [i for i, layer in enumerate(self.layers) if layer is None]:
+            header["without"] = json.dumps(without)
+        return header
 
 
 def check_transforms(config: Any, transforms: Transforms | None) -> None:
@@ -256,10 +320,9 @@ def check_transforms(config: Any, transforms: Transforms | None) -> None:
         if not isinstance(transforms, Transforms):
             raise TypeError(f"transforms: got {type(transforms).__name__}, expected Transforms")
         transforms.check_against(config)
-    quantization = config.quantization
-    calibrated = quantization is not None and quantization.transform == "calibrated"
-    if calibrated and transforms is None:
-        raise ValueError(f"transforms: got None, but {quantization} needs calibrated ones")
+    for codes in config.quantizations:
+        if codes is not None and codes.transform == "calibrated" and transforms is None:
+            raise ValueError(f"transforms: got None, but {codes} needs calibrated ones")
 
 
 def layer_transforms(layer: LayerConfig, given: LayerTransforms | None) -> LayerTransforms | None:
@@ -335,6 +398,18 @@ def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
         return x @ matrix
     grouped = x.reshape(batch, kv_heads, -1, size) @ matrix
     return grouped.view(batch, heads, tokens, -1)
+
+
+def _bits_text(bits: int | tuple[int, ...]) -> str:
+    return str(bits) if isinstance(bits, int) else json.dumps(bits)
+
+
+def _read_bits(text: str) -> int | list[int]:
+    bits = json.loads(text)
+    entries = bits if isinstance(bits, list) else [bits]
+    if not all(type(entry) is int for entry in entries):
+        raise ValueError(f"bits: {text!r:.80}")
+    return bits  # type: ignore[no-any-return]
 
 
 def _read_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTransforms:

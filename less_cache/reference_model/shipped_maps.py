@@ -136,7 +136,8 @@ def store(maps: "FeatureMaps", folder: Path) -> None:
     from less_cache.layer_maps import FIRST_LAYERS, LayerMaps
 
     layers = [
-        LayerMaps(
+        layer
+        and LayerMaps(
             layer.kind,
             {
                 name: tensor.to(torch.float16 if name in FIRST_LAYERS else torch.float32)

@@ -13,7 +13,8 @@ from ..config import CacheConfig
 from ..integrations.transformers.interception import intercepted
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
 from ..quantization.calibration import Moments, fit_layer
-from ..quantization.transforms import Transforms
+from ..quantization.settings import Bits
+from ..quantization.transforms import LayerTransforms, Transforms
 from .collect import full_attention, output_projection
 
 
@@ -27,7 +28,7 @@ def calibrate(
     model
         A transformers model that `attach` takes.
     config
-        Its `quantization` says for how many bits.
+        Its `quantization` says for how many bits; layers that have no calibrated bases get none.
     tokens
         [n, N] token ids, no padding. Some 20,000 tokens are enough.
     batch
@@ -38,14 +39,56 @@ def calibrate(
     Raises
     ------
     ValueError, TypeError
-        If the config has no quantization with calibrated bases, it is for another model, there is
+        If no layer of the config has calibrated bases, it is for another model, there is
         no text, or the model makes numbers of it that are none.
     """
-    quantization = config.quantization
-    if quantization is None or quantization.transform != "calibrated":
+    wanted = [
+        codes if codes is not None and codes.transform == "calibrated" else None
+        for codes in config.quantizations
+    ]
+    if not any(wanted):
         raise ValueError(
-            f"config: quantization is {quantization!r}, expected one with transform='calibrated'"
+            f"config: quantization is {config.quantization!r}, expected one with "
+            "transform='calibrated'"
         )
+    sums = collect_moments(model, config, tokens, batch=batch, progress=progress)
+    modules = attention_modules(model)
+    layers: list[LayerTransforms | None] = []
+    for codes, spec, (q, k, v), module in zip(wanted, config.layers, sums, modules, strict=True):
+        if codes is None:
+            layers.append(None)
+            continue
+        projection = output_projection(module, spec)
+        layers.append(fit_layer(codes, q, k, v, projection, centred=spec.softcap is None))
+    return Transforms(
+        "calibrated",
+        layers,
+        key_bits=[_average(0 if codes is None else codes.key_bits) for codes in wanted],
+        value_bits=[_average(0 if codes is None else codes.value_bits) for codes in wanted],
+    )
+
+
+def _average(bits: Bits) -> int:
+    """What transforms note of the bits they are for; nothing of those by eighth."""
+    return bits if isinstance(bits, int) else 0
+
+
+def collect_moments(
+    model: Any, config: CacheConfig, tokens: Tensor, *, batch: int = 4, progress: bool = True
+) -> list[list[Moments]]:
+    """Moments of the queries, keys and values of every layer: one pass over some text.
+
+    Parameters
+    ----------
+    model, config, tokens, batch, progress
+        As of `calibrate`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the config is for another model, there is no text, or the model makes numbers of it that
+        are none.
+    """
     check_int("batch", batch, minimum=1)
     if not tokens.numel():
         raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [n, N] token ids")
@@ -69,20 +112,10 @@ def calibrate(
             ids = tokens[start : start + batch].to(model.device)
             model(ids, use_cache=False)
             bar.update(len(ids))
-    layers = []
-    for index, (spec, moments, module) in enumerate(zip(config.layers, sums, modules, strict=True)):
-        queries, keys, values = moments
-        if not all(bool(entry.second.isfinite().all()) for entry in moments):
+    for index, layer in enumerate(sums):
+        if not all(bool(entry.second.isfinite().all()) for entry in layer):
             raise ValueError(
                 f"model: its queries, keys or values in layer {index} are not finite in "
                 f"{model.dtype}; load it in a wider dtype"
             )
-        projection = output_projection(module, spec)
-        centred = spec.softcap is None
-        layers.append(fit_layer(quantization, queries, keys, values, projection, centred=centred))
-    return Transforms(
-        "calibrated",
-        layers,
-        key_bits=quantization.key_bits,
-        value_bits=quantization.value_bits,
-    )
+    return sums

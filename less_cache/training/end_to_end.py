@@ -23,9 +23,13 @@ from .._checks import check_int, check_real
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
-from ..integrations.transformers.teacher_forcing import small_cache_logits
+from ..integrations.transformers.teacher_forcing import (
+    small_cache_logits,
+    times_under_full_cache,
+)
 from ..layer_maps import LayerMaps
 from ..quantization.transforms import Transforms, check_transforms
+from .collect import SIMULATED_AT_ONCE
 from .curves import save_curves
 from .recipe import generator
 from .runs import (
@@ -69,6 +73,9 @@ class DistillRecipe:
     recompute
         Make attention weights again in the backward pass instead of keeping them: more time, far
         less memory.
+    full_evictions
+        Evict as if all layers before had full caches: worked out once, where the policy's own
+        steps for every sequence anew would take most of the time.
     """
 
     steps: int = 400
@@ -80,6 +87,7 @@ class DistillRecipe:
     seed: int = 0
     micro_batch: int = 1
     recompute: bool = True
+    full_evictions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "validation", "validate_every", "micro_batch"):
@@ -128,7 +136,7 @@ def distill(
     out
         Folder of the run: checkpoint, log, a picture of it, and the finished maps.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
     progress
         Show a bar.
 
@@ -152,8 +160,9 @@ def distill(
         )
     check_model(model)
     check_fit(model, attention_modules(model), config)
-    for policy in config.policies:
-        if not policy.evicts:
+    for layer in config.layers:
+        policy = layer.policy
+        if layer.rank and not policy.evicts:
             raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to fit")
     if tokens.shape[1] <= (least := _least(config)):
         raise ValueError(
@@ -206,7 +215,7 @@ def distill(
         "distill": settings,
         "validation_loss": run.best_loss,
     }
-    best = [LayerMaps(maps.kind, tensors) for tensors in run.best]
+    best = run.maps_of(run.best)
     fitted = FeatureMaps(best, model_id=maps.model_id, record=record)
     fitted.save_pretrained(out)
     save_curves(out, {"end to end": log.read()}, "validation loss, nats a token")
@@ -214,8 +223,8 @@ def distill(
 
 
 def _least(config: CacheConfig) -> int:
-    """The fewest slots of any head of any layer: before that nothing is lost."""
-    return min(min(capacities) for capacities in config.capacities)
+    """The fewest slots of any head of a layer with maps: before that they change nothing."""
+    return min(min(layer.capacities) for layer in config.layers if layer.rank)
 
 
 class _Distillation:
@@ -232,17 +241,21 @@ class _Distillation:
     ) -> None:
         self.model, self.config, self.recipe = model, config, recipe
         self.transforms = transforms
+        self.tokens = tokens
+        self.known: dict[bytes, list[Tensor]] = {}
         self.training = tokens[: -recipe.validation]
         self.held = tokens[-recipe.validation :]
         self.past = _least(config)
+        self.kind = maps.kind
+        # Empty for a layer without maps.
         self.layers = [
             {
                 name: t.detach().clone().float().to(model.device).requires_grad_()
-                for name, t in layer.tensors.items()
+                for name, t in ({} if layer is None else layer.tensors).items()
             }
             for layer in maps
         ]
-        self.maps = [LayerMaps(maps.kind, tensors) for tensors in self.layers]
+        self.maps = self.maps_of(self.layers)
         parameters = [t for layer in self.layers for t in layer.values()]
         self.optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
         self.parameters = parameters
@@ -250,6 +263,33 @@ class _Distillation:
             {name: t.detach().clone() for name, t in layer.items()} for layer in self.layers
         ]
         self.best_loss = float("inf")
+
+    def maps_of(self, layers: list[dict[str, Tensor]]) -> list[LayerMaps | None]:
+        """The maps that some parameters are, by layer."""
+        return [LayerMaps(self.kind, tensors) if tensors else None for tensors in layers]
+
+    def _times(self, ids: Tensor) -> list[Tensor] | None:
+        """When pairs leave, for sequences that stand in `tokens`; ``None``: to be worked out."""
+        if not self.recipe.full_evictions:
+            return None
+        found = []
+        for row in ids:
+            key = row.numpy().tobytes()
+            if key not in self.known:
+                at = next(i for i, own in enumerate(self.tokens) if torch.equal(own, row))
+                self._learn(at)
+            found.append(self.known[key])
+        return [torch.stack(rows).to(self.model.device) for rows in zip(*found, strict=True)]
+
+    def _learn(self, at: int) -> None:
+        """Evictions of the sequence of that place and those around it."""
+        first = at - at % SIMULATED_AT_ONCE
+        chosen = self.tokens[first : first + SIMULATED_AT_ONCE]
+        times = times_under_full_cache(
+            self.model, self.config, chosen.to(self.model.device), transforms=self.transforms
+        )
+        for place, row in enumerate(chosen):
+            self.known[row.numpy().tobytes()] = [layer[place].cpu() for layer in times]
 
     def step(self, step: int) -> float:
         """One step of Adam; the loss in nats a token."""
@@ -290,6 +330,7 @@ class _Distillation:
         return loss
 
     def _loss(self, ids: Tensor) -> Tensor:
+        times = self._times(ids)
         ids = ids.to(self.model.device)
         with torch.no_grad():
             wanted = self.model(ids, use_cache=False).logits[:, self.past :].float()
@@ -300,6 +341,7 @@ class _Distillation:
             ids,
             recompute=self.recipe.recompute,
             transforms=self.transforms,
+            times=times,
         )
         found = logits[:, self.past :].float()
         return F.kl_div(

@@ -72,9 +72,9 @@ def train(
     out
         Folder of the run: checkpoints, logs, a picture of them, and the finished maps.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
     layers
-        Which layers to fit. Default: all.
+        Which layers to fit. Default: all. Those of rank 0 have no maps, and are skipped.
     data_on_disk
         Keep a layer's data in files of `out` rather than in memory.
     batch
@@ -95,9 +95,13 @@ def train(
         If config and model do not fit, the tokens are too few or too short, or `out` holds a run
         with other settings.
     """
-    if config.rank == 0:
+    if not config.has_state:
         raise ValueError("config: rank is 0, expected a rank above 0: there is nothing to fit")
-    chosen = list(range(config.num_layers)) if layers is None else list(layers)
+    chosen = [
+        layer
+        for layer in (range(config.num_layers) if layers is None else layers)
+        if config.layer(layer).rank
+    ]
     check_int("batch", batch, minimum=1)
     check_transforms(config, transforms)
     check_model(model)
@@ -129,7 +133,11 @@ def train(
         logger.info("layer %d: fitted in %.0f s", layer, time.monotonic() - started)
     curves = {f"layer {layer}": log for layer, log in learning_curves(out).items()}
     save_curves(out, curves, "error, as a share of the policy's")
-    if all((layer_folder(out, i) / "maps.safetensors").exists() for i in range(config.num_layers)):
+    if all(
+        (layer_folder(out, i) / "maps.safetensors").exists()
+        for i, rank in enumerate(config.ranks)
+        if rank
+    ):
         return merge([out], out)
     return None
 
@@ -191,8 +199,14 @@ def merge(folders: Sequence[Path], out: Path) -> FeatureMaps:
             raise ValueError(
                 f"folders: {folder} (there) and {folders[0]} (now) have other settings: {told}"
             )
-    layers, errors = [], []
-    for layer in range(settings["config"]["num_layers"]):
+    count, rank = (settings["config"][name] for name in ("num_layers", "rank"))
+    layers: list[LayerMaps | None] = []
+    errors: list[float | None] = []
+    for layer, own in enumerate(rank if isinstance(rank, list) else [rank] * count):
+        if not own:
+            layers.append(None)
+            errors.append(None)
+            continue
         holders = [
             layer_folder(folder, layer)
             for folder in folders

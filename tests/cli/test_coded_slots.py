@@ -96,6 +96,27 @@ def test_options_that_contradict_are_refused_by_name(given, message, bases, othe
         read(**given)
 
 
+def test_bases_of_other_bits_by_layer_say_which(tmp_path):
+    by_layer = [lc.Quantization(3, 4, "calibrated"), lc.Quantization(8, 4, "calibrated"), None]
+    made = []
+    for count in (2, 3):
+        config = lc.CacheConfig(
+            count, 4, 2, 8, capacity=9, policy=lc.H2O(), rank=0, quantization=by_layer[:count]
+        )
+        made.append(tmp_path / f"{count}.safetensors")
+        fitted(config).save(made[-1])
+    codes = read(transforms=made[0])
+    assert codes.quantization == by_layer[:2]
+    assert codes.options == {"--transforms": str(made[0])}
+    with pytest.raises(ValueError, match=r"^bits: got \(3, 3\).*others by layer: \[\(3, 4\), \(8"):
+        read(bits=3, transforms=made[0])
+    with pytest.raises(ValueError, match=r"^transforms: .* has none for layers \[2\]"):
+        read(transforms=made[1])
+    told = " ".join(run("info", "--transforms", made[1]).output.split())
+    assert "2 of 3 layers of 2 KV heads of 8" in told
+    assert "3 in layer 0, 8 in layer 1, 0 in layer 2 of keys, 4 of values" in told
+
+
 def test_missing_and_damaged_transforms_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=FILE):
         read(transforms=tmp_path)

@@ -101,7 +101,8 @@ class BackendCase:
         dtype = getattr(torch, self.dtype)
         return lc.FeatureMaps.from_tensors(
             [
-                {
+                layer
+                and {
                     name: tensor.to(dtype).float() if name in FIRST_LAYERS else tensor
                     for name, tensor in layer.tensors.items()
                 }

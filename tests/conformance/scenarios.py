@@ -132,7 +132,7 @@ def scenarios(draw: st.DrawFn, case: BackendCase, names: tuple[str, ...] = ()) -
         head_dim=draw(st.sampled_from(case.head_dims)),
         capacity=capacities,
         policy=chosen,
-        rank=draw(st.integers(0, case.max_rank)),
+        rank=[draw(st.integers(0, case.max_rank)) for _ in range(num_layers)],
         softcap=draw(st.sampled_from([None, 3.0])) if case.softcap else None,
         dtype=case.dtype,
     )

@@ -14,7 +14,7 @@ from less_cache.quantization import codes
 from less_cache.quantization.transforms import layer_transforms
 from tests.conformance.cases import ORACLE, Runner, each_case
 from tests.conformance.scenarios import CloseCall, Scenario
-from tests.helpers import as_numpy, assert_close
+from tests.helpers import as_numpy, assert_close, assert_same_state
 from tests.quantization.fitted import fitted
 
 POLICIES = {2: lc.H2O(), 3: lc.Scissorhands(window=5), 4: lc.DecayedH2O(factor=0.9), 8: lc.TOVA()}
@@ -55,26 +55,43 @@ def test_sixteen_bit_outputs_are_within_their_bound(case, kind):
     assert follow(case, scenario) >= 2
 
 
+@each_case(lambda case: case.wide)
+def test_layers_of_other_bits_and_ranks_are_each_what_they_are_alone(case):
+    config = coded_scenario(case, 4, "hadamard").config.replace(
+        num_layers=3,
+        capacity=[5, [5, 8], 7],
+        policy=[lc.H2O(), lc.SinkWindow(sinks=1), lc.DecayedH2O(factor=0.9)],
+        rank=[2, 0, 3],
+        quantization=[None, lc.Quantization(3, 3), lc.Quantization(4, 4, "calibrated")],
+    )
+    chunks = ((7, "left"), (1, "none"), (3, "holes"))
+    assert follow(case, Scenario(config, "exp", batch=2, chunks=chunks, seed=3)) >= 2
+
+
 def follow(case, scenario) -> int:
     """Compare after each call; how many calls went by before a tie fell to another side."""
     maps, config = scenario.maps(case), scenario.config
-    transforms = fitted(config) if config.quantization.transform == "calibrated" else None
+    calibrated = any(codes and codes.transform == "calibrated" for codes in config.quantizations)
+    transforms = fitted(config) if calibrated else None
     runner = Runner(case, config, maps, scenario.batch, transforms)
     wide = config.replace(dtype="float64", state_dtype=None)
     oracle = Runner(ORACLE, wide, maps, scenario.batch, transforms)
-    seen = Seen(config, scenario.batch, transforms)
+    seen = [Seen(config, layer, scenario.batch, transforms) for layer in range(config.num_layers)]
     close = CloseCall()
-    for calls, (_, (q, k, v), mask) in enumerate(scenario.appends(case)):
-        seen.add(k, v, mask)
+    for number, (layer, (q, k, v), mask) in enumerate(scenario.appends(case)):
+        calls = number // config.num_layers
+        seen[layer].add(k, v, mask)
         with close.watch():
-            expected = oracle.attend(q, k, v, mask)
+            expected = oracle.attend(q, k, v, mask, layer=layer)
         if close.met and not case.exact:
             return calls
-        found = runner.attend(q, k, v, mask)
+        found = runner.attend(q, k, v, mask, layer=layer)
         assert_close(found, expected, case.outputs, "out")
-        if same_codes(config, runner, oracle, seen):
+        held, wanted = runner.held(layer), oracle.held(layer)
+        if config.layer(layer).quantization is None:
+            assert_same_state(held, wanted, case.state)
+        elif same_codes(layer, runner, oracle, seen[layer]):
             return calls
-        held, wanted = runner.held(), oracle.held()
         for name in ("scores", "H", "z"):
             assert_close(getattr(held, name), getattr(wanted, name), case.state, name)
     return len(scenario.chunks)
@@ -84,13 +101,15 @@ def follow(case, scenario) -> int:
 class Seen:
     """Every pair in the inner basis, float64, by its position."""
 
-    def __init__(self, config, batch, transforms):
-        self.layer = config.layer(0)
-        basis = layer_transforms(self.layer, None if transforms is None else transforms[0])
-        self.basis = basis.to(dtype=torch.float64)
+    def __init__(self, config, layer, batch, transforms):
+        self.layer = config.layer(layer)
+        basis = layer_transforms(self.layer, None if transforms is None else transforms[layer])
+        self.basis = basis and basis.to(dtype=torch.float64)
         self.rows = [[] for _ in range(batch)]
 
     def add(self, k, v, mask):
+        if self.basis is None:
+            return
         keys = self.basis.enter_keys(torch.from_numpy(k)).numpy()
         values = self.basis.enter_values(torch.from_numpy(v)).numpy()
         for row, pairs in enumerate(self.rows):
@@ -99,11 +118,11 @@ class Seen:
                     pairs.append((keys[row, :, token], values[row, :, token]))
 
 
-def same_codes(config, runner, oracle, seen) -> bool:
+def same_codes(index, runner, oracle, seen) -> bool:
     """Whether some codes differ, which all must be ties; sets are equal in any case."""
-    layer = config.layer(0)
+    layer = seen.layer
     found, wanted = (
-        {n: as_numpy(a) for n, a in side.state.layers[0].arrays().items()}
+        {n: as_numpy(a) for n, a in side.state.layers[index].arrays().items()}
         for side in (runner, oracle)
     )
     tied = False

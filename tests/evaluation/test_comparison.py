@@ -204,6 +204,24 @@ def test_coded_slots_are_compared_at_equal_bytes(model, config, kind, tmp_path):
     assert json.loads((tmp_path / "comparison.json").read_text())["quantization"]["key_bits"] == 3
 
 
+def test_layers_of_other_ranks_and_bits_are_compared(model, config):
+    codes = [None, lc.Quantization(3, 3)]
+    config = config.replace(capacity=24, rank=[4, 0], quantization=codes)
+    maps = {"LESS": lc.FeatureMaps.initialise(config, hidden=8)}
+    found = compare(model, windows_of(2, 32), config, maps, progress=False)
+    names = [FULL, POLICY, "coded slots", BASELINE_PLUS, "LESS"]
+    assert [row.name for row in found.rows] == names
+    assert found.facts["rank"] == (4, 0)
+    assert found.facts["quantization"] == [None, codes[1].to_dict()]
+    less, plus = found.row("LESS"), found.row(BASELINE_PLUS)
+    assert less.bytes_per_sequence == config.bytes_per_sequence("float16")
+    # Each layer's state goes into slots of its own.
+    assert (plus.capacity[0] > 24, plus.capacity[1]) == (True, 24)
+    slots = [entry.config.capacity for entry in contestants_for(config, maps, 32)[1:3]]
+    assert slots[0][0] > slots[0][1]
+    assert slots[1] == 24
+
+
 def test_codes_alone_need_no_maps_and_bases_where_they_are_calibrated(model, config):
     config = config.replace(capacity=24, quantization=lc.Quantization(3, 3))
     found = compare(model, windows_of(2, 32), config, {}, progress=False)

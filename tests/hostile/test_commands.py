@@ -44,6 +44,7 @@ WORK = (
     "less_cache.training.distill",
     "less_cache.evaluation.comparison.compare",
     "less_cache.evaluation.bench.FeatureMaps.initialise",
+    "less_cache.evaluation.bench._take_turns",
 )
 
 
@@ -79,7 +80,11 @@ def run(*arguments):
 @functools.cache
 def bases():
     """Transforms of another model than the shipped one."""
-    return fitted(small_config(rank=0, quantization=lc.Quantization(3, 3, "calibrated")))
+    return fitted(bases_config())
+
+
+def bases_config():
+    return small_config(rank=0, quantization=lc.Quantization(3, 3, "calibrated"))
 
 
 @contextlib.contextmanager
@@ -98,6 +103,8 @@ def workplace():
         random_maps(small_config()).save_pretrained(folder / "maps")
         (folder / "bases").mkdir()
         bases().save(folder / "bases" / "transforms.safetensors")
+        whole = lc.CacheRecipe(bases_config(), None, bases(), model={"vocab_size": 7})
+        whole.save_pretrained(folder / "whole")
         (folder / "half").mkdir()
         (folder / "half" / "less_maps.safetensors").write_bytes(b"x" * 99)
         os.chdir(folder)
@@ -140,7 +147,16 @@ TEXTS = (
         "...",
     ),
     *("a-file", "a-file/x", "deep.json", "object.json", "bytes.txt", "ids.npy", "empty", "half"),
-    *("maps", "nowhere", "a=nowhere", "=maps", "nobody/nothing-at-all", "datasets:", "banana"),
+    *(
+        "maps",
+        "whole",
+        "nowhere",
+        "a=nowhere",
+        "=maps",
+        "nobody/nothing-at-all",
+        "datasets:",
+        "banana",
+    ),
     *("cuda:77", "cpu:9", "meta", "mps", "int8", "float16", "h2o:recent=x", "h2o:x=1", "fullcache"),
     *("2", "3", "hadamard", "calibrated", "bases", "bases/transforms.safetensors"),
     *("lru", "h2o:recent=nan", "scissorhands:window=63", "5:9", "3:1", ":", "a:b", "x" * 300),
@@ -170,16 +186,22 @@ COMMANDS = {
     ),
     "eval": (
         ("--maps", "maps", "--data", "text.txt", "--length", "96"),
-        (*COMMON, *CODES, "--maps", "--windows", "--prompts", "--new-tokens", "--batch"),
+        (
+            *COMMON,
+            *CODES,
+            *("--maps", "--cache", "--windows", "--prompts"),
+            "--new-tokens",
+            "--batch",
+        ),
     ),
     "bench": (
         (),
         (
             *("--context", "--batch", "--query-heads", "--kv-heads", "--head-dim", "--capacity"),
-            *BITS,
+            *(*BITS, "--cache"),
         ),
     ),
-    "info": ((), ("--maps", "--transforms")),
+    "info": ((), ("--maps", "--transforms", "--cache")),
     "merge": (("empty", "--out", "out"), ("--out", "")),
 }
 """By command: a call that is right as far as it goes, and the options that are spoilt."""
@@ -217,11 +239,17 @@ EACH = [
     ("train", "--policy", "lru"),
     ("distill", "--maps", "half"),
     ("eval", "--maps", "nowhere"),
+    ("eval", "--cache", "whole"),
+    ("eval", "--cache", "nobody/nothing-at-all"),
     ("eval", "--out", "a-file"),
     ("eval", "--bits", "5"),
     ("train", "--transforms", "bases"),
     ("calibrate", "--out", "a-file"),
     ("calibrate", "--key-bits", "3"),
+    ("info", "--cache", "maps"),
+    ("info", "--cache", "half"),
+    ("info", "--cache", "reference:"),
+    ("bench", "--cache", "bases"),
     ("bench", "--batch", "-1"),
     ("bench", "--capacity", "0"),
 ]

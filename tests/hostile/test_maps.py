@@ -133,7 +133,8 @@ def test_oddities(odd):
     maps, good = random_maps(CONFIG), tensors_of()
     for names, call in {
         ("layers",): lambda: lc.FeatureMaps.from_tensors(odd),
-        ("layers[0]",): lambda: lc.FeatureMaps.from_tensors([odd]),
+        # None is a layer without maps, but not all of them.
+        ("layers[0]", "layers: got none"): lambda: lc.FeatureMaps.from_tensors([odd]),
         ("layers[0].phi_w1",): lambda: lc.FeatureMaps.from_tensors([{**good, "phi_w1": odd}]),
         ("layers[0]", ""): lambda: lc.FeatureMaps.from_tensors([{**good, "x": odd}]),
         ("config",): lambda: lc.FeatureMaps.initialise(odd),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import less_cache as lc
 from less_cache import cli, reference_model
+from less_cache.integrations.introspection import description
 from tests.integrations.models import build, less, model_of
 from tests.integrations.test_scoring import decoded, numbers_tokenizer
 
@@ -181,6 +182,47 @@ def test_rolling_and_generation_are_those_of_decoding():
     # At lm_eval's own end of a text it cuts.
     assert [line.strip() for line in written] == [line.split("0")[0].strip() for line in lines]
     assert any(len(line.split()) == 6 for line in written)
+
+
+@needs_lm_eval
+def test_a_whole_cache_stands_for_its_parts(tmp_path):
+    model = model_of("llama")
+    config, maps = less(model, capacity=[[6, 9], 7])
+    config = config.replace(quantization=lc.Quantization(4, 4), policy=[lc.H2O(), lc.TOVA()])
+    made = lc.CacheRecipe(config, maps, model=description(model.config))
+    made.save_pretrained(tmp_path)
+    with lc.attach(model, made) as handle:
+        for context, more in REQUESTS[:1]:
+            text = torch.tensor([[*context, *more]])
+            logits = decoded(model, text[:, :-1], torch.ones_like(text), handle.new_cache())
+    wanted = float(logits[0, -1].log_softmax(0)[more[0]])
+    for given in (made, tmp_path, str(tmp_path)):
+        judge = ours.LessCacheLM(model, tokenizer=numbers_tokenizer(), cache=given)
+        try:
+            assert judge.attachment.manager.config == config
+            ((found, _),) = judge._loglikelihood_tokens([(None, context, more)])
+            assert found == pytest.approx(wanted, abs=2e-4)
+            assert judge.get_model_info()["cache_maps"] == maps.digest
+        finally:
+            judge.attachment.detach()
+
+
+@needs_lm_eval
+def test_a_whole_cache_is_given_alone_and_for_its_model(tmp_path):
+    model = model_of("llama")
+    config, maps = less(model)
+    made = lc.CacheRecipe(config, maps, model=description(model.config))
+    for name, value in {"capacity": 8, "policy": "h2o", "maps": maps}.items():
+        with pytest.raises(ValueError, match=f"^{name}: given beside cache="):
+            ours.LessCacheLM(model, tokenizer=numbers_tokenizer(), cache=made, **{name: value})
+    with pytest.raises(ValueError, match=r"^capacity: got None; expected capacity=, or cache="):
+        ours.LessCacheLM(model, tokenizer=numbers_tokenizer())
+    with pytest.raises(ValueError, match=r"made for a model of .*model_type = 'llama'"):
+        ours.LessCacheLM(model_of("qwen2"), tokenizer=numbers_tokenizer(), cache=made)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        ours.LessCacheLM(model, tokenizer=numbers_tokenizer(), cache=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="budget: got '77%'"):
+        ours.LessCacheLM(model, tokenizer=numbers_tokenizer(), cache="reference:77%")
 
 
 @needs_lm_eval

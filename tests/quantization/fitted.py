@@ -6,6 +6,7 @@ import torch
 
 import less_cache as lc
 from less_cache.quantization.calibration import Moments, fit_layer
+from less_cache.quantization.transforms import LayerTransforms
 from tests.helpers import POLICIES
 
 CODED = tuple(policy for policy in POLICIES if not isinstance(policy, lc.KeyNorm))
@@ -42,9 +43,12 @@ def some_tokens(config: lc.CacheConfig, batch: int, tokens: int, seed: int = 0):
 
 
 def fitted(config: lc.CacheConfig, seed: int = 0) -> lc.Transforms:
-    """Transforms for a config whose quantization is calibrated."""
-    layers = []
+    """Transforms for the layers of a config whose quantization is calibrated."""
+    layers: list[LayerTransforms | None] = []
     for index, spec in enumerate(config.layers):
+        if spec.quantization is None or spec.quantization.transform != "calibrated":
+            layers.append(None)
+            continue
         tokens = some_tokens(config, 1, 300, seed + index)
         sums = [Moments.empty(x.shape[1], config.head_dim) for x in tokens]
         for moments, vectors in zip(sums, tokens, strict=True):
@@ -52,6 +56,11 @@ def fitted(config: lc.CacheConfig, seed: int = 0) -> lc.Transforms:
         draw = torch.Generator().manual_seed(index)
         shape = (24, spec.query_heads, spec.head_dim)
         projection = torch.randn(shape, generator=draw, dtype=torch.float64)
-        layers.append(fit_layer(config.quantization, *sums, projection))
-    bits = config.quantization
-    return lc.Transforms("calibrated", layers, key_bits=bits.key_bits, value_bits=bits.value_bits)
+        layers.append(fit_layer(spec.quantization, *sums, projection))
+    bits = [spec.quantization for spec in config.layers]
+    return lc.Transforms(
+        "calibrated",
+        layers,
+        key_bits=[own.key_bits if own else 0 for own in bits],
+        value_bits=[own.value_bits if own else 0 for own in bits],
+    )

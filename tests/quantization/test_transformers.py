@@ -50,6 +50,44 @@ def test_decoding_and_scoring_agree(family, kind):
     torch.testing.assert_close(scored, torch.cat(steps, 1), **TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon_new"])
+def test_layers_may_differ_in_rank_and_bits(family, tmp_path):
+    # In float64 no number lies so close to a level's edge that the order of sums decides.
+    model = build(family, num_hidden_layers=3).double()
+    config, _ = coded(model, "hadamard", "float64")
+    three, four = lc.Quantization(3, 3, "calibrated"), lc.Quantization(4, 4, "calibrated")
+    config = config.replace(rank=[2, 0, 3], quantization=[None, three, four])
+    transforms = calibrate(model, config, ids(40, seed=5), progress=False)
+    uniform = [
+        calibrate(model, config.replace(quantization=bits), ids(40, seed=5), progress=False)
+        for bits in (three, four)
+    ]
+    assert transforms[0] is None
+    assert (transforms.key_bits, transforms.value_bits) == ((0, 3, 4),) * 2
+    for layer, whole in enumerate(uniform, 1):
+        for name, tensor in whole[layer].named().items():
+            assert torch.equal(tensor, transforms[layer].named()[name])
+    maps = lc.FeatureMaps.initialise(config, hidden=8).to(dtype=torch.float64)
+    tokens = ids(20)
+    with torch.no_grad():
+        with lc.attach(model, config, maps, transforms=transforms) as handle:
+            cache = handle.new_cache()
+            steps = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(20)]
+            cache.save(tmp_path / "cache")
+            read = handle.load_cache(tmp_path / "cache")
+            ended = [
+                model(tokens[:, :1], past_key_values=used).logits
+                for used in (copy.deepcopy(cache), read, cache)
+            ]
+            beams = model.generate(tokens, max_new_tokens=6, num_beams=2, do_sample=False)
+        with lc.attach(model, config, maps, transforms=transforms, scoring=True):
+            scored = model(tokens).logits
+    assert torch.equal(ended[0], ended[2])
+    assert torch.equal(ended[1], ended[2])
+    assert beams.shape[1] > 20
+    torch.testing.assert_close(scored, torch.cat(steps, 1), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
 def test_caches_are_copied_and_saved_with_their_codes(tmp_path, kind):
     model = build("llama")

@@ -7,7 +7,11 @@ import torch
 
 import less_cache as lc
 from less_cache.quantization.calibration import Moments, fit_layer
-from less_cache.quantization.transforms import hadamard_matrix, hadamard_transforms
+from less_cache.quantization.transforms import (
+    LayerTransforms,
+    hadamard_matrix,
+    hadamard_transforms,
+)
 from less_cache.teacher_forced import stored_pairs
 from tests.helpers import random_maps
 from tests.quantization.fitted import fitted, some_tokens
@@ -100,6 +104,82 @@ def test_files_hold_everything_and_refuse_what_is_damaged(tmp_path):
         lc.Transforms.load(tmp_path / "t.safetensors")
     with pytest.raises(FileNotFoundError):
         lc.Transforms.load(tmp_path / "none")
+
+
+def mixed_config(**changes):
+    codes = [
+        None,
+        lc.Quantization(3, 4, "calibrated"),
+        lc.Quantization(4, 4),
+        lc.Quantization(8, 4, "calibrated"),
+    ]
+    parameters = {"rank": 0, "quantization": codes, **changes}
+    return lc.CacheConfig(4, 4, 2, 16, capacity=9, policy=lc.H2O(), **parameters)
+
+
+def test_layers_may_have_other_bits_or_no_bases(tmp_path):
+    config = mixed_config()
+    made = fitted(config)
+    assert [own is None for own in made] == [True, False, True, False]
+    assert (made.key_bits, made.value_bits) == ((0, 3, 0, 8), 4)
+    assert [made.bits_of(layer) for layer in range(4)] == [(0, 0), (3, 4), (0, 0), (8, 4)]
+    made.check_against(config)
+    made.save(tmp_path / "t.safetensors")
+    read = lc.Transforms.load(tmp_path / "t.safetensors")
+    assert read.digest == made.digest
+    assert (read.key_bits, read.value_bits) == (made.key_bits, made.value_bits)
+    assert [own is None for own in read] == [True, False, True, False]
+    moved = lc.Transforms(made.kind, [made[1], None, None, made[3]], key_bits=[3, 0, 0, 8])
+    assert moved.digest != made.digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"without": "[0, 1, 2]"},
+        {"without": "[0]"},
+        {"without": "[0, 1, 2, 3]"},
+        {"without": "[[0]]"},
+        {"without": "5"},
+        {"without": "[" * 100_000},
+        {"layers": "5"},
+        {"layers": str(10**12)},
+        {"key_bits": "[3, 8]"},
+        {"key_bits": '["3", 0, 0, 8]'},
+        {"key_bits": "3.0"},
+    ],
+    ids=str,
+)
+def test_parts_that_disagree_are_refused(changes):
+    tensors, header = fitted(mixed_config()).to_parts()
+    with pytest.raises(ValueError, match=r"^here: "):
+        lc.Transforms.from_parts("here", tensors, {**header, **changes})
+
+
+def test_bases_that_a_layer_lacks_or_cannot_use_are_refused():
+    config = mixed_config()
+    made = fitted(config)
+    codes = list(config.quantizations)
+    for layer, other, told in (
+        (1, lc.Quantization(3, 4), "transforms: some for layer 1, whose quantization is Quant"),
+        (1, None, "transforms: some for layer 1, whose quantization is None"),
+        (0, codes[1], "transforms: none for layer 0, whose quantization is Quant"),
+        (3, codes[1], r"transforms: fitted for \(8, 4\) bits of keys and values in layer 3"),
+    ):
+        wrong = config.replace(quantization=[*codes[:layer], other, *codes[layer + 1 :]])
+        with pytest.raises(ValueError, match=told):
+            lc.CacheManager(wrong, transforms=made)
+    with pytest.raises(ValueError, match="layers: got none"):
+        lc.Transforms("calibrated", [None, None])
+    with pytest.raises(ValueError, match="key_bits: got 2 entries, expected one, or 4"):
+        lc.Transforms("calibrated", made.layers, key_bits=[3, 8])
+
+
+def test_digests_are_those_of_earlier_versions():
+    matrix = torch.arange(8, dtype=torch.float64).view(2, 2, 2)
+    layer = LayerTransforms(matrix, matrix + 1, matrix[0], matrix, matrix + 2, None)
+    made = lc.Transforms("calibrated", [layer, layer], key_bits=3, value_bits=4)
+    assert made.digest == "4c4dc625d8f7ac88ed0e092e3ffee991c38086374bab6d02c16a7fcfcc05bd88"
 
 
 def test_transforms_of_something_else_are_refused():

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 import less_cache as lc
+from less_cache.integrations.transformers.interception import intercepted
+from less_cache.integrations.transformers.teacher_forcing import times_under_full_cache
+from less_cache.teacher_forced import eviction_times
 from less_cache.training import DistillRecipe, distill
+from less_cache.training.collect import full_attention
 from less_cache.training.end_to_end import _Distillation
 from tests.integrations.models import build
 
@@ -85,6 +89,31 @@ def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, t
     assert _Distillation(model, tokens, config, start, recipe).past == 4
 
 
+def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, monkeypatch):
+    config = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
+    start = lc.FeatureMaps.initialise(config, hidden=8)
+    recipe = dataclasses.replace(RECIPE, steps=20, validate_every=5)
+    assert _Distillation(model, tokens, config, start, recipe).past == 8
+    whole = distill(model, tokens, config, start, recipe, tmp_path / "whole", progress=False)
+    assert whole.rank == (0, 4)
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert whole.record["validation_loss"] < log[0]["validation"]
+    original = _Distillation.step
+    with monkeypatch.context() as patch:
+        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
+
+        def step(self, number):
+            if number == 7:
+                raise KeyboardInterrupt
+            return original(self, number)
+
+        patch.setattr(_Distillation, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
+    resumed = distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
+    assert resumed.digest == whole.digest
+
+
 def test_a_distillation_that_diverges_is_an_error(model, tokens, config, tmp_path):
     start = lc.FeatureMaps.initialise(config, hidden=8, kind="paper")
     wild = dataclasses.replace(RECIPE, learning_rate=1e30)
@@ -92,3 +121,32 @@ def test_a_distillation_that_diverges_is_an_error(model, tokens, config, tmp_pat
         with pytest.raises(ValueError, match="learning_rate: got 1e"):
             distill(model, tokens, config, start, wild, tmp_path, progress=False)
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+@torch.no_grad()
+def test_evictions_under_the_full_cache_are_the_first_layers_own(model, tokens, config):
+    seen = []
+
+    def attend(layer, q, k, v):
+        seen.append(eviction_times(config.layer(layer), q, k))
+        return full_attention(config.layer(layer), q, k, v)
+
+    with intercepted(model, attend):
+        model(tokens, use_cache=False)
+    found = times_under_full_cache(model, config, tokens)
+    assert len(found) == config.num_layers
+    for own, wanted in zip(found, seen, strict=True):
+        assert torch.equal(own, wanted)
+
+
+def test_known_evictions_are_worked_out_once(model, tokens, config, start, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*given, **named):
+        calls.append(len(given[2]))
+        return times_under_full_cache(*given, **named)
+
+    monkeypatch.setattr("less_cache.training.end_to_end.times_under_full_cache", counted)
+    recipe = dataclasses.replace(RECIPE, full_evictions=True)
+    distill(model, tokens, config, start, recipe, tmp_path, progress=False)
+    assert sum(calls) == len(tokens)

@@ -74,6 +74,22 @@ def test_layers_in_separate_runs_merge_to_the_same(model, tokens, config, recipe
     assert same(whole, merge(parts, tmp_path / "merged"))
 
 
+def test_layers_of_rank_0_are_skipped(model, tokens, config, recipe, tmp_path):
+    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
+    # A layer that keeps everything has nothing to fit either, and hinders nobody.
+    part = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
+    maps = train(model, tokens, part, recipe, tmp_path / "part", progress=False)
+    assert maps.rank == (0, 4)
+    assert all(torch.equal(t, whole[1].tensors[name]) for name, t in maps[1].tensors.items())
+    assert maps.record["validation_error_share"][0] is None
+    assert not (tmp_path / "part" / "layers" / "000").exists()
+    assert train(model, tokens, part, recipe, tmp_path / "a", layers=[0], progress=False) is None
+    maps.check_against(part)
+    assert same(merge([tmp_path / "part"], tmp_path / "merged"), maps)
+    with pytest.raises(ValueError, match=r"^config: rank is 0"):
+        train(model, tokens, config.replace(rank=0), recipe, tmp_path / "b", progress=False)
+
+
 def test_merge_refuses_a_missing_layer_and_other_settings(model, tokens, config, recipe, tmp_path):
     train(model, tokens, config, recipe, tmp_path / "a", layers=[0], progress=False)
     with pytest.raises(FileNotFoundError, match="layer 1"):

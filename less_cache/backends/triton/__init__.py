@@ -53,7 +53,7 @@ def check_config(config: CacheConfig) -> None:
             )
     for name, size, largest in (
         ("head_dim", config.head_dim, LARGEST_HEAD),
-        ("rank", config.rank, LARGEST_RANK),
+        ("rank", max(config.ranks), LARGEST_RANK),
     ):
         if size > largest:
             raise ValueError(f"{name}: got {size}, but backend 'triton' takes at most {largest}")

@@ -14,6 +14,8 @@ from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
 from ...manager import CacheManager
 from ...quantization.transforms import Transforms
+from ...recipe import CacheRecipe
+from ..introspection import description
 from .cache import LessCache
 from .falcon import cached_layer, check_falcon, falcon_forward
 from .forward import ModelHooks, hand_on
@@ -141,7 +143,7 @@ class Attachment:
 
 def attach(
     model: Any,
-    config: CacheConfig,
+    config: CacheConfig | CacheRecipe | str | Path,
     maps: FeatureMaps | None = None,
     backend: str = "auto",
     *,
@@ -167,9 +169,11 @@ def attach(
         Qwen3, Phi-3, Gemma 2 and 3 and their like), or Falcon without ALiBi. Sliding-window layers
         keep their own cache. It may come in a PEFT model or from ``torch.compile(model)``.
     config
-        For its full-attention layers; ``CacheConfig.from_model(model.config, ...)`` makes it.
+        For its full-attention layers; ``CacheConfig.from_model(model.config, ...)`` makes it. Or a
+        whole `CacheRecipe`, or the folder or hub id of one: it has maps and transforms of its own,
+        is taken in the model's dtype, and refused where it was made for another model.
     maps
-        φ and ψ; needed where ``config.rank`` is above 0.
+        φ and ψ; needed where a layer's rank is above 0.
     backend
         As of `CacheManager`.
     scoring
@@ -183,7 +187,7 @@ def attach(
         is a decode step's; where gradients flow, or with ``use_cache=False``, also the weights of
         256 queries over all tokens.
     transforms
-        The bases of codes; needed where ``config.quantization`` has calibrated ones.
+        The bases of codes; needed where a layer has calibrated ones.
 
     Returns
     -------
@@ -207,11 +211,31 @@ def attach(
     if model.config.model_type == "falcon":
         check_falcon(model.config)
     modules = attention_modules(model)
+    if not isinstance(config, CacheConfig):
+        if maps is not None or transforms is not None:
+            raise ValueError(
+                "config: a recipe has maps and transforms of its own, but some are given"
+            )
+        recipe = CacheRecipe.from_pretrained(config) if isinstance(config, (str, Path)) else config
+        config, maps, transforms = _parts_for(model, recipe)
     check_fit(model, modules, config)
     manager = CacheManager(config, maps, backend=backend, transforms=transforms)
     attachment = Attachment(model, manager, scoring=scoring)
     attachment._apply(modules)
     return attachment
+
+
+def _parts_for(
+    model: Any, recipe: Any
+) -> tuple[CacheConfig, FeatureMaps | None, Transforms | None]:
+    """What a recipe says for this model."""
+    if not isinstance(recipe, CacheRecipe):
+        raise TypeError(
+            f"config: got {type(recipe).__name__}, expected a CacheConfig, a CacheRecipe, or the "
+            "folder or hub id of one"
+        )
+    recipe.check_model(description(model.config))
+    return recipe.config.with_dtype(model.dtype), recipe.maps, recipe.transforms
 
 
 def _override(undo: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...config import CacheConfig
+from ...feature_maps import FeatureMaps
 from ...layer_maps import LayerMaps
 from ...quantization.transforms import LayerTransforms
 from ...teacher_forced import attend_all, eviction_times, stored_pairs
@@ -17,11 +20,12 @@ from .interception import intercepted
 def small_cache_logits(
     model: Any,
     config: CacheConfig,
-    maps: Sequence[LayerMaps] | None,
+    maps: FeatureMaps | Sequence[LayerMaps | None] | None,
     ids: Tensor,
     *,
     recompute: bool = True,
-    transforms: Sequence[LayerTransforms] | None = None,
+    transforms: Sequence[LayerTransforms | None] | None = None,
+    times: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The model's logits with a small cache, as if it had decoded token by token.
 
@@ -39,6 +43,9 @@ def small_cache_logits(
         As of `teacher_forced.attend_all`.
     transforms
         The bases of codes, for each layer, where the config has calibrated ones.
+    times
+        For each layer [B, Hkv, N], when pairs leave; default: what the policy makes of these very
+        queries and keys.
 
     Returns
     -------
@@ -49,10 +56,48 @@ def small_cache_logits(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spec = config.layer(layer)
         basis = None if transforms is None else transforms[layer]
-        times = eviction_times(spec, q.detach(), k.detach(), transforms=basis)
+        gone = (
+            eviction_times(spec, q.detach(), k.detach(), transforms=basis)
+            if times is None
+            else times[layer]
+        )
         used = None if maps is None else maps[layer]
         stored = stored_pairs(spec, k, v, basis)
-        return attend_all(spec, used, q, k, v, times, stored=stored, recompute=recompute)
+        return attend_all(spec, used, q, k, v, gone, stored=stored, recompute=recompute)
 
     with intercepted(model, attend):
         return model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def times_under_full_cache(
+    model: Any,
+    config: CacheConfig,
+    ids: Tensor,
+    *,
+    transforms: Sequence[LayerTransforms | None] | None = None,
+) -> list[Tensor]:
+    """When pairs would leave each layer, [B, Hkv, N], if all layers before had full caches.
+
+    Parameters
+    ----------
+    model, config, ids, transforms
+        As of `small_cache_logits`.
+    """
+    found: list[Tensor] = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        spec = config.layer(layer)
+        basis = None if transforms is None else transforms[layer]
+        found.append(eviction_times(spec, q, k, transforms=basis))
+        if len(found) == config.num_layers:
+            raise _Enough
+        never = torch.full_like(found[-1], k.shape[2])
+        return attend_all(spec, None, q, k, v, never)
+
+    with torch.no_grad(), intercepted(model, attend), contextlib.suppress(_Enough):
+        model(ids, use_cache=False)
+    return found
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass once the last layer has been seen."""

@@ -1,0 +1,178 @@
+"""The parts of a tuning that take time; each keeps what it found in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .._files import json_text, parse_json, write_text
+from ..config import CacheConfig
+from ..feature_maps import FeatureMaps
+from ..policies import Policy
+from ..quantization.transforms import Transforms
+from ..training.end_to_end import DistillRecipe, distill
+from ..training.per_layer import train
+from ..training.recipe import Recipe
+from ..training.runs import load_checkpoint, save_checkpoint
+from .allocation import Plan
+from .bases import LayerBases, bases_of, from_tensors, to_tensors
+from .effort import Effort
+from .measuring import LayerLosses, measure_layer
+from .offers import config_of
+from .replay import Replay
+from .states import measure_state, quick_maps
+
+SLOTS = (6, 12, 24, 48, 96, 192, 384, 768)
+"""Slots a head that are measured, up to the text's length; past the last one, its doubles."""
+STATE_SLOTS = (6, 12, 24, 48, 96)
+"""Those that are measured with a low-rank state."""
+FITTED = Recipe(
+    kind="exp",
+    hidden=128,
+    epochs=10,
+    batch=4,
+    rows=128,
+    learning_rate=3e-3,
+    schedule="cosine",
+    dropout=0.0,
+)
+
+
+class Stages:
+    """A model, its text and a folder for what is found.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `attach` takes.
+    config
+        Its shapes; rank 0.
+    text
+        From `effort.split`.
+    effort
+        For the steps of distillation.
+    work
+        The folder of what any budget goes on from.
+    own
+        That of this budget's.
+    model_id
+        The model's name, for maps.
+    progress
+        Show bars.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: CacheConfig,
+        text: Mapping[str, Tensor],
+        effort: Effort,
+        work: Path,
+        *,
+        own: Path,
+        model_id: str | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.config, self.text, self.effort = model, config, text, effort
+        self.work, self.own, self.model_id, self.progress = work, own, model_id, progress
+        self.length = next(iter(text.values())).shape[1]
+        self.replay = Replay(model, text["measuring"], config)
+
+    def calibrated(self) -> list[LayerBases]:
+        """What every layer's bases of codes are fitted from."""
+        path = self.work / "moments.safetensors"
+        found = load_checkpoint(path)
+        if found is None:
+            text = self.text["calibration"]
+            bases = bases_of(self.model, self.config, text, progress=self.progress)
+            save_checkpoint(path, to_tensors(bases), {})
+            return bases
+        return from_tensors(found[0])
+
+    def measured(
+        self, layer: int, policies: Sequence[Policy], bases: Sequence[LayerBases]
+    ) -> LayerLosses:
+        """What each head of a layer loses."""
+        path = self.work / "losses" / f"{layer:03d}.json"
+        if path.exists():
+            return LayerLosses.from_dict(parse_json(str(path), path.read_bytes()))
+        slots = [tried for tried in SLOTS if tried < self.length]
+        while 2 * slots[-1] < self.length:
+            slots.append(2 * slots[-1])
+        found = measure_layer(self.replay, layer, policies, slots, bases[layer])
+        write_text(path, json_text(found.to_dict()) + "\n")
+        return found
+
+    def with_states(
+        self, layer: int, policy: Policy, ranks: Sequence[int]
+    ) -> dict[tuple[Policy, int], list[dict[int, float]]]:
+        """What each head of a layer loses with states of several ranks."""
+        found = {}
+        for rank in ranks:
+            folder = self.work / "states" / f"{layer:03d}-{rank}"
+            path = folder / "losses.json"
+            if not path.exists():
+                text = self.text["fitting"]
+                maps = quick_maps(
+                    self.replay, text, layer, policy, rank, folder, progress=self.progress
+                )
+                slots = [tried for tried in STATE_SLOTS if tried < self.length]
+                curves = measure_state(self.replay, layer, policy, maps, slots)
+                write_text(path, json_text([[*curve.items()] for curve in curves]) + "\n")
+            curves = [dict(map(tuple, curve)) for curve in json.loads(path.read_text())]
+            found[policy, rank] = curves
+        return found
+
+    def transforms(self, plan: Plan, bases: Sequence[LayerBases]) -> Transforms | None:
+        """The bases that a plan's layers need, each for its own bits."""
+        layers = [
+            None if offer.quantization is None else own.fitted(offer.quantization)
+            for own, offer in zip(bases, plan.offers, strict=True)
+        ]
+        if all(layer is None for layer in layers):
+            return None
+        return Transforms("calibrated", layers)
+
+    def fitted(self, plan: Plan, transforms: Transforms | None) -> FeatureMaps:
+        """Maps of the layers that have a state, each layer on its own."""
+        maps = train(
+            self.model,
+            self.text["fitting"],
+            config_of(self.config, plan),
+            FITTED,
+            self.own / "maps",
+            transforms=transforms,
+            model_id=self.model_id,
+            progress=self.progress,
+        )
+        if maps is None:
+            raise RuntimeError("maps: some layer was not fitted")
+        return maps
+
+    def distilled(
+        self, plan: Plan, transforms: Transforms | None, maps: FeatureMaps
+    ) -> FeatureMaps:
+        """Those maps, all layers together, against the full cache's predictions."""
+        validation = min(4, max(1, len(self.text["fitting"]) // 8))
+        recipe = DistillRecipe(
+            steps=self.effort.steps,
+            batch=min(self.effort.batch, len(self.text["fitting"]) - validation),
+            learning_rate=1e-3,
+            validation=validation,
+            validate_every=max(1, self.effort.steps // 4),
+            full_evictions=True,
+        )
+        return distill(
+            self.model,
+            self.text["fitting"],
+            config_of(self.config, plan),
+            maps,
+            recipe,
+            self.own / "together",
+            transforms=transforms,
+            progress=self.progress,
+        )

@@ -1,0 +1,293 @@
+"""The best cache for a number of bytes: measure, choose, train, judge, keep what is best."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .._checks import check_int, check_path
+from .._files import json_text, parse_json, write_text
+from ..config import CacheConfig
+from ..evaluation.perplexity import Contestant
+from ..evaluation.surroundings import surroundings
+from ..feature_maps import FeatureMaps
+from ..integrations.introspection import description
+from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
+from ..maps_io import public_name
+from ..policies import DecayedH2O, Policy, SinkWindow
+from ..recipe import CacheRecipe
+from ..training.runs import claim, digest_tokens, model_digest
+from .allocation import Plan, choose
+from .budget import full_cache_bytes, parse_budget
+from .candidates import ablations, simple_caches
+from .effort import Effort, effort_within, seconds_per_pass, split
+from .judging import Judge
+from .offers import config_of, least_bytes, offers_of
+from .stages import SLOTS, Stages
+
+POLICIES: tuple[Policy, ...] = (SinkWindow(4), DecayedH2O(factor=0.99))
+"""What is tried where nothing is asked for."""
+RANKS = (4,)
+CURVE = (0.25, 0.5, 2.0)
+"""Shares of the budget at which the curve has points besides the budget itself."""
+FULL = "full cache"
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What `tune` found.
+
+    Parameters
+    ----------
+    recipe
+        The cache.
+    report
+        All that was measured and chosen, JSON-ready.
+    """
+
+    recipe: CacheRecipe
+    report: dict[str, Any]
+
+
+def tune(
+    model: Any,
+    tokens: Tensor,
+    budget: Any,
+    out: str | Path,
+    *,
+    work: str | Path | None = None,
+    context: int | None = None,
+    effort: Effort | None = None,
+    minutes: float | None = None,
+    policies: Sequence[Policy] = POLICIES,
+    ranks: Sequence[int] = RANKS,
+    model_id: str | None = None,
+    licence: str | None = None,
+    progress: bool = True,
+) -> Tuned:
+    """Find the best cache for a number of bytes, and write it as one folder.
+
+    Bases of codes are fitted; every KV head is measured with several numbers of slots, ways to
+    code and, where it may pay, a low-rank state; bytes are handed out by what each saves; maps are
+    trained where a state was chosen; whole caches, also with parts left out and the best simple
+    ones, are judged on text that was used for nothing else; and the best is kept.
+
+    A run that was killed goes on when it is started again with the same arguments, to the same
+    result bit for bit on the CPU.
+
+    Parameters
+    ----------
+    model
+        A transformers model that `attach` takes.
+    tokens
+        [n, N] token ids, N the length that the cache is for; the last sequences are for
+        validation alone.
+    budget
+        Bytes of one sequence, or a share of the full cache's in 16 bits: ``"5%"``, 0.05, 300000,
+        ``"2.5M"``.
+    out
+        Folder of the result.
+    work
+        Folder of what a resumed run goes on from, and other budgets too: what heads lose is
+        measured once for all of them. Default: ``work`` in `out`.
+    context
+        Tokens of the full cache that shares are of. Default: the model's longest.
+    effort
+        Text and steps for each part.
+    minutes
+        About how long it may take, instead of `effort`: text and steps are chosen to fit.
+    policies, ranks
+        What is tried, `ranks` besides 0.
+    model_id
+        The model's name, for the card.
+    licence
+        Of the result, for the card: an SPDX name.
+    progress
+        Show bars.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is out of range, there is too little text, the bytes hold no cache at all, or
+        `out` holds a run with other settings.
+    """
+    folder = check_path("out", out)
+    work = folder / "work" if work is None else check_path("work", work)
+    check_model(model)
+    config = _shapes(model, tokens, policies, ranks)
+    if effort is not None and minutes is not None:
+        raise ValueError("minutes: given, and effort too; leave one out")
+    context = check_int("context", context or config.max_positions or tokens.shape[1], minimum=2)
+    total = parse_budget(budget, config, context)
+    if total < (least := least_bytes(config, policies, SLOTS[0])):
+        raise ValueError(
+            f"budget: got {budget!r}, {total:,} bytes, expected at least {least:,}: {SLOTS[0]} "
+            "slots for every head"
+        )
+    own = work / f"{total}-bytes"
+    split(tokens, effort or Effort())
+    chosen = _effort(model, tokens, config, effort, minutes, work)
+    settings = {
+        "model_id": public_name(model_id),
+        "model_sha256": model_digest(model),
+        "data_sha256": digest_tokens(tokens),
+        "effort": chosen.to_dict(),
+        "policies": [policy.to_dict() for policy in policies],
+        "ranks": [*ranks],
+    }
+    claim(work, settings)
+    text = split(tokens, chosen)
+    stages = Stages(
+        model, config, text, chosen, work, own=own, model_id=model_id, progress=progress
+    )
+    bases = stages.calibrated()
+    losses = [
+        stages.measured(layer, policies, bases)
+        for layer in tqdm(range(config.num_layers), desc="measure", disable=not progress)
+    ]
+    plain = [offers_of(config, layer, found) for layer, found in enumerate(losses)]
+    without = choose(plain, total)
+    states = [
+        stages.with_states(layer, offer.policy, ranks)
+        for layer, offer in enumerate(tqdm(without.offers, desc="states", disable=not progress))
+    ]
+    offers = [
+        offers_of(config, layer, found, curves)
+        for layer, (found, curves) in enumerate(zip(losses, states, strict=True))
+    ]
+    plan = choose(offers, total)
+
+    def contestant(name: str, of: Plan, maps: FeatureMaps | None = None) -> Contestant:
+        return Contestant(name, config_of(config, of), maps, stages.transforms(of, bases))
+
+    candidates = [contestant("no state", without)]
+    if any(offer.rank for offer in plan.offers):
+        transforms = stages.transforms(plan, bases)
+        maps = stages.fitted(plan, transforms)
+        candidates.append(contestant("state", plan, maps))
+        if chosen.steps:
+            together = stages.distilled(plan, transforms, maps)
+            candidates.append(contestant("state, maps trained together", plan, together))
+    parts = ablations(plain, without, config, total)
+    candidates += [contestant(name, part) for name, part in parts.items()]
+    candidates += simple_caches(config, total)
+    judge = Judge(model, text["validation"], work / "verdicts", batch=8)
+    full = judge.judge(Contestant(FULL))
+    verdicts = [judge.judge(own) for own in tqdm(candidates, desc="judge", disable=not progress)]
+    taken = min(range(len(candidates)), key=lambda i: verdicts[i].loss)
+    curve = _curve(judge, config, plain, total, contestant)
+    best = candidates[taken]
+    report = {
+        "budget": {
+            "asked": budget,
+            "bytes": total,
+            "context": context,
+            "full_cache_bytes": full_cache_bytes(config, context),
+        },
+        "taken": best.name,
+        "full": full.__dict__,
+        "verdicts": [entry.__dict__ for entry in verdicts],
+        "curve": curve,
+        "predicted": {
+            "no state": without.loss,
+            "state": plan.loss,
+        },
+        "config": best.config.to_dict() if best.config else None,
+        "losses": [entry.to_dict() for entry in losses],
+        "effort": chosen.to_dict(),
+        "validation_tokens": text["validation"].numel(),
+        "model_id": public_name(model_id),
+        **surroundings(),
+    }
+    record = {
+        "method": "less-cache tune",
+        "bytes": total,
+        "share": total / full_cache_bytes(config, context),
+        "taken": best.name,
+        "validation": {
+            "loss": verdicts[taken].loss,
+            "full cache's loss": full.loss,
+            "divergence": verdicts[taken].divergence,
+            "tokens": text["validation"].numel(),
+        },
+        **({} if licence is None else {"license": licence}),
+    }
+    assert best.config is not None
+    recipe = CacheRecipe(
+        best.config,
+        best.maps,
+        best.transforms,
+        model=description(model.config) | ({} if model_id is None else {"name": model_id}),
+        record=record,
+    )
+    recipe.save_pretrained(folder)
+    return Tuned(recipe, report)
+
+
+def _shapes(
+    model: Any,
+    tokens: Tensor,
+    policies: Sequence[Policy],
+    ranks: Sequence[int],
+) -> CacheConfig:
+    """The model's shapes, once what is to be tried has been looked at."""
+    if not policies:
+        raise ValueError("policies: got none, expected at least one")
+    for policy in policies:
+        if not isinstance(policy, Policy) or not policy.evicts:
+            raise ValueError(f"policies: got {policy!r}, expected policies that evict")
+    for rank in ranks:
+        check_int("ranks", rank, minimum=1)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [n, N] token ids")
+    config = CacheConfig.from_model(
+        model.config,
+        capacity=tokens.shape[1],
+        policy=policies[0],
+        rank=0,
+        dtype=model.dtype,
+    )
+    check_fit(model, attention_modules(model), config)
+    return config
+
+
+def _effort(
+    model: Any,
+    tokens: Tensor,
+    config: CacheConfig,
+    asked: Effort | None,
+    minutes: float | None,
+    work: Path,
+) -> Effort:
+    """What was asked for, or fits into the time; if resumed, what was found the first time."""
+    if asked is not None or minutes is None:
+        return asked or Effort()
+    path = work / "effort.json"
+    if path.exists():
+        return Effort(**parse_json(str(path), path.read_bytes()))
+    effort = effort_within(minutes, config.num_layers, seconds_per_pass(model, tokens))
+    write_text(path, json_text(effort.to_dict()) + "\n")
+    return effort
+
+
+def _curve(
+    judge: Judge, config: CacheConfig, offers: Any, total: int, contestant: Any
+) -> list[dict[str, Any]]:
+    """What other budgets give: the plan without states, and the best simple caches."""
+    points = []
+    for share in CURVE:
+        bytes_ = int(total * share)
+        try:
+            tried = [contestant("no state", choose(offers, bytes_))]
+        except ValueError:
+            continue
+        tried += simple_caches(config, bytes_)
+        points += [{"bytes": bytes_, **judge.judge(own).__dict__} for own in tried]
+    return points

@@ -188,16 +188,14 @@ Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std:
 
 std::size_t workspace_for(KernelTable table, const Layer& layer, const Device& device,
                           std::int32_t most) {
-    // More sequences take more of everything but parts, of which a smaller batch may have more:
-    // fewer than 2 * multiprocessors + heads programs, and two for each head where slots are
-    // shared.
+    // More sequences take more of everything but parts, of which a smaller batch may have more: no
+    // more than kProgramsAProcessor * multiprocessors where slots are shared.
     Plan plan = plan_step(table, layer, device, most);
     const auto* split = find_kernel(table, layer, device, {"attend", 1});
     if (most == 0 || split == nullptr || splits_of(layer, device, 1, split->block_c) == 1) {
         return plan.workspace_bytes;
     }
-    const std::int64_t heads = std::int64_t{most} * layer.sizes.kv_heads;
-    const std::int64_t programs = std::int64_t{2} * device.multiprocessors + heads;
+    const std::int64_t programs = kProgramsAProcessor * device.multiprocessors;
     const std::int64_t numbers = programs * split->block_g * (std::int64_t{split->block_d} + 2);
     Names names(layer.attributes);
     const std::size_t rest = place_scratch(names, layer, {split, nullptr, 1}, most);

@@ -10,8 +10,10 @@ AOT_ARGUMENTS ?=
 EXTRAS ?=
 # Of `make vllm`: which tests; vLLM's CPU build needs Python 3.11 or later.
 VLLM_TESTS ?= tests/integrations/vllm tests/test_distributed.py tests/training/test_on_ray.py
+# Of `make gpu`: such as --only kernels.
+GPU_ARGUMENTS ?=
 
-.PHONY: venv demo serve plugin vllm docs dist test lint format clean
+.PHONY: venv demo serve plugin vllm gpu docs dist test lint format clean
 
 venv: .venv/installed
 
@@ -59,6 +61,12 @@ dist:
 
 vllm: .venv-vllm/installed
 	$(TEST_ENVIRONMENT) VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest $(VLLM_TESTS)
+
+# What a first run on a card should show, in order. With TENSORRT_ROOT the plugin's harness is built
+# before it; if that fails, its part says so and the others run.
+gpu: venv
+	$(if $(TENSORRT_ROOT),-$(MAKE) plugin)
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGUMENTS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -262,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 48, 64, 256])
+    parser.add_argument("--json", type=Path, help="write the report there alone, without a plot")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -281,6 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
         "copy_bytes_per_s": bandwidth,
         "rows": rows,
     }
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        return 0
     RESULTS.mkdir(exist_ok=True)
     stem = f"gpu_decode_{shape.name}_{card.replace(' ', '_')}"
     (RESULTS / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Bytes and operations of a whole-model decode step, and the times that data sheets predict.
+"""Bytes and operations of a whole-model decode step, and predicted times.
 
-No GPU is needed: this counts. `gpu_decode.py` measures. It prints the table of
-docs/performance.md::
+No GPU is needed: this counts, and `gpu_model` says how long the cache's kernels take.
+`gpu_decode.py` measures. It prints the table of docs/performance.md::
 
     python -m benchmarks.gpu_predictions
 """
@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from benchmarks import gpu_model
+
 SHARE = 0.05
 HIDDEN = 512
 CARDS = {"H200": (4.8e12, 989e12, 141e9), "A100-80GB": (2.0e12, 312e12, 80e9)}
 """Bytes a second, dense fp16 operations a second, and bytes of memory, from the data sheets."""
 
-REACHED = 0.8
+REACHED = gpu_model.BANDWIDTH_REACHED
 """The share of both that a prediction assumes."""
 
-LAUNCH = 2e-6
+LAUNCH = gpu_model.LAUNCH
 """Seconds that a kernel in a CUDA graph is assumed to cost besides its bytes."""
 
 
@@ -103,6 +105,14 @@ def predict(card: str, *counts: Count) -> float:
     return max(memory, compute) + LAUNCH * sum(count.kernels for count in counts)
 
 
+def predict_less(card: str, shape: Shape, batch: int, capacity: int, rank: int) -> float:
+    """Seconds of a step with a LESS cache: the model's, and each layer's kernels by `gpu_model`."""
+    group = shape.query_heads // shape.kv_heads
+    layer = gpu_model.Step(batch, shape.kv_heads, group, capacity, rank)
+    model = predict(card, count_model(shape, batch))
+    return model + shape.layers * layer.seconds(gpu_model.CARDS[card])
+
+
 def fits(card: str, shape: Shape, batch: int, context: int) -> bool:
     """Whether the weights and a full cache go into the card's memory."""
     needed = count_model(shape, batch).bytes + count_full(shape, batch, context).bytes
@@ -121,8 +131,8 @@ def table(context: int) -> list[str]:
             for card in CARDS:
                 model = count_model(shape, batch)
                 full = predict(card, model, count_full(shape, batch, context))
-                sparse = predict(card, model, count_less(shape, batch, slots, 0))
-                less = predict(card, model, count_less(shape, batch, slots, 8))
+                sparse = predict_less(card, shape, batch, slots, 0)
+                less = predict_less(card, shape, batch, slots, 8)
                 note = "" if fits(card, shape, batch, context) else " (does not fit)"
                 lines.append(
                     f"| {shape.name} | {batch} | {card} | {1e3 * full:.1f}{note} | "

@@ -53,6 +53,9 @@ PAGE_ALIGNMENT = 16
 class LayerArrays:
     """What one layer's cache consists of. Backends rewrite the arrays in place.
 
+    In a row that has seen tokens the values of empty slots are finite: `empty_arrays` makes them 0,
+    and so does whatever takes the first tokens in. Backends may give them a weight of 0.
+
     The first axis counts the rows of a pool, P; a cache of a batch alone has P = B. N are the
     slots of all heads, one head's after another's. Any strides will do, but D is contiguous.
 

@@ -122,13 +122,14 @@ def test_the_guard_against_waiting_works():
             bad(torch.ones(3))
 
 
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.int64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=policy_id)
-def test_a_step_needs_no_data_at_all(policy):
+def test_a_step_needs_no_data_at_all(policy, mask_type):
     # On the meta device there are no numbers that a host could wait for.
     manager, state, _ = make(policy)
     state = state.to("meta")
-    inputs = [None if x is None else x.to("meta") for x in inputs_of(manager, 0, masked=True)]
-    out = step_of(manager, state)(*inputs)
+    *tokens, mask = (x.to("meta") for x in inputs_of(manager, 0, masked=True))
+    out = step_of(manager, state)(*tokens, mask.to(mask_type))
     assert out.device.type == "meta"
     assert out.shape == (3, 4, 1, 4)
 

@@ -15,7 +15,7 @@ from exporters.common.manifest import Manifest, read_manifest
 from less_cache._checks import check_int
 from less_cache._files import replaced
 
-from .cuda import device_info
+from .cuda import device_info, selected
 from .files import ENGINE_MANIFEST, PROMPT_ENGINE, STEP_ENGINE, write_engine_manifest
 from .graphs import derive_graphs
 from .library import Log, load_plugin
@@ -128,7 +128,7 @@ def build_engines(
         progress=progress,
     )
     log = Log(verbose)
-    with replaced_files(Path(out_dir), last=ENGINE_MANIFEST) as folder:
+    with selected(device), replaced_files(Path(out_dir), last=ENGINE_MANIFEST) as folder:
         for name, graph, aliased in (
             (STEP_ENGINE, step_graph, library is not None and alias),
             (PROMPT_ENGINE, prompt_graph, False),

@@ -26,6 +26,11 @@ def device_info(index: int) -> dict[str, Any]:
     }
 
 
+def selected(index: int) -> contextlib.AbstractContextManager[None]:
+    """Make a GPU the current one within the block: TensorRT builds for no other."""
+    return torch.cuda.device(index)
+
+
 class Device:
     """A GPU and the stream on which everything is done.
 

@@ -22,6 +22,9 @@ from ..torch.slots import RunSlots, open_run
 from .kernels.chunk import attend_chunk, sum_columns
 from .launch import block, contiguous_heads, dot_type, launch
 
+STAGES = 3
+"""Turns of a loop, of which two have their loads under way while one is computed."""
+
 
 def attend(
     layer: LayerConfig,
@@ -94,7 +97,7 @@ def attention(
     # Coded pairs come in wider numbers than the model's.
     q, keys, values = (array.to(getattr(torch, layer.dtype)) for array in (q, keys, values))
     q, keys, values = contiguous_heads(q), keys.contiguous(), values.contiguous()
-    positions, spoilt_from = _finite(keys, values, positions)
+    values, positions, spoilt_from = _finite(keys, values, positions)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     arguments: dict[str, Any] = {
         "q": q,
@@ -140,6 +143,7 @@ def attention(
         },
         device=q.device,
         warps=warps,
+        stages=STAGES,
     )
     gained = torch.zeros(positions.shape, dtype=torch.float32, device=q.device)
     if weight is not None:
@@ -156,28 +160,31 @@ def attention(
             },
             device=q.device,
             warps=warps,
+            stages=STAGES,
         )
     return out, gained
 
 
-def _finite(keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions without those of pairs that are not finite, and the first such column of a head.
+def _finite(keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finite values, positions without those of pairs that are not, and the first such column.
 
     A masked probability is 0, and 0 * NaN is no 0: such a pair is left out, and spoils afterwards
-    the queries that see it. Both are contiguous, [B, heads, C + S] and [B, heads] int32.
+    the queries that see it. All are contiguous: [B, heads, C + S, D], [B, heads, C + S] and, of
+    each head, [B, heads] int32.
     """
-    bad = ~(keys.isfinite() & values.isfinite()).all(3) & (positions != EMPTY)
+    numbers = values.isfinite()
+    bad = ~(keys.isfinite() & numbers).all(3) & (positions != EMPTY)
     count = positions.shape[2]
     columns = torch.arange(count, dtype=torch.int32, device=keys.device)
     first = torch.where(bad, columns, count).amin(2)
-    return positions.masked_fill(bad, EMPTY), first
+    return values.masked_fill(~numbers, 0), positions.masked_fill(bad, EMPTY), first
 
 
 def _attention_tiles(layer: LayerConfig) -> tuple[int, int, int]:
     """Queries and columns in a tile of `attend_chunk`, and warps: none so large that it spills."""
     if layer.dtype == "float32":
         return 32, 32 if layer.head_dim <= 64 else 16, 8
-    return (64, 32, 8) if layer.head_dim > 128 else (128, 32, 8)
+    return (64, 32, 8) if layer.head_dim > 128 else (128, 64, 8)
 
 
 def _sum_tiles(layer: LayerConfig) -> tuple[int, int, int]:

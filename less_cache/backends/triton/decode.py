@@ -34,20 +34,29 @@ TILE_BYTES = 8192
 CODED_TILE_BYTES = {2: 16384, 4: 8192}
 """The same of codes once they are unpacked, by the bytes of a number: too few to spill."""
 
-CODED_REGISTERS = 255
-"""As many as there are."""
+ALL_REGISTERS = 255
+"""As many as there are: where the assembler, left alone, would spill some."""
 
-CODED_STAGES = 3
-"""Loads of codes wait for no position, and so may be under way for the tiles to come."""
+STAGES = 3
+"""Turns of a loop, of which two have their loads under way while one is computed."""
 
-BLOCKS_A_SPLIT = 8
+BLOCKS_A_SPLIT = 4
 """Blocks of slots below which sharing them out costs more than it gains."""
+
+PROGRAMS_A_PROCESSOR = 4
+"""Programs of kernel B that a multiprocessor has room for, and that heads are shared out for."""
+
+MOST_SPLITS = 16
+"""Programs a head: what they leave is merged one after another."""
 
 SLOTS_A_TILE = {1: 256, 16: 128, 32: 32}
 """Slots that kernel A looks at at a time, by the sequences of a program: none too many to spill."""
 
 SCORES_A_THREAD = 2
 """Slots whose scores a thread of kernel B updates at a time."""
+
+SCORES_AT_THE_END = 8
+"""The same of `conclude_split`, which has registers to spare and many slots to go through."""
 
 ALIGNED_ARRAYS = ("keys", "values", "H")
 """Arrays that are read a vector at a time."""
@@ -75,7 +84,7 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     batch
         B.
     multiprocessors
-        Of the device: two programs for each are wanted.
+        Of the device: `PROGRAMS_A_PROCESSOR` for each are wanted.
     splits
         Programs a head, instead of as many as the device wants.
     """
@@ -92,8 +101,8 @@ def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | No
     most = 4096 if layer.key_layout is None else 2048
     large = group * head_dim > most or layer.rank > 16 or layer.dtype == "float32"
     if splits is None:
-        wanted = triton.cdiv(2 * multiprocessors, max(1, batch * layer.kv_heads))
-        splits = max(1, min(wanted, blocks // BLOCKS_A_SPLIT))
+        wanted = PROGRAMS_A_PROCESSOR * multiprocessors // max(1, batch * layer.kv_heads)
+        splits = max(1, min(wanted, blocks // BLOCKS_A_SPLIT, MOST_SPLITS))
     return Tiles(
         group=group,
         head_dim=head_dim,
@@ -216,10 +225,19 @@ def step(
     }
     programs = batch * layer.kv_heads
     grid = (programs, tile.splits)
-    own = {"stages": CODED_STAGES, "registers": CODED_REGISTERS} if coded else {}
-    launch(attend, grid, arguments, constants, device=device, warps=tile.warps, **own)
+    launch(
+        attend,
+        grid,
+        arguments,
+        constants,
+        device=device,
+        warps=tile.warps,
+        stages=STAGES,
+        registers=ALL_REGISTERS if coded or layer.dtype == "float32" else None,
+    )
     if split:
-        launch(conclude_split, (programs,), arguments, shared, device=device, warps=tile.warps)
+        last = {**shared, "BLOCK_S": SCORES_AT_THE_END * 32 * tile.warps}
+        launch(conclude_split, (programs,), arguments, last, device=device, warps=tile.warps)
     return out
 
 
@@ -310,6 +328,9 @@ def _select_and_map(
     }
     sequences = 1 if maps is None else 16 if batch <= 16 else 32
     dtype = q.dtype if maps is None else weights["phi_w1"].dtype
+    # A row of the first product is a hidden number: with as many as eight warps have, none repeats
+    # another's; wider heads would take too much shared memory.
+    most_hidden = 32 if dtype.itemsize == 4 else 128 if layer.head_dim <= 128 else 64
     constants = {
         "START": int(layer.policy.starts),
         "GAIN": int(layer.policy.gains),
@@ -324,7 +345,7 @@ def _select_and_map(
         "BLOCK_B": sequences,
         "BLOCK_C": SLOTS_A_TILE[sequences],
         "BLOCK_D": block(layer.head_dim),
-        "BLOCK_H": 64 if dtype.itemsize == 2 else 32,
+        "BLOCK_H": most_hidden if maps is None else min(most_hidden, block(maps.hidden)),
         "BLOCK_R": block(layer.rank),
         "DOT": dot_type(dtype),
     }
@@ -339,5 +360,6 @@ def _select_and_map(
         constants,
         device=q.device,
         warps=4 if few else 8,
-        registers=None if layer.key_layout is None else CODED_REGISTERS,
+        stages=STAGES,
+        registers=None if layer.key_layout is None else ALL_REGISTERS,
     )

@@ -14,7 +14,13 @@ constexpr std::int64_t kMostProgramsY = 65535;
 constexpr std::int64_t kMostProgramsX = std::numeric_limits<std::int32_t>::max();
 
 /// Blocks of slots below which sharing them out costs more than it gains.
-constexpr std::int64_t kBlocksASplit = 8;
+constexpr std::int64_t kBlocksASplit = 4;
+
+/// Programs of `attend` that a multiprocessor has room for, and that heads are shared out for.
+constexpr std::int64_t kProgramsAProcessor = 4;
+
+/// Programs a head: what they leave is merged one after another.
+constexpr std::int64_t kMostSplits = 16;
 
 /// Of each array in the workspace: what TensorRT gives its own buffers.
 constexpr std::size_t kAlignment = 256;
@@ -28,8 +34,9 @@ std::int64_t splits_of(const Layer& layer, const Device& device, std::int64_t ba
                        std::int64_t block_c) {
     const std::int64_t blocks = divided_up(layer.attributes.capacity, block_c);
     const std::int64_t wanted =
-        divided_up(std::int64_t{2} * device.multiprocessors, batch * layer.sizes.kv_heads);
-    const std::int64_t splits = std::max<std::int64_t>(1, std::min(wanted, blocks / kBlocksASplit));
+        kProgramsAProcessor * device.multiprocessors / (batch * layer.sizes.kv_heads);
+    const std::int64_t splits =
+        std::max<std::int64_t>(1, std::min({wanted, blocks / kBlocksASplit, kMostSplits}));
     return divided_up(blocks, divided_up(blocks, std::min(splits, blocks)));
 }
 
@@ -184,16 +191,14 @@ Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std:
 
 std::size_t workspace_for(KernelTable table, const Layer& layer, const Device& device,
                           std::int32_t most) {
-    // More sequences take more of everything but parts, of which a smaller batch may have more:
-    // fewer than 2 * multiprocessors + heads programs, and two for each head where slots are
-    // shared.
+    // More sequences take more of everything but parts, of which a smaller batch may have more: no
+    // more than kProgramsAProcessor * multiprocessors where slots are shared.
     Plan plan = plan_step(table, layer, device, most);
     const auto* split = find_kernel(table, layer, device, {"attend", 1});
     if (most == 0 || split == nullptr || splits_of(layer, device, 1, split->block_c) == 1) {
         return plan.workspace_bytes;
     }
-    const std::int64_t heads = std::int64_t{most} * layer.sizes.kv_heads;
-    const std::int64_t programs = std::int64_t{2} * device.multiprocessors + heads;
+    const std::int64_t programs = kProgramsAProcessor * device.multiprocessors;
     const std::int64_t numbers = programs * split->block_g * (std::int64_t{split->block_d} + 2);
     Names names(layer.attributes);
     const std::size_t rest = place_scratch(names, layer, {split, nullptr, 1}, most);

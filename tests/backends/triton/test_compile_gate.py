@@ -34,9 +34,11 @@ def test_kernels_compile_and_spill_no_registers(capability, tmp_path):
             # A conversion of each byte by itself would take more.
             assert kernel["loop"] * kernel["warps"] / kernel["tile"] < 64
         assert kernel["spilled_bytes"] == 0, kernel
+        if kernel["kernel"] in ("attend", "attend_chunk", "sum_columns"):
+            assert kernel["under_way"] >= 1, kernel
 
 
-def test_the_gate_sees_a_kernel_that_spills(tmp_path):
+def test_the_gate_sees_a_kernel_that_spills_or_waits(tmp_path):
     # A tile four times too large for its warps: the gate must not call it well.
     script = """
 import dataclasses
@@ -46,11 +48,15 @@ with recording() as launches:
     variants.launches_of(variants.Variant(dtype="float32"))
 wanted = next(w for w in launches if w.kernel.__name__ == "attend")
 constants = wanted.constants | {"BLOCK_C": 64}
-found = compile_gate.compile_launch(dataclasses.replace(wanted, constants=constants, warps=4), 90)
-print(compile_gate.problems(found, 128))
+spilling = dataclasses.replace(wanted, constants=constants, warps=4, registers=None)
+print(compile_gate.problems(compile_gate.compile_launch(spilling, 90), 128))
+waiting = dataclasses.replace(wanted, stages=2)
+print(compile_gate.problems(compile_gate.compile_launch(waiting, 90), 128))
 """
     result = run(["-c", script], tmp_path)
-    assert "registers spilled" in result.stdout, result.stdout + result.stderr
+    spilled, waited, *_ = [*result.stdout.splitlines(), "", ""]
+    assert "registers spilled" in spilled, result.stdout + result.stderr
+    assert waited == "['no load is under way while the loop computes']"
 
 
 def test_the_package_works_without_triton(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import less_cache as lc
-from less_cache.arrays import empty_arrays
+from less_cache.arrays import EMPTY, empty_arrays
 from less_cache.backends import triton as backend
 from less_cache.backends.triton import decode, launch
 from less_cache.backends.triton.launch import recording
@@ -89,6 +89,19 @@ def test_what_empty_slots_hold_is_never_seen():
     for array in (pair.arrays.keys, pair.arrays.values):
         array.fill_(float("nan"))
     for _ in range(9):
+        # Values there are zeros from the first step on; keys may be anything.
+        pair.arrays.keys[pair.arrays.positions == EMPTY] = float("nan")
+        pair.check(pair.inputs(1))
+
+
+def test_a_victim_that_is_no_number_spoils_nothing_more():
+    pair = Pair(config(policy=lc.SinkWindow(sinks=0), rank=0, capacity=5), batch=2)
+    for _ in range(5):
+        pair.check(pair.inputs(1))
+    oldest = pair.arrays.positions == 0
+    pair.arrays.values[oldest] = float("nan")
+    pair.arrays.keys[oldest] = float("inf")
+    for _ in range(2):
         pair.check(pair.inputs(1))
 
 
@@ -125,8 +138,11 @@ def test_splits_cover_every_slot_and_none_is_idle(processors, capacity, batch):
     # As the kernel counts.
     span = math.ceil(math.ceil(capacity / tile.slots) / tile.splits) * tile.slots
     assert (tile.splits - 1) * span < capacity <= tile.splits * span
-    if batch * 8 >= 2 * processors:
-        assert tile.splits == 1
+    programs = decode.PROGRAMS_A_PROCESSOR * processors
+    assert tile.splits == 1 or tile.splits * batch * 8 <= programs
+    if batch == 1 and capacity == 8192 and processors > 1:
+        # 256 tiles: no fewer programs than what is merged at the end allows.
+        assert tile.splits == decode.MOST_SPLITS
 
 
 @pytest.mark.gpu

@@ -114,6 +114,18 @@ print("rows", len({
     tuple(step(config, arrays, maps, 64, 7, rows=rows[start:64 + start]))
     for arrays in everywhere for start in range(6)
 }))
+def prompt(batch, tokens, before):
+    q, k = (torch.zeros(batch, tokens, heads, 64, dtype=torch.float16) for heads in (8, HEADS))
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    mask = torch.ones(batch, before + tokens, dtype=torch.bool)[:, before:]
+    lengths = torch.zeros(batch + before, dtype=torch.int32)[before:]
+    own = empty_arrays(config.layer(0), batch)
+    with recording() as launches:
+        backend.attend(config.layer(0), own, maps, q, k, k, lengths=lengths, mask=mask)
+        backend.eviction_times(config.layer(0), q, k, mask)
+    return {keys(wanted) for wanted in launches}
+found = set().union(*(prompt(1 + n % 3, 210 + n, n) for n in range(24)))
+print("prompts", sorted(name for name, *_ in found))
 """
 
 
@@ -128,4 +140,5 @@ def test_nothing_is_compiled_anew_while_tokens_come_batches_change_or_pages_move
         "by head 1",
         "pages 1",
         "rows 1",
+        "prompts ['attend_chunk', 'scan', 'sum_columns']",
     ]

@@ -122,6 +122,8 @@ def test_a_row_after_its_first_step_is_a_proper_one():
     assert arrays.positions[2].tolist() == [0, -1, -1, -1, 0, -1, -1, -1, -1, -1]
     assert arrays.scores[2].tolist() == [1.0, 0, 0, 0, 1.0, 0, 0, 0, 0, 0]
     assert arrays.history[2].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    # Values of empty slots are read, and count for nothing.
+    assert arrays.values[2].any(1).tolist() == [True, *[False] * 3, True, *[False] * 5]
     assert not bool(arrays.H[2].any())
     assert not bool(arrays.z[2].any())
 

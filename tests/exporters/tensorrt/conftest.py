@@ -20,6 +20,18 @@ C = 8
 GPU = {"name": "Fake", "capability": [9, 0]}
 
 
+CURRENT = [0]
+"""The current GPU."""
+
+
+@contextlib.contextmanager
+def selected(index):
+    """`exporters.tensorrt.cuda.selected` without CUDA."""
+    before, CURRENT[0] = CURRENT[0], index
+    yield
+    CURRENT[0] = before
+
+
 class CpuDevice:
     """`exporters.tensorrt.cuda.Device` without CUDA; a captured graph is the work itself."""
 
@@ -57,6 +69,7 @@ def trt():
 
         for place in (build, runtime):
             patch.setattr(place, "device_info", lambda index: GPU)
+        patch.setattr(build, "selected", selected)
         patch.setattr(runtime, "Device", CpuDevice)
         yield module
 

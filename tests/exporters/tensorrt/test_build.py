@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from exporters.common.manifest import read_manifest
 from less_cache.cli import app
-from tests.exporters.tensorrt.conftest import C
+from tests.exporters.tensorrt.conftest import CURRENT, C
 
 
 def build_quietly(exported, out, **changes):
@@ -84,6 +84,14 @@ def test_without_the_plugin_nothing_is_in_place(trt, exported, tmp_path):
     assert json.loads((tmp_path / "less_cache_engine.json").read_text())["plugin"] is None
     assert not recorded(trt, "set_preview_feature")
     assert not recorded(trt, "load_library")
+
+
+def test_engines_are_built_on_the_gpu_that_was_asked_for(trt, exported, tmp_path):
+    current = []
+    trt.world.on_step = lambda: current.append(CURRENT[0])
+    build_quietly(exported, tmp_path, device=1)
+    assert set(current) == {1}
+    assert CURRENT == [0]
 
 
 def test_the_timing_cache_is_read_and_written(trt, exported, tmp_path):

@@ -41,6 +41,9 @@ SPILL_FREE_HEAD_DIM = 128
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program may take."""
 
+PIPELINED = ("attend", "attend_chunk", "sum_columns")
+"""Kernels whose loop reads the cache, or a prompt: all their time is in it."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -58,6 +61,8 @@ class Resources:
     """of `instructions`, those of the loop that has most matrix products"""
     tile: int
     """slots that a turn of that loop takes in; 0 where there are none"""
+    under_way: int
+    """groups of loads that a loop leaves under way where it waits for one; 0: it waits for all"""
 
 
 def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resources:
@@ -91,6 +96,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
         instructions=instructions,
         loop=loop,
         tile=wanted.constants.get("BLOCK_C", 0) if wanted.kernel.__name__ == "attend" else 0,
+        under_way=loads_under_way(compiled.asm["ptx"]),
     )
 
 
@@ -115,9 +121,25 @@ def compile_all(
             yield from found
 
 
+def loads_under_way(ptx: str) -> int:
+    """N, the most groups of asynchronous copies that any wait leaves under way.
+
+    A pipelined loop waits for the oldest of its copies and computes while the others come. Where
+    loads depend on each other the compiler gives up, and every wait is for all: N = 0.
+    """
+    waits = re.findall(r"cp\.async(?:\.bulk)?\.wait_group(?:\.read)?\s+(\d+)", ptx)
+    return max(map(int, waits), default=0)
+
+
 def problems(found: Resources, head_dim: int) -> list[str]:
-    """What is not as it must be: registers spilled at usual head sizes, too much shared memory."""
+    """What is not as it must be.
+
+    Registers spilled at usual head sizes, too much shared memory, or a loop over keys and values
+    that waits for all its loads in each turn.
+    """
     wrong = []
+    if found.kernel in PIPELINED and found.under_way < 1:
+        wrong.append("no load is under way while the loop computes")
     if head_dim <= SPILL_FREE_HEAD_DIM and found.spilled_bytes:
         wrong.append(f"{found.spilled_bytes} bytes of registers spilled")
     if found.shared_bytes > SHARED_LIMITS[found.capability]:
@@ -152,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{found.kernel:16} sm_{found.capability:<4} registers {found.registers:3} "
             f"spilled {found.spilled_bytes:5} shared {found.shared_bytes:6} "
             f"instructions {found.instructions:5} loop {found.loop:4} tile {found.tile:3} "
+            f"under way {found.under_way} "
             f"{found.variant} {'; '.join(wrong)}",
             flush=True,
         )

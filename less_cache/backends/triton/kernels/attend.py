@@ -48,10 +48,12 @@ def over_slots(
         slots = start + tl.arange(0, BLOCK_C)
         inside = slots < capacity
         position = tl.load(positions + slots, mask=inside, other=-1).to(tl.int32)
-        # Keys and values of slots that hold no pair are never loaded: they may be anything.
-        held = (position != -1) & (slots != slot)
-        key = load_pairs(keys, slots, held, HEAD_DIM, BLOCK_D, DOT)
-        value = load_pairs(values, slots, held, HEAD_DIM, BLOCK_D, DOT)
+        others = inside & (slots != slot)
+        held = (position != -1) & others
+        # An empty slot's value is finite, so that a weight of 0 makes nothing of it; its key may
+        # be anything. So no load waits for positions, and those of later turns are under way.
+        key = load_pairs(keys, slots, inside, HEAD_DIM, BLOCK_D, DOT)
+        value = load_pairs(values, slots, others, HEAD_DIM, BLOCK_D, DOT)
         s = capped(tl.dot(q, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
         s = tl.where(held[None, :], s, -INFINITY)
         if GAIN != GAIN_NONE:
@@ -407,7 +409,7 @@ def conclude_split(
         mass = tl.zeros([BLOCK_G], tl.float32)
         numerator = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         held = real & (d < stored_channels(VALUE_CODES, HEAD_DIM))[None, :]
-        for split in tl.range(0, bound(splits)):
+        for split in tl.range(0, bound(splits), num_stages=4):
             part = (head * splits + split) * BLOCK_G + g
             part_top = tl.load(part_peak + part)
             top = tl.maximum(peak, part_top)

@@ -37,7 +37,9 @@ def attended(
 ):
     """Go on with m, Σ exp(s - m), Σ exp(s - m) v over the columns from `first` to `last`.
 
-    A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M].
+    A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M]. All
+    values are finite, so that a weight of 0 makes nothing of one that it does not see: no load
+    waits for positions.
     """
     d = tl.arange(0, BLOCK_D)
     # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.
@@ -46,12 +48,13 @@ def attended(
     values += head * columns_in_all * HEAD_DIM
     for start in tl.range(bound(first), bound(last), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        position = tl.load(positions + columns, mask=columns < columns_in_all, other=-1).to(
-            tl.int32
-        )
+        inside = columns < columns_in_all
+        position = tl.load(positions + columns, mask=inside, other=-1).to(tl.int32)
         held = position != -1
         offsets = columns[:, None] * HEAD_DIM + d[None, :]
-        wanted = held[:, None] & (d[None, :] < HEAD_DIM)
+        wanted = inside[:, None]
+        if HEAD_DIM != BLOCK_D:
+            wanted = wanted & (d[None, :] < HEAD_DIM)
         key = tl.load(keys + offsets, mask=wanted, other=0.0).to(DOT)
         value = tl.load(values + offsets, mask=wanted, other=0.0).to(DOT)
         s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)

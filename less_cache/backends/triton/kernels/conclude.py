@@ -133,8 +133,27 @@ def update_scores(
 
 
 @triton.jit
-def forget(scores, positions, slot, capacity, BLOCK_S: tl.constexpr):
-    """All slots of a head but `slot` become empty; the pointers are at its first numbers."""
+def forget(
+    values,
+    scores,
+    positions,
+    slot,
+    capacity,
+    VALUE_CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """All slots of a head but `slot` become empty; the pointers are at its first numbers.
+
+    Their values become 0: later steps read them with a weight of 0, which must make nothing of
+    them. Codes are numbers whatever they are.
+    """
+    if VALUE_CODES == "":
+        d = tl.arange(0, BLOCK_D)
+        nothing = tl.zeros([BLOCK_D], tl.float32).to(values.dtype.element_ty)
+        for other in tl.range(0, bound(capacity)):
+            tl.store(values + other * HEAD_DIM + d, nothing, mask=(d < HEAD_DIM) & (other != slot))
     for start in tl.range(0, bound(capacity), BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         others = (slots < capacity) & (slots != slot)
@@ -311,4 +330,14 @@ def conclude(
         )
     tl.store(positions + slot, seen.to(positions.dtype.element_ty))
     if seen == 0:
-        forget(scores, positions, slot, capacity, BLOCK_S)
+        forget(
+            values,
+            scores,
+            positions,
+            slot,
+            capacity,
+            VALUE_CODES,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_S,
+        )

@@ -111,12 +111,13 @@ def two_layers(
 ):
     """Products gelu(x W1 + b1) W2 for x [BLOCK_B, BLOCK_D], W1 [D, hidden], W2 [hidden, R].
 
-    The hidden numbers are formed BLOCK_H at a time and never stored.
+    The hidden numbers are formed BLOCK_H at a time and never stored. Both products are formed
+    transposed: sequences are few, and each warp would repeat what has as few rows as they are.
     """
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    x = x.to(DOT)
-    features = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    x = tl.trans(x.to(DOT))
+    features = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
     for start in tl.range(0, HIDDEN, BLOCK_H):
         hidden = start + tl.arange(0, BLOCK_H)
         real = hidden < HIDDEN
@@ -130,12 +131,12 @@ def two_layers(
             mask=real[:, None] & (r[None, :] < RANK),
             other=0.0,
         ).to(DOT)
-        before = tl.dot(x, first, input_precision="ieee")
+        before = tl.dot(tl.trans(first), x, input_precision="ieee")
         if b1 is not None:
-            before += tl.load(b1 + hidden, mask=real, other=0.0).to(tl.float32)[None, :]
+            before += tl.load(b1 + hidden, mask=real, other=0.0).to(tl.float32)[:, None]
         activated = gelu(before).to(DOT)
-        features += tl.dot(activated, second, input_precision="ieee")
-    return features
+        features += tl.dot(tl.trans(second), activated, input_precision="ieee")
+    return tl.trans(features)
 
 
 @triton.jit

@@ -64,7 +64,10 @@ def probabilities(
     return total
 
 
-@triton.jit(do_not_specialize=["begin", "tokens", "capacity", "sinks", "recent"])
+@triton.jit(
+    do_not_specialize=["begin", "tokens", "capacity", "sinks", "recent", "mask_row_stride"],
+    do_not_specialize_on_alignment=["mask"],
+)
 def scan(
     q,
     k,

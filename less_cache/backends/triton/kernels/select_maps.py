@@ -46,7 +46,8 @@ def victims(
     oldest = tl.full([BLOCK_B], LAST_POSITION, tl.int32)
     chosen = tl.full([BLOCK_B], 0, tl.int32)
     begun = real & (seen > 0)
-    for start in tl.range(0, bound(capacity), BLOCK_C):
+    # Told how many turns' loads to keep under way, the compiler does so without a product, too.
+    for start in tl.range(0, bound(capacity), BLOCK_C, num_stages=4):
         slots = start + tl.arange(0, BLOCK_C)
         inside = real[:, None] & (slots[None, :] < capacity)
         filled = inside & begun[:, None]

@@ -62,15 +62,18 @@ def row_start(array, row, stride, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_pairs(
-    stored, slots, held, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr
+    stored, slots, wanted, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr
 ):
     """Keys or values [BLOCK_C, BLOCK_D] that are stored as they are; `stored` as a head's first.
 
-    In the type of computing; zeros where `held` is false, whatever is stored there.
+    In the type of computing; zeros where `wanted` is false. That must not depend on what else is
+    loaded in the same turn of a loop, or no turn's loads start before the last turn has ended.
     """
     d = tl.arange(0, BLOCK_D)
     offsets = slots[:, None] * HEAD_DIM + d[None, :]
-    wanted = held[:, None] & (d[None, :] < HEAD_DIM)
+    wanted = wanted[:, None]
+    if HEAD_DIM != BLOCK_D:
+        wanted = wanted & (d[None, :] < HEAD_DIM)
     return tl.load(stored + offsets, mask=wanted, other=0.0).to(TYPE)
 
 

@@ -1,0 +1,1 @@
+"""What a person with a card runs first: `make gpu`."""

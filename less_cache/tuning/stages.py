@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,7 +114,8 @@ class Stages:
         """What each head of a layer loses with states of several ranks."""
         found = {}
         for rank in ranks:
-            folder = self.work / "states" / f"{layer:03d}-{rank}"
+            told = hashlib.sha256(json_text(policy.to_dict()).encode()).hexdigest()[:8]
+            folder = self.work / "states" / f"{layer:03d}-{rank}-{told}"
             path = folder / "losses.json"
             if not path.exists():
                 text = self.text["fitting"]

@@ -53,10 +53,10 @@ def demo_table(result: Demo) -> Table:
     )
     table.add_column("cache")
     same = f"same greedy\ntokens of {facts['new_tokens']}"
-    for column in ("bytes a\nsequence", "share", "perplexity", same, "tokens a\nsecond", "prompt"):
+    for column in ("bytes a\nsequence", "share", "perplexity", same, "tokens a\nsecond"):
         table.add_column(column, justify="right", no_wrap=True)
     for line in result.lines:
-        interval = f"{line.mean_accepted:.1f} ({line.low:.1f} to {line.high:.1f})"
+        interval = f"{line.mean_accepted:.1f}\n({line.low:.1f} to {line.high:.1f})"
         cells = (
             line.name,
             f"{line.nbytes:,}",
@@ -64,7 +64,6 @@ def demo_table(result: Demo) -> Table:
             f"{line.perplexity:,.2f}",
             f"{line.mean_accepted:.0f}" if line is result.lines[0] else interval,
             f"{line.speed.tokens_per_second:,.0f}",
-            f"{line.speed.prompt_seconds:.1f} s",
         )
         table.add_row(*map(Text, cells))
     return table

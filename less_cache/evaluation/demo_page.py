@@ -130,9 +130,9 @@ def _heads(config: CacheConfig) -> str:
         cells = [f"<td>layer {index}</td>"]
         for slots in layer.capacities:
             # Few slots matter as much as many: shades follow the logarithm.
-            depth = math.log1p(slots) / math.log1p(most)
-            light = " light" if depth > 0.8 else ""
-            cells.append(f'<td class="head{light}" style="--depth:{depth**3:.2f}">{slots}</td>')
+            depth = (math.log1p(slots) / math.log1p(most)) ** 3
+            light = " light" if depth > 0.6 else ""
+            cells.append(f'<td class="head{light}" style="--depth:{depth:.2f}">{slots}</td>')
         words = (
             codes_text(layer.quantization).removesuffix(" (calibrated)"),
             type(layer.policy).__name__,

@@ -43,6 +43,7 @@ SUPPORTED: dict[str, frozenset[str]] = {
     **dict.fromkeys(_OF_FLOATS, _FLOATS),
     **dict.fromkeys(_OF_NUMBERS, _NUMBERS),
     **dict.fromkeys(_OF_ALL, _ALL),
+    "Pad": frozenset({"FP32", "FP16"}),
     # At an engine's edge, to and from floats.
     "Cast": _ALL | {"UINT8"},
     **dict.fromkeys(("And", "Not", "Or", "Xor"), frozenset({"BOOL"})),

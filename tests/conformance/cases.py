@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from tests.helpers import Held, as_numpy, held_by
 
 ALL_POLICIES = tuple(POLICIES)
 
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+"""One of them must be there for PyTorch's Inductor."""
 
 NO_GPU = None if torch.cuda.is_available() else "needs a CUDA GPU"
 
@@ -156,11 +161,27 @@ CASES = (
     ),
 )
 
+CODED_CASES = (
+    *CASES,
+    BackendCase(
+        "inductor-float32",
+        "inductor",
+        "float32",
+        2e-5,
+        5e-5,
+        skip=None if any(map(which, COMPILERS)) else "needs a C++ compiler",
+    ),
+)
+"""With backends that run nothing else."""
+
 ORACLE = BackendCase("oracle", "reference", "float64", 0.0, 0.0, numpy=True)
 
 
-def each_case(wanted: Callable[[BackendCase], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Parametrise a test over the cases that are `wanted`."""
+def each_case(
+    wanted: Callable[[BackendCase], bool] = lambda case: True,
+    cases: tuple[BackendCase, ...] = CASES,
+) -> pytest.MarkDecorator:
+    """Parametrise a test over those of `cases` that are `wanted`."""
     return pytest.mark.parametrize(
         "case",
         [
@@ -172,7 +193,7 @@ def each_case(wanted: Callable[[BackendCase], bool] = lambda case: True) -> pyte
                     *([pytest.mark.skip(reason=case.skip)] if case.skip else []),
                 ],
             )
-            for case in CASES
+            for case in cases
             if wanted(case)
         ],
     )

@@ -12,7 +12,7 @@ import less_cache as lc
 from less_cache.arrays import EMPTY
 from less_cache.quantization import codes
 from less_cache.quantization.transforms import layer_transforms
-from tests.conformance.cases import ORACLE, Runner, each_case
+from tests.conformance.cases import CODED_CASES, ORACLE, Runner, each_case
 from tests.conformance.scenarios import CloseCall, Scenario
 from tests.helpers import as_numpy, assert_close, assert_same_state
 from tests.quantization.fitted import fitted
@@ -39,7 +39,14 @@ def coded_scenario(case, bits, kind, **changes):
     return Scenario(config, "exp", batch=2, chunks=chunks, seed=bits)
 
 
-@each_case(lambda case: case.wide)
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """What Inductor compiles for some tens of seconds runs as it is written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@each_case(lambda case: case.wide, CODED_CASES)
 @pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_sets_and_outputs_are_the_oracles(case, bits, kind):

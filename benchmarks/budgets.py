@@ -49,7 +49,6 @@ PEERS: tuple[tuple[str, lc.Policy, lc.Quantization | None], ...] = (
     *SIMPLE,
     ("TOVA", lc.TOVA(), None),
     ("SnapKV-like", lc.ObservationWindow(), None),
-    ("Scissorhands", lc.Scissorhands(), None),
 )
 HEADINGS = ("share", "cache", "bytes a sequence", "perplexity", "gap won back", "95 %")
 

@@ -103,8 +103,8 @@ class OnnxLayers:
         **options: Any,
     ) -> None:
         self.config, self.options = config, options
-        self.kind = None if maps is None else maps.kind
         self.maps = list(maps) if maps is not None else [None] * config.num_layers
+        self.kinds = [None if own is None else own.kind for own in self.maps]
         given = transforms or [None] * config.num_layers
         self.bases = [layer_transforms(config.layer(i), basis) for i, basis in enumerate(given)]
         for i, basis in enumerate(self.bases):
@@ -135,7 +135,7 @@ class OnnxLayers:
                 **{name: held[name] for name in ops.state_names(config)},
                 **maps,
             }
-            if "shift" in nodes.node_inputs(config, self.kind):
+            if "shift" in nodes.node_inputs(config, self.kinds[layer]):
                 given["shift"] = shift[:, run.query_heads].astype(np.float32)
             op = nodes.STEP if q.shape[2] == 1 else nodes.CHUNK
             out, *arrays = self._session(layer, run, op, maps).run(None, given)
@@ -167,7 +167,7 @@ class OnnxLayers:
     ) -> ort.InferenceSession:
         key = (layer, run.first, op)
         if key not in self.sessions:
-            model = single_node_model(run.layer, self.kind, op, maps, **self.options)
+            model = single_node_model(run.layer, self.kinds[layer], op, maps, **self.options)
             onnx.checker.check_model(model, full_check=True)
             self.sessions[key] = session_of(model)
         return self.sessions[key]

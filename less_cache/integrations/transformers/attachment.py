@@ -212,6 +212,11 @@ def attach(
         check_falcon(model.config)
     modules = attention_modules(model)
     if not isinstance(config, CacheConfig):
+        if not isinstance(config, (CacheRecipe, str, Path)):
+            raise TypeError(
+                f"config: got {type(config).__name__}, expected a CacheConfig, a CacheRecipe, or "
+                "the folder or hub id of one"
+            )
         if maps is not None or transforms is not None:
             raise ValueError(
                 "config: a recipe has maps and transforms of its own, but some are given"
@@ -226,14 +231,9 @@ def attach(
 
 
 def _parts_for(
-    model: Any, recipe: Any
+    model: Any, recipe: CacheRecipe
 ) -> tuple[CacheConfig, FeatureMaps | None, Transforms | None]:
     """What a recipe says for this model."""
-    if not isinstance(recipe, CacheRecipe):
-        raise TypeError(
-            f"config: got {type(recipe).__name__}, expected a CacheConfig, a CacheRecipe, or the "
-            "folder or hub id of one"
-        )
     recipe.check_model(description(model.config))
     return recipe.config.with_dtype(model.dtype), recipe.maps, recipe.transforms
 

@@ -34,6 +34,8 @@ class Offer:
         Of one slot of one head.
     fixed_bytes
         Of the layer, whatever its slots: its low-rank state.
+    coding
+        Loss of the layer's codes, whatever its slots.
     """
 
     policy: Policy
@@ -42,6 +44,7 @@ class Offer:
     curves: Sequence[Curve]
     slot_bytes: int
     fixed_bytes: int = 0
+    coding: float = 0.0
 
     @cached_property
     def hulls(self) -> list[list[tuple[int, float]]]:
@@ -125,12 +128,15 @@ def hand_out(offers: Sequence[Offer], total: int) -> Plan:
         if taken == wanted and piece + 1 < len(hull):
             slope = _slope(hull[piece], hull[piece + 1]) / cost
             heapq.heappush(waiting, (slope, layer, head, piece + 1))
-    loss = sum(
-        loss_at(hull, slots)
-        for row, counts in zip(hulls, given, strict=True)
-        for hull, slots in zip(row, counts, strict=True)
-    )
-    return Plan(offers, given, loss)
+    return plan_with(offers, given)
+
+
+def plan_with(offers: Sequence[Offer], capacities: list[list[int]]) -> Plan:
+    """Layers built so, with so many slots, and what they lose by the curves."""
+    loss = sum(offer.coding for offer in offers)
+    for offer, slots in zip(offers, capacities, strict=True):
+        loss += sum(map(loss_at, offer.hulls, slots))
+    return Plan(offers, capacities, loss)
 
 
 def choose(offers: Sequence[Sequence[Offer]], total: int) -> Plan:

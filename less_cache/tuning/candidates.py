@@ -9,7 +9,7 @@ from ..config import CacheConfig
 from ..evaluation.perplexity import Contestant
 from ..policies import H2O, DecayedH2O, Policy, SinkWindow
 from ..quantization import Quantization
-from .allocation import Offer, Plan, choose, loss_at
+from .allocation import Offer, Plan, choose, plan_with
 
 SIMPLE: tuple[tuple[str, Policy, Quantization | None], ...] = (
     ("H2O", H2O(), None),
@@ -123,6 +123,4 @@ def _equal(offers: Sequence[Sequence[Offer]], total: int) -> Plan:
 
 def _with(offers: Sequence[Offer], slots: int) -> Plan:
     """So many slots for every head."""
-    capacities = [[slots] * len(offer.curves) for offer in offers]
-    loss = sum(loss_at(hull, slots) for offer in offers for hull in offer.hulls)
-    return Plan(offers, capacities, loss)
+    return plan_with(offers, [[slots] * len(offer.curves) for offer in offers])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_real
+from .refining import LOOKED_AT
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 TRIALS = 60
@@ -37,6 +38,8 @@ class Effort:
         To which feature maps are fitted, layer by layer.
     validation
         On which whole caches are judged; never used for anything else.
+    rounds
+        Of measuring whole caches on the measuring text, to put heads' losses right; 0: none.
     steps, batch
         Of distillation, and sequences a step; 0 steps: none.
     """
@@ -45,16 +48,18 @@ class Effort:
     measuring: int = 8
     fitting: int = 64
     validation: int = 16
+    rounds: int = 2
     steps: int = 100
     batch: int = 4
 
     def __post_init__(self) -> None:
         for name in ("calibration", "measuring", "fitting", "validation", "batch"):
             check_int(name, getattr(self, name), minimum=1)
+        check_int("rounds", self.rounds, minimum=0)
         check_int("steps", self.steps, minimum=0)
 
     def scaled(self, factor: float) -> Effort:
-        """More or less of everything but the batch."""
+        """More or less of everything but the batch and the rounds."""
         names = ("calibration", "measuring", "fitting", "validation", "steps")
         changed = {name: max(2, round(getattr(self, name) * factor)) for name in names}
         return dataclasses.replace(self, **changed)
@@ -70,11 +75,12 @@ class Effort:
             Of one sequence through the model.
         """
         measuring = layers * TRIALS * SHARE_OF_PASS * self.measuring
+        refining = self.rounds * (LOOKED_AT + layers) * 2 * self.measuring
         fitting = layers * 3 * self.fitting
         judging = JUDGED * 2 * self.validation
         distilling = self.steps * self.batch * BACKWARD
         return seconds_per_pass * (
-            4 * self.calibration + measuring + fitting + judging + distilling
+            4 * self.calibration + measuring + refining + fitting + judging + distilling
         )
 
     def to_dict(self) -> dict[str, Any]:

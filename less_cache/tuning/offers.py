@@ -91,9 +91,10 @@ def _offer(
         policy=policy,
         quantization=codes,
         rank=rank,
-        curves=[smooth(curve, coding / config.kv_heads) for curve in curves],
+        curves=[smooth(curve) for curve in curves],
         slot_bytes=spec.slot_bytes,
         fixed_bytes=spec.bytes_per_sequence - spec.slots * spec.slot_bytes,
+        coding=coding,
     )
 
 
@@ -123,18 +124,10 @@ def config_of(config: CacheConfig, plan: Plan) -> CacheConfig:
     )
 
 
-def smooth(curve: Mapping[int, float], extra: float = 0.0) -> dict[int, float]:
-    """A head's curve with points between those measured, as losses fall: by powers of the slots.
-
-    Parameters
-    ----------
-    curve
-        Slots -> loss.
-    extra
-        Added to every loss.
-    """
+def smooth(curve: Mapping[int, float]) -> dict[int, float]:
+    """A head's curve with points between those measured, as losses fall: by powers of the slots."""
     points = sorted((slots, max(loss, 0.0)) for slots, loss in curve.items())
-    found = {slots: loss + extra for slots, loss in points}
+    found = dict(points)
     for (a, high), (b, low) in pairwise(points):
         if not high > low > 0:
             continue
@@ -142,5 +135,5 @@ def smooth(curve: Mapping[int, float], extra: float = 0.0) -> dict[int, float]:
         for part in range(1, BETWEEN + 1):
             slots = round(a * (b / a) ** (part / (BETWEEN + 1)))
             if a < slots < b:
-                found[slots] = high * (slots / a) ** power + extra
+                found[slots] = high * (slots / a) ** power
     return found

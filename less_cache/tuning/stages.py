@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from .._files import json_text, parse_json, write_text
 from ..config import CacheConfig
+from ..evaluation.perplexity import Contestant
 from ..feature_maps import FeatureMaps
 from ..policies import Policy
 from ..quantization.transforms import Transforms
@@ -19,17 +21,19 @@ from ..training.end_to_end import DistillRecipe, distill
 from ..training.per_layer import train
 from ..training.recipe import Recipe
 from ..training.runs import load_checkpoint, save_checkpoint
-from .allocation import Plan
+from .allocation import Offer, Plan
 from .bases import LayerBases, bases_of, from_tensors, to_tensors
 from .effort import Effort
+from .judging import Judge
 from .measuring import LayerLosses, measure_layer
 from .offers import config_of
+from .refining import Factors, refine, trials
 from .replay import Replay
 from .states import measure_state, quick_maps
 
-SLOTS = (6, 12, 24, 48, 96, 192, 384, 768)
+SLOTS = (3, 6, 12, 24, 48, 96, 192, 384, 768)
 """Slots a head that are measured, up to the text's length; past the last one, its doubles."""
-STATE_SLOTS = (6, 12, 24, 48, 96)
+STATE_SLOTS = (3, 6, 12, 24, 48, 96)
 """Those that are measured with a low-rank state."""
 FITTED = Recipe(
     kind="exp",
@@ -128,6 +132,24 @@ class Stages:
             curves = [dict(map(tuple, curve)) for curve in json.loads(path.read_text())]
             found[policy, rank] = curves
         return found
+
+    def refined(
+        self, offers: Sequence[Sequence[Offer]], plan: Plan, total: int, bases: Sequence[LayerBases]
+    ) -> Factors:
+        """What heads' losses are to be multiplied with, as caches of so many bytes lose."""
+        if not self.effort.rounds:
+            return Factors.ones(offers)
+        judge = Judge(self.model, self.text["measuring"], self.work / "whole", batch=8)
+
+        def measure(tried: Plan) -> float:
+            config = config_of(self.config, tried)
+            whole = Contestant("whole", config, None, self.transforms(tried, bases))
+            return judge.judge(whole).divergence
+
+        rounds = self.effort.rounds
+        bar = tqdm(total=trials(offers, rounds), desc="refine", disable=not self.progress)
+        with bar:
+            return refine(offers, plan, total, measure, rounds=rounds, told=bar.update)
 
     def transforms(self, plan: Plan, bases: Sequence[LayerBases]) -> Transforms | None:
         """The bases that a plan's layers need, each for its own bits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ RANKS = (4,)
 CURVE = (0.5, 2.0)
 """Shares of the budget at which the curve has points besides the budget itself."""
 FULL = "full cache"
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +73,10 @@ def tune(
     """Find the best cache for a number of bytes, and write it as one folder.
 
     Bases of codes are fitted; every KV head is measured with several numbers of slots, ways to
-    code and, where it may pay, a low-rank state; bytes are handed out by what each saves; maps are
-    trained where a state was chosen; whole caches, also with parts left out and the best simple
-    ones, are judged on text that was used for nothing else; and the best is kept.
+    code and, where it may pay, a low-rank state; bytes are handed out by what each saves, and once
+    more when whole caches have shown where heads lose more together than apart; maps are trained
+    where a state was chosen; whole caches, also with parts left out and the best simple ones, are
+    judged on text that was used for nothing else; and the best is kept.
 
     A run that was killed goes on when it is started again with the same arguments, to the same
     result bit for bit on the CPU.
@@ -153,6 +152,9 @@ def tune(
         for layer in tqdm(range(config.num_layers), desc="measure", disable=not progress)
     ]
     plain = [offers_of(config, layer, found) for layer, found in enumerate(losses)]
+    apart = choose(plain, total)
+    factors = stages.refined(plain, apart, total, bases)
+    plain = factors.of(plain)
     without = choose(plain, total)
     states = [
         stages.with_states(layer, offer.policy, ranks)
@@ -162,7 +164,7 @@ def tune(
         offers_of(config, layer, found, curves)
         for layer, (found, curves) in enumerate(zip(losses, states, strict=True))
     ]
-    plan = choose(offers, total)
+    plan = choose(factors.of(offers), total)
 
     def contestant(name: str, of: Plan, maps: FeatureMaps | None = None) -> Contestant:
         return Contestant(name, config_of(config, of), maps, stages.transforms(of, bases))
@@ -175,6 +177,8 @@ def tune(
         if chosen.steps:
             together = stages.distilled(plan, transforms, maps)
             candidates.append(contestant("state, maps trained together", plan, together))
+    if without.capacities != apart.capacities or without.offers != apart.offers:
+        candidates.append(contestant("heads measured apart", apart))
     parts = ablations(plain, without, total)
     candidates += [contestant(name, part) for name, part in parts.items()]
     candidates += simple_caches(config, total)
@@ -196,11 +200,13 @@ def tune(
         "verdicts": [entry.__dict__ for entry in verdicts],
         "curve": curve,
         "predicted": {
+            "heads measured apart": apart.loss,
             "no state": without.loss,
             "state": plan.loss,
         },
         "config": best.config.to_dict() if best.config else None,
         "losses": [entry.to_dict() for entry in losses],
+        "factors": dataclasses.asdict(factors),
         "effort": chosen.to_dict(),
         "validation_tokens": text["validation"].numel(),
         "model_id": public_name(model_id),

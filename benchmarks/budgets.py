@@ -38,7 +38,7 @@ from less_cache.evaluation.perplexity import (
 from less_cache.reference_model.shipped_maps import shipped
 from less_cache.training.data import tokenize
 from less_cache.training.runs import load_checkpoint, save_checkpoint
-from less_cache.tuning.budget import full_cache_bytes, parse_budget
+from less_cache.tuning.budget import parse_budget
 from less_cache.tuning.candidates import SIMPLE, equal_slots
 from less_cache.tuning.judging import digest_of_cache
 
@@ -163,7 +163,7 @@ def main(
         kept,
         batch,
     )
-    whole = full_cache_bytes(shapes, length)
+    whole = shapes.full_cache_bytes(length, "float16")
     rows: list[dict[str, Any]] = []
 
     def add(share: str, own: Scores, nbytes: int) -> None:

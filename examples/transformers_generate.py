@@ -41,12 +41,6 @@ def random_model(seed: int = 0) -> LlamaForCausalLM:
     )
 
 
-def full_cache_bytes(config: lc.CacheConfig, sequences: int, tokens: int) -> int:
-    """What keys and values of every token take in the same layers."""
-    pair = 2 * config.head_dim * getattr(torch, config.dtype).itemsize
-    return sequences * tokens * config.num_layers * config.kv_heads * pair
-
-
 def main(
     model: str = typer.Option("", help="Folder or hub id; default: a small random model."),
     maps: str = typer.Option("", help="Folder or hub id of trained feature maps."),
@@ -108,7 +102,7 @@ def main(
 
     for row in tokens:
         print(tokenizer.decode(row, skip_special_tokens=True) if tokenizer else row[-16:].tolist())
-    full = full_cache_bytes(past.state.config, len(tokens), tokens.shape[1])
+    full = len(tokens) * past.state.config.full_cache_bytes(tokens.shape[1])
     print(f"tokens per sequence: {tokens.shape[1]}")
     print(f"full cache:          {full:>12,} bytes, growing with each token")
     print(f"less_cache:          {past.state.nbytes:>12,} bytes, whatever the length")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -90,6 +91,11 @@ def write_text(path: Path, text: str) -> None:
 def json_text(data: Any, *, indent: int | None = None) -> str:
     """`data` as JSON; numbers that JSON does not have, NaN and infinity, become null."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of `data` as `json_text` writes it, in hexadecimal."""
+    return hashlib.sha256(json_text(data).encode()).hexdigest()
 
 
 def parse_json(where: str, text: str | bytes) -> Any:

@@ -4,8 +4,68 @@ from __future__ import annotations
 
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from ._checks import check_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Pretrained(ABC):
+    """What lies in a folder of its own, here or on the Hugging Face hub."""
+
+    _FILES: ClassVar[Sequence[str]]
+    """What of a repository is fetched."""
+    _MESSAGE: ClassVar[str]
+    """Of the commit that uploads it."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it into a folder."""
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, folder: Path) -> Self:
+        """Read what `save_pretrained` wrote."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, subfolder: str = "", revision: str | None = None
+    ) -> Self:
+        """Read one from a folder, or from a repository of the Hugging Face hub.
+
+        Parameters
+        ----------
+        name
+            A folder's path; where there is none of that name, a hub repository's id.
+        subfolder
+            A folder inside it.
+        revision
+            Branch, tag or commit on the hub.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is neither.
+        ValueError
+            If a file is damaged, or what it holds does not go together.
+        """
+        check_path("name", name)
+        return cls._read(locate(name, subfolder, revision, cls._FILES))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload it to a repository of the Hugging Face hub, made if need be.
+
+        Returns
+        -------
+        str
+            The address of the commit.
+        """
+        return upload(self.save_pretrained, repo_id, self._MESSAGE, private=private, token=token)
 
 
 def locate(name: str | Path, subfolder: str, revision: str | None, files: Sequence[str]) -> Path:

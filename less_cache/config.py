@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ._checks import check_int, check_real
 from .arrays import Page, page_of
-from .dtypes import default_state_dtype, dtype_name, state_dtype_name
+from .dtypes import DTYPE_BYTES, default_state_dtype, dtype_name, state_dtype_name
 from .layer_config import LayerConfig
 from .policies import Policy, Start, check_registered, policy_from_dict
 from .quantization import Quantization
@@ -212,6 +212,19 @@ class CacheConfig:
         """
         config = self if dtype is None else self.with_dtype(dtype)
         return sum(layer.bytes_per_sequence for layer in config.layers)
+
+    def full_cache_bytes(self, tokens: int, dtype: Any = None) -> int:
+        """Bytes of the keys and values of every token in the same layers, were all kept.
+
+        Parameters
+        ----------
+        tokens
+            Of one sequence.
+        dtype
+            Of keys and values; default: the config's own.
+        """
+        number = DTYPE_BYTES[self.dtype if dtype is None else dtype_name(dtype)]
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * tokens * number
 
     def with_dtype(self, dtype: Any) -> CacheConfig:
         """The same cache for keys and values of another dtype."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_device, check_int, check_memory, check_path
-from ._hub import locate, upload
+from ._hub import Pretrained
 from .config import CacheConfig, collapsed, kv_shard
 from .layer_maps import LAST_LAYERS, LayerMaps, checked_layer, tensor_shapes, untrained_layer
 from .maps_io import (
@@ -30,11 +30,15 @@ from .maps_io import (
 )
 
 
-class FeatureMaps:
+class FeatureMaps(Pretrained):
     """The maps of all layers, with where they came from; ``None`` for a layer of rank 0.
 
     Make them with `from_tensors`, `initialise`, `from_pretrained` or `from_official`.
     """
+
+    # A repository of format 1 has a card beside its weights.
+    _FILES = (WEIGHTS, CARD)
+    _MESSAGE = "Upload LESS feature maps"
 
     def __init__(
         self,
@@ -290,42 +294,8 @@ class FeatureMaps:
         return cls._checked(where, by_layer(where, tensors, fields), fields)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, subfolder: str = "", revision: str | None = None
-    ) -> FeatureMaps:
-        """Read maps from a folder, or from a repository of the Hugging Face hub.
-
-        Parameters
-        ----------
-        name
-            A folder's path; where there is none of that name, a hub repository's id.
-        subfolder
-            A folder inside it.
-        revision
-            Branch, tag or commit on the hub.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is neither.
-        ValueError
-            If a file is damaged, or tensors and description disagree.
-        """
-        check_path("name", name)
-        # A repository of format 1 has a card beside its weights.
-        folder = locate(name, subfolder, revision, [WEIGHTS, CARD])
+    def _read(cls, folder: Path) -> FeatureMaps:
         return cls._checked(str(folder), *load_folder(folder))
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the maps to a repository of the Hugging Face hub, made if need be.
-
-        Returns
-        -------
-        str
-            The address of the commit.
-        """
-        message = "Upload LESS feature maps"
-        return upload(self.save_pretrained, repo_id, message, private=private, token=token)
 
     @classmethod
     def from_official(cls, folder: str | Path) -> FeatureMaps:

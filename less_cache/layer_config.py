@@ -183,4 +183,9 @@ class LayerConfig:
     @property
     def bytes_per_sequence(self) -> int:
         """Bytes that one sequence takes in this layer."""
-        return self.slots * self.slot_bytes + self.kv_heads * self.low_rank_bytes + LENGTH_BYTES
+        return self.slots * self.slot_bytes + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What of `bytes_per_sequence` does not grow with the slots: H and z, and the length."""
+        return self.kv_heads * self.low_rank_bytes + LENGTH_BYTES

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import check_path
 from ._files import json_text, parse_json, write_text
-from ._hub import locate, upload
+from ._hub import Pretrained
 from ._tensor_files import DIGEST, digest_of, read_tensors, write_tensors
 from .config import CacheConfig
 from .dtypes import DTYPE_BYTES
@@ -30,7 +30,7 @@ FORMAT = "less_cache.recipe.1"
 PART = re.compile(r"(maps|transforms)\.(layers\.\d+\.\w+)")
 
 
-class CacheRecipe:
+class CacheRecipe(Pretrained):
     """All that makes a model's cache: what `less-cache tune` finds, and every runtime loads.
 
     Parameters
@@ -52,6 +52,9 @@ class CacheRecipe:
     ValueError, TypeError
         If the parts do not go together.
     """
+
+    _FILES = (FILE,)
+    _MESSAGE = "Upload a less_cache recipe"
 
     def __init__(
         self,
@@ -95,12 +98,10 @@ class CacheRecipe:
 
         ``None`` where the model does not say how long that is.
         """
-        config = self.config
-        if config.max_positions is None:
+        longest = self.config.max_positions
+        if longest is None:
             return None
-        pair = 2 * config.head_dim * DTYPE_BYTES["float16"]
-        full = config.num_layers * config.kv_heads * config.max_positions * pair
-        return self.bytes_per_sequence / full
+        return self.bytes_per_sequence / self.config.full_cache_bytes(longest, "float16")
 
     def check_model(self, description: Mapping[str, Any]) -> None:
         """Refuse another model than the one that this is for.
@@ -139,36 +140,15 @@ class CacheRecipe:
         write_text(path / CARD, self.card())
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, subfolder: str = "", revision: str | None = None
-    ) -> CacheRecipe:
-        """Read one from a folder, or from a repository of the Hugging Face hub.
-
-        Parameters
-        ----------
-        name
-            A folder's path; where there is none of that name, a hub repository's id.
-        subfolder
-            A folder inside it.
-        revision
-            Branch, tag or commit on the hub.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is neither.
-        ValueError
-            If the file is damaged, or its parts do not go together.
-        """
-        check_path("name", name)
-        path = locate(name, subfolder, revision, [FILE]) / FILE
+    def _read(cls, folder: Path) -> CacheRecipe:
+        path = folder / FILE
         if not path.is_file():
-            if (path.parent / WEIGHTS).is_file():
+            if (folder / WEIGHTS).is_file():
                 raise FileNotFoundError(
-                    f"{path.parent}: holds feature maps only, no {FILE}; use --maps, or "
+                    f"{folder}: holds feature maps only, no {FILE}; use --maps, or "
                     "FeatureMaps.from_pretrained"
                 )
-            raise FileNotFoundError(f"{path.parent}: holds no {FILE}, which every recipe has")
+            raise FileNotFoundError(f"{folder}: holds no {FILE}, which every recipe has")
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT or DIGEST not in header:
             raise ValueError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
@@ -194,17 +174,6 @@ class CacheRecipe:
             return cls(CacheConfig.from_dict(config), maps, transforms, model=model, record=record)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: damaged: {error}") from None
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload it to a repository of the Hugging Face hub, made if need be.
-
-        Returns
-        -------
-        str
-            The address of the commit.
-        """
-        message = "Upload a less_cache recipe"
-        return upload(self.save_pretrained, repo_id, message, private=private, token=token)
 
     def card(self) -> str:
         """A model card: YAML for the hub, and what a person wants to know."""

@@ -234,6 +234,9 @@ def test_bytes_are_counted_by_hand():
     history = small_config(dtype="float16", policy=lc.Scissorhands())
     assert history.layer(0).slot_bytes == config.layer(0).slot_bytes + 8
     assert config.bytes_per_sequence("float32") == 2 * (2 * (6 * 40 + 40) + 4)
+    assert config.layer(0).fixed_bytes == 2 * 40 + 4
+    assert config.full_cache_bytes(10) == 10 * 2 * 2 * 2 * 4 * 2
+    assert config.full_cache_bytes(10, torch.float32) == 10 * 2 * 2 * 2 * 4 * 4
 
 
 @given(

@@ -12,7 +12,7 @@ import textwrap
 import pytest
 import torch
 
-from less_cache._files import json_text, owner_tag, replaced, write_text
+from less_cache._files import json_digest, json_text, owner_tag, replaced, write_text
 from less_cache._tensor_files import write_tensors
 
 KILLED = """
@@ -200,3 +200,10 @@ def test_an_error_leaves_nothing(tmp_path):
 def test_json_has_no_infinity():
     data = {"a": math.inf, "b": [math.nan, 1.5], "c": (1, {"d": -math.inf})}
     assert json_text(data) == '{"a": null, "b": [null, 1.5], "c": [1, {"d": null}]}'
+
+
+def test_equal_data_has_one_digest():
+    data = {"a": [1.5, None], "b": "é"}
+    assert json_digest(data) == json_digest({"a": (1.5, math.nan), "b": "é"})
+    assert json_digest(data) != json_digest({"a": [1.5, 0], "b": "é"})
+    assert json_digest([]) == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"

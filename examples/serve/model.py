@@ -172,9 +172,7 @@ class ServedModel:
     @property
     def full_cache_bytes_per_token(self) -> int:
         """What each token would add to a cache that forgets nothing."""
-        config, layers = self.decoder.manifest.config, self.decoder.manifest.data["layers"]
-        pair = 2 * config.kv_heads * config.head_dim * getattr(torch, config.dtype).itemsize
-        return pair * sum(not layer["window"] for layer in layers)
+        return self.decoder.manifest.config.full_cache_bytes(1)
 
     @property
     def most_characters(self) -> int | None:

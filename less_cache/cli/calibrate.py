@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .loading import check_machine, length_for, load_model, vocabulary_of
+from .loading import check_machine, load_model, tokens_for
 from .options import (
     SHIPPED,
     DataOption,
@@ -54,7 +54,6 @@ def calibrate(
     from ..policies import FullCache
     from ..quantization import Quantization
     from ..training import calibrate as run
-    from ..training import load_tokens
     from ..training.data import read_documents
 
     chosen = parse_bits(bits, key_bits, value_bits) or (3, 3)
@@ -77,13 +76,7 @@ def calibrate(
     )
     if length is None and config.max_positions is not None:
         length = min(config.max_positions, LENGTH)
-    tokens = load_tokens(
-        documents,
-        tokenizer,
-        length=length_for(config, length),
-        vocabulary=vocabulary_of(loaded),
-        sequences=sequences,
-    )
+    tokens = tokens_for(loaded, tokenizer, documents, config, length, sequences)
     if sequences is None and len(tokens) > SEQUENCES:
         tokens = tokens[torch.linspace(0, len(tokens) - 1, SEQUENCES).round().long()]
     transforms = run(loaded, config, tokens, batch=batch)

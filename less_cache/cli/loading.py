@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from ..quantization.transforms import check_transforms
 from .options import SHIPPED, parse_capacity
 from .quantized import Codes
 from .telling import warn
+
+if TYPE_CHECKING:
+    from ..training.data import Document
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +141,38 @@ def length_for(config: CacheConfig, length: int | None) -> int:
 def vocabulary_of(model: Any) -> int:
     """The number of tokens that a model knows."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def tokens_for(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    config: CacheConfig,
+    length: int | None,
+    sequences: int | None,
+) -> torch.Tensor:
+    """The token ids [n, length] that a command's text is cut into.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From `load_model`.
+    documents
+        From `read_documents`.
+    config, length
+        As of `length_for`.
+    sequences
+        How many; ``None``: all there are.
+    """
+    from ..training import load_tokens
+
+    return load_tokens(
+        documents,
+        tokenizer,
+        length=length_for(config, length),
+        vocabulary=vocabulary_of(model),
+        sequences=sequences,
+    )
 
 
 def held_out() -> list[tuple[str, str]]:

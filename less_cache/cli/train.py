@@ -13,10 +13,9 @@ from .loading import (
     check_config,
     check_machine,
     config_for,
-    length_for,
     load_model,
     model_name,
-    vocabulary_of,
+    tokens_for,
 )
 from .options import (
     SHIPPED,
@@ -84,7 +83,7 @@ def train(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Fit feature maps to a model, layer by layer."""
-    from ..training import RECIPES, load_tokens
+    from ..training import RECIPES
     from ..training import train as run
     from ..training.data import read_documents
 
@@ -115,13 +114,7 @@ def train(
         loaded, tokenizer = load_model(model, here, dtype)
         config = config_for(loaded, capacity, policy, rank, codes)
         part = parse_layers(layers, config.num_layers)
-        tokens = load_tokens(
-            documents,
-            tokenizer,
-            length=length_for(config, length),
-            vocabulary=vocabulary_of(loaded),
-            sequences=sequences,
-        )
+        tokens = tokens_for(loaded, tokenizer, documents, config, length, sequences)
         maps = run(
             loaded,
             tokens,
@@ -174,7 +167,7 @@ def distill(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Fit all layers' maps together, to the model's logits under the full cache."""
-    from ..training import DistillRecipe, load_tokens
+    from ..training import DistillRecipe
     from ..training import distill as run
     from ..training.data import read_documents
 
@@ -195,13 +188,7 @@ def distill(
     with resumable():
         loaded, tokenizer = load_model(model, device, dtype)
         config = config_for(loaded, capacity, policy, start.rank, codes)
-        tokens = load_tokens(
-            documents,
-            tokenizer,
-            length=length_for(config, length),
-            vocabulary=vocabulary_of(loaded),
-            sequences=sequences,
-        )
+        tokens = tokens_for(loaded, tokenizer, documents, config, length, sequences)
         fitted = run(loaded, tokens, config, start, recipe, out, transforms=codes.transforms)
     say(f"Validation loss: {fitted.record['validation_loss']:.4f} nats a token")
     say(f"Maps: {out}. Next:")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .._checks import check_real
-from .loading import check_machine, length_for, load_model, model_name, vocabulary_of
+from .loading import check_machine, load_model, model_name, tokens_for
 from .options import (
     SHIPPED,
     DataOption,
@@ -63,7 +63,6 @@ def tune(
     from ..evaluation.report import check_can_draw
     from ..integrations.transformers.model_check import check_model
     from ..policies import FullCache
-    from ..training import load_tokens
     from ..training.data import read_documents
     from ..tuning import Effort, save_report
     from ..tuning import tune as run
@@ -80,13 +79,7 @@ def tune(
         loaded, tokenizer = load_model(model, device, dtype)
         check_model(loaded)
         shapes = CacheConfig.from_model(loaded.config, capacity=1, policy=FullCache(), rank=0)
-        tokens = load_tokens(
-            documents,
-            tokenizer,
-            length=length_for(shapes, length),
-            vocabulary=vocabulary_of(loaded),
-            sequences=sequences,
-        )
+        tokens = tokens_for(loaded, tokenizer, documents, shapes, length, sequences)
         tuned = run(
             loaded,
             tokens,

@@ -245,8 +245,7 @@ def compare(
         found = scores[contestant.name]
         shape = contestant.config
         if shape is None:
-            pair = 2 * config.head_dim * dtype.itemsize
-            cost = config.num_layers * config.kv_heads * pair * length
+            cost = config.full_cache_bytes(length, dtype)
             capacity: Any = length
         else:
             cost = shape.bytes_per_sequence(dtype)

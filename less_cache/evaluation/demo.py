@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .. import reference_model
 from ..config import CacheConfig
-from ..dtypes import DTYPE_BYTES
-from ..integrations.introspection import description, model_shapes
-from ..policies import H2O
+from ..integrations.introspection import description
+from ..policies import H2O, FullCache
 from ..provenance import slots_text
 from ..recipe import CacheRecipe
 from ..reference_model.shipped_maps import shipped
@@ -195,9 +194,8 @@ def run_demo(recipes: Mapping[str, CacheRecipe] | None = None, *, progress: bool
     found = [_continuations(model, prompts, c, progress=progress) for c in contestants]
     text = torch.cat([ids for _, ids in documents])[:CONTEXT]
     speeds = measure_speed(model, contestants, text[None], batch=BATCH)
-    shape = model_shapes(model.config)
-    pair = 2 * shape["head_dim"] * DTYPE_BYTES["float16"]
-    full_bytes = shape["num_layers"] * shape["kv_heads"] * length * pair
+    full = CacheConfig.from_model(model.config, policy=FullCache(), rank=0, dtype="float16")
+    full_bytes = full.full_cache_bytes(length)
     lines, accepted = [], []
     for contestant, own, tokens, speed in zip(contestants, scores, found, speeds, strict=True):
         config = contestant.config

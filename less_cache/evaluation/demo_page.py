@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from .._files import json_text, write_text
@@ -17,11 +13,11 @@ from ..config import CacheConfig
 from ..provenance import codes_text
 from .comparison import FULL
 from .demo import ALONE, LESS, Demo, Line
+from .pages import around_rows, as_png, cells, inline, page
 from .perplexity import Recovery
 from .report import COLOURS, blank_figure
 
 PAGE = Path(__file__).parent / "demo.html"
-LABELS = {"cpu": "processor", "cores": "cores", "system": "system", "threads": "torch threads"}
 STYLES = {ALONE: (COLOURS["bad"], "-"), LESS: (COLOURS["plus"], "-")}
 """Of lines in the picture; those of tuned caches are green."""
 
@@ -29,7 +25,8 @@ STYLES = {ALONE: (COLOURS["bad"], "-"), LESS: (COLOURS["plus"], "-")}
 def write_demo(demo: Demo, folder: Path) -> Path:
     """Write ``index.html`` and ``demo.json`` into a folder; the page's path."""
     facts, full, best = demo.facts, demo.line(FULL), first_tuned(demo)
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+    text = page(
+        PAGE,
         share=percent(best.share),
         headline_perplexity=f"{best.perplexity:.2f}",
         full_perplexity=f"{full.perplexity:.2f}",
@@ -46,16 +43,16 @@ def write_demo(demo: Demo, folder: Path) -> Path:
         context=f"{facts['speed_context']:,}",
         batch=facts["speed_batch"],
         rows="\n".join(_line_row(line, full, facts["new_tokens"]) for line in demo.lines),
-        positions=_inline(draw_excess(demo)),
+        positions=inline(as_png(draw_excess(demo))),
         first=html.escape(best.name),
         heads=_heads(demo.tuned),
         document=html.escape(demo.continuation.document),
         prompt=html.escape(demo.continuation.prompt),
         continuations=_continuations(demo),
-        around=_around_rows(facts),
+        around=around_rows(facts),
     )
     path = folder / "index.html"
-    write_text(path, page)
+    write_text(path, text)
     data = {
         **facts,
         "caches": [{**asdict(line), "mean_accepted": line.mean_accepted} for line in demo.lines],
@@ -98,7 +95,7 @@ def _line_row(line: Line, full: Line, new_tokens: int) -> str:
         gap = won_back(line.recovery) or "&ndash;"
     ratio = line.speed.tokens_per_second / full.speed.tokens_per_second
     faster = "" if line is full else f" <small>&times; {times(ratio)}</small>"
-    cells = (
+    told = (
         html.escape(line.name),
         html.escape(line.slots),
         f"{line.nbytes / 1024:,.0f}&nbsp;KiB",
@@ -110,15 +107,11 @@ def _line_row(line: Line, full: Line, new_tokens: int) -> str:
         f"{line.speed.prompt_seconds:.1f}&nbsp;s",
     )
     kind = {FULL: "full", ALONE: "plain", LESS: "plain"}.get(line.name, "tuned")
-    return f'<tr class="{kind}">{_cells(cells)}</tr>'
+    return f'<tr class="{kind}">{cells(told)}</tr>'
 
 
 def _bar(share: float) -> str:
     return f'<b class="bar" style="--share:{min(1.0, share):.3f}"></b>'
-
-
-def _cells(cells: Iterable[str]) -> str:
-    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _heads(config: CacheConfig) -> str:
@@ -127,18 +120,18 @@ def _heads(config: CacheConfig) -> str:
     heads = "".join(f"<th>head {head}</th>" for head in range(config.kv_heads))
     rows = [f"<tr><th></th>{heads}<th>pairs</th><th>policy</th><th>state</th></tr>"]
     for index, layer in enumerate(config.layers):
-        cells = [f"<td>layer {index}</td>"]
+        shades = [f"<td>layer {index}</td>"]
         for slots in layer.capacities:
             # Few slots matter as much as many: shades follow the logarithm.
             depth = (math.log1p(slots) / math.log1p(most)) ** 3
             light = " light" if depth > 0.6 else ""
-            cells.append(f'<td class="head{light}" style="--depth:{depth:.2f}">{slots}</td>')
+            shades.append(f'<td class="head{light}" style="--depth:{depth:.2f}">{slots}</td>')
         words = (
             codes_text(layer.quantization).removesuffix(" (calibrated)"),
             type(layer.policy).__name__,
             f"rank {layer.rank}" if layer.rank else "&ndash;",
         )
-        rows.append(f"<tr>{''.join(cells)}{_cells(words)}</tr>")
+        rows.append(f"<tr>{''.join(shades)}{cells(words)}</tr>")
     return "\n".join(rows)
 
 
@@ -176,18 +169,3 @@ def draw_excess(demo: Demo) -> Any:
     axes.set_xlim(0, None)
     axes.legend(frameon=False)
     return figure
-
-
-def _around_rows(facts: dict[str, Any]) -> str:
-    told = {"command": facts["command"], "date": facts["date"]}
-    told |= {label: facts["machine"][name] for name, label in LABELS.items()}
-    told |= facts["versions"]
-    return "\n".join(
-        f"<tr>{_cells((html.escape(name), html.escape(str(x))))}</tr>" for name, x in told.items()
-    )
-
-
-def _inline(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .._files import json_text
+from .._files import json_digest
 from ..training.runs import model_digest
 from .kept import KeptResults
 from .long_text import (
@@ -182,14 +181,14 @@ def measure_long_range(
         "model_digest": model_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         **dataclasses.asdict(plan),
-        "filler_digest": _digest([*filler]),
+        "filler_digest": json_digest([*filler]),
         "caches": {entry.name: _told(entry) for entry in contestants},
     }
     hidden = [task for task in plan.tasks if task != "text"]
     windows: list[TextWindow] = []
     if "text" in plan.tasks:
         windows = windows_with_names(documents, tokenizer, plan.window, plan.windows)
-        settings["text_digest"] = _digest([window.ids.tolist() for window in windows])
+        settings["text_digest"] = json_digest([window.ids.tolist() for window in windows])
     # Before anything is measured: what does not fit is told at once.
     examples = {
         (task, length, depth): _examples(tokenizer, plan, task, length, depth, filler)
@@ -295,7 +294,3 @@ def _told(contestant: Contestant) -> Any:
     if contestant.transforms is not None:
         told["transforms"] = contestant.transforms.digest
     return told
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json_text(data).encode()).hexdigest()

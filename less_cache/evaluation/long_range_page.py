@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Iterable
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from .._files import json_text, replaced, write_text
 from .long_range import LongRange
+from .pages import around_rows, as_png, inline, page, table
 
 PAGE = Path(__file__).parent / "longrange.html"
 TITLES = {
@@ -30,27 +27,19 @@ def save_long_range(result: LongRange, folder: Path) -> list[Path]:
     picture = ""
     if result.cells:
         written.append(folder / "depth.png")
-        figure = draw_depths(result)
+        png = as_png(draw_depths(result))
         with replaced(written[-1]) as temporary:
-            figure.savefig(temporary, format="png", dpi=130)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
-        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            temporary.write_bytes(png)
+        picture = inline(png)
     written.append(folder / "index.html")
-    facts = result.facts
-    around = {
-        "command": facts["command"],
-        "date": facts["date"],
-        **facts["machine"],
-        **facts["versions"],
-    }
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        model=html.escape(str(facts["model"])),
+    text = page(
+        PAGE,
+        model=html.escape(str(result.facts["model"])),
         hidden=_hidden(result, picture),
         text=_text(result),
-        around=_rows(around.items()),
+        around=around_rows(result.facts),
     )
-    write_text(written[-1], page)
+    write_text(written[-1], text)
     return written
 
 
@@ -150,7 +139,7 @@ def _hidden(result: LongRange, picture: str) -> str:
     facts = result.facts
     return (
         "<h2>Hidden numbers and chains</h2>\n"
-        f"{_table(*hidden_table(result))}\n"
+        f"{table(*hidden_table(result))}\n"
         f'<p class="facts">{facts["samples"]} texts ({html.escape(facts["style"])}) of each length '
         "and depth; recalled: the share of the answers that the greedy continuation has; nats a "
         "token of the right one.</p>\n"
@@ -164,23 +153,11 @@ def _text(result: LongRange) -> str:
     facts = result.facts
     return (
         "<h2>Far context of real text</h2>\n"
-        f"{_table(*text_table(result))}\n"
+        f"{table(*text_table(result))}\n"
         '<p class="facts">Nats a token. Key tokens: the full cache foresees them, at least 2 nats '
         f"better than the model that has read at most the last {facts['short']} tokens. Names: "
         "identifiers that came before in the window, by tokens since; completed: of those of "
         "several tokens, the share whose first token leads greedily to all others.</p>"
-    )
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    return f'<div class="wide"><table><tr>{top}</tr>\n{_rows(rows)}</table></div>'
-
-
-def _rows(rows: Iterable[Iterable[Any]]) -> str:
-    return "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
     )
 
 

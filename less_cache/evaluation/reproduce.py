@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .._files import json_text, write_text
+from .._files import json_digest, json_text, write_text
 from ..feature_maps import FeatureMaps
 from ..provenance import slots_text
 from ..recipe import CacheRecipe
@@ -251,7 +250,7 @@ def _measure(
     if data is None:
         raise ValueError(f"data: got None, expected what the table {table.name} reads")
     length = protocol.length or model.config.get_text_config().max_position_embeddings
-    told_data = hashlib.sha256(json_text([vars(entry) for entry in data]).encode()).hexdigest()
+    told_data = json_digest([vars(entry) for entry in data])
     if table.kind == "perplexity":
         documents = [(_ids(tokenizer, entry.text), entry.words) for entry in data]
         prefix = tokenizer.eos_token_id

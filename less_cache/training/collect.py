@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..integrations.transformers.interception import intercepted
+from ..integrations.transformers.interception import Enough, intercepted
 from ..integrations.transformers.model_check import attention_modules
 from ..layer_config import LayerConfig
 from ..layer_maps import LayerMaps
@@ -80,10 +81,6 @@ class LayerData:
         return torch.einsum("bhnd,ohd->bno", out, self.projection)
 
 
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass once the wanted layer has been seen."""
-
-
 def collect_layer(
     model: Any,
     tokens: Tensor,
@@ -128,17 +125,16 @@ def collect_layer(
                     shape = (count, value.shape[1], length, value.shape[3])
                     filled[name] = _empty(folder, name, shape, value.dtype)
                 filled[name][start : start + len(q)] = value.cpu()
-            raise _Stop
+            raise Enough
         return out
 
     bar = tqdm(total=count, desc=f"layer {layer}: collect", unit="seq", disable=not progress)
     with torch.no_grad(), intercepted(model, attend), bar:
         for start in range(0, count, batch):
             ids = tokens[start : start + batch].to(model.device)
-            try:
+            with contextlib.suppress(Enough):
                 model(ids, use_cache=False)
-            except _Stop:
-                bar.update(len(ids))
+            bar.update(len(ids))
     times = _empty(folder, "times", filled["k"].shape[:3], torch.int32)
     bar = tqdm(total=count, desc=f"layer {layer}: evict", unit="seq", disable=not progress)
     with bar:

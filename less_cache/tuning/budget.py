@@ -8,15 +8,7 @@ from typing import Any
 from .._checks import check_int
 from ..config import CacheConfig
 
-FULL_BYTES = 2
-"""Of a number in the full cache that shares are of: nobody has to serve in more."""
 UNITS = {"%": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
-
-
-def full_cache_bytes(config: CacheConfig, context: int) -> int:
-    """What the full cache of one sequence of `context` tokens takes in 16 bits."""
-    numbers = 2 * config.num_layers * config.kv_heads * config.head_dim
-    return FULL_BYTES * numbers * check_int("context", context, minimum=1)
 
 
 def parse_budget(budget: Any, config: CacheConfig, context: int) -> int:
@@ -37,7 +29,7 @@ def parse_budget(budget: Any, config: CacheConfig, context: int) -> int:
     ValueError, TypeError
         If it is none of these, or no less than the full cache.
     """
-    full = full_cache_bytes(config, context)
+    full = config.full_cache_bytes(check_int("context", context, minimum=1), "float16")
     expected = 'bytes like 300000 or "300k", or a share like 0.05 or "5%"'
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise TypeError(f"budget: got {budget!r}, expected {expected}")

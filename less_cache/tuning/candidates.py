@@ -47,9 +47,7 @@ def simple_caches(config: CacheConfig, total: int) -> list[Contestant]:
 
 def equal_slots(config: CacheConfig, total: int) -> int:
     """The most slots, alike in all heads, that so many bytes hold with this config."""
-    fixed = sum(
-        layer.bytes_per_sequence - layer.slots * layer.slot_bytes for layer in config.layers
-    )
+    fixed = sum(layer.fixed_bytes for layer in config.layers)
     each = sum(layer.kv_heads * layer.slot_bytes for layer in config.layers)
     return max(0, total - fixed) // each
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._files import json_text, parse_json, write_text
+from .._files import json_digest, json_text, parse_json, write_text
 from ..evaluation.perplexity import Contestant, logits_under
 
 logger = logging.getLogger(__name__)
@@ -99,4 +98,4 @@ def digest_of_cache(contestant: Contestant) -> str:
         None if contestant.maps is None else contestant.maps.digest,
         None if contestant.transforms is None else contestant.transforms.digest,
     )
-    return hashlib.sha256(json_text(parts).encode()).hexdigest()[:32]
+    return json_digest(parts)[:32]

@@ -93,7 +93,7 @@ def _offer(
         rank=rank,
         curves=[smooth(curve) for curve in curves],
         slot_bytes=spec.slot_bytes,
-        fixed_bytes=spec.bytes_per_sequence - spec.slots * spec.slot_bytes,
+        fixed_bytes=spec.fixed_bytes,
         coding=coding,
     )
 

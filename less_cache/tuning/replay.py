@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import CacheConfig
-from ..integrations.transformers.interception import intercepted
+from ..integrations.transformers.interception import Enough, intercepted
 from ..integrations.transformers.model_check import attention_modules, unwrapped
 from ..training.collect import full_attention
 
@@ -73,7 +73,7 @@ class Replay:
             if at == index:
                 for name, value in (("q", q), ("k", k), ("v", v), ("out", out)):
                     seen[name].append(value)
-                raise _Enough
+                raise Enough
             return out
 
         last = self._blocks_before(index)[-1:]
@@ -83,7 +83,7 @@ class Replay:
                 undo.callback(hook.remove)
             undo.enter_context(intercepted(self.model, attend))
             for ids in self.batches:
-                with contextlib.suppress(_Enough):
+                with contextlib.suppress(Enough):
                     self.model(ids.to(self.model.device), use_cache=False)
         joined = {name: torch.cat(parts) for name, parts in seen.items()}
         assert joined["out"].shape[1] == spec.query_heads
@@ -136,10 +136,6 @@ class Replay:
         finally:
             for block in before:
                 block.__dict__.pop("forward", None)
-
-
-class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass once the wanted layer has been seen."""
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from .._files import json_text, replaced, write_text
 from ..config import CacheConfig
+from ..evaluation.pages import around_rows, as_png, inline, page, table
 from ..quantization import Quantization
 from ..quantization.settings import bits_text
 from .candidates import SIMPLE
@@ -28,13 +27,14 @@ def save_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     write_text(written[0], json_text(report, indent=2) + "\n")
     pictures = {}
     for name, draw in (("heads", draw_heads), ("curve", draw_curve)):
-        path = folder / f"{name}.png"
-        with replaced(path) as temporary:
-            draw(report).savefig(temporary, format="png", dpi=140)
-        pictures[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        written.append(path)
+        png = as_png(draw(report))
+        written.append(folder / f"{name}.png")
+        with replaced(written[-1]) as temporary:
+            temporary.write_bytes(png)
+        pictures[name] = inline(png)
     budget, full = report["budget"], report["full"]
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+    text = page(
+        PAGE,
         share=f"{budget['bytes'] / budget['full_cache_bytes']:.2%}",
         model=html.escape(str(report["model_id"] or "The model")),
         bytes=f"{budget['bytes']:,}",
@@ -44,19 +44,11 @@ def save_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
         verdicts=_verdicts(report, full),
         layers=_layers(report),
         additive=html.escape(_additive(report)),
-        around=_rows(
-            (name, value)
-            for name, value in {
-                "command": report["command"],
-                "date": report["date"],
-                **report["machine"],
-                **report["versions"],
-            }.items()
-        ),
+        around=around_rows(report),
         **pictures,
     )
     written.append(folder / "index.html")
-    write_text(written[-1], page)
+    write_text(written[-1], text)
     return written
 
 
@@ -140,7 +132,8 @@ def draw_curve(report: Mapping[str, Any]) -> Any:
 def _verdicts(report: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     simple = {name for name, _, _ in SIMPLE}
     head = ["cache", "bytes a sequence", "perplexity", "nats a token from full"]
-    rows = [(False, ["full cache", "grows", f"{math.exp(full['loss']):.3f}", "0"])]
+    rows = [["full cache", "grows", f"{math.exp(full['loss']):.3f}", "0"]]
+    taken = None
     for own in report["verdicts"]:
         cells = [
             own["name"],
@@ -150,12 +143,10 @@ def _verdicts(report: Mapping[str, Any], full: Mapping[str, Any]) -> str:
         ]
         if own["name"] in simple:
             cells[0] += ", equal slots, not tuned"
-        rows.append((own["name"] == report["taken"], cells))
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "\n".join(
-        f"<tr{' class=taken' if taken else ''}>{_cells(cells)}</tr>" for taken, cells in rows
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>\n{body}</table></div>'
+        if own["name"] == report["taken"]:
+            taken = len(rows)
+        rows.append(cells)
+    return table(head, rows, taken)
 
 
 def _layers(report: Mapping[str, Any]) -> str:
@@ -171,10 +162,7 @@ def _layers(report: Mapping[str, Any]) -> str:
                 f"{layer.bytes_per_sequence:,}",
             )
         )
-    top = "".join(
-        f"<th>{name}</th>" for name in ("layer", "policy", "keys and values", "rank", "bytes")
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>\n{_rows(rows)}</table></div>'
+    return table(("layer", "policy", "keys and values", "rank", "bytes"), rows)
 
 
 def _bits(codes: Quantization | None) -> str:
@@ -197,11 +185,3 @@ def _additive(report: Mapping[str, Any]) -> str:
         + "; ".join(told)
         + "."
     )
-
-
-def _rows(rows: Iterable[Iterable[Any]]) -> str:
-    return "\n".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-
-
-def _cells(row: Iterable[Any]) -> str:
-    return "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import json_text, parse_json, write_text
+from .._files import json_digest, json_text, parse_json, write_text
 from ..config import CacheConfig
 from ..evaluation.perplexity import Contestant
 from ..feature_maps import FeatureMaps
@@ -118,7 +117,7 @@ class Stages:
         """What each head of a layer loses with states of several ranks."""
         found = {}
         for rank in ranks:
-            told = hashlib.sha256(json_text(policy.to_dict()).encode()).hexdigest()[:8]
+            told = json_digest(policy.to_dict())[:8]
             folder = self.work / "states" / f"{layer:03d}-{rank}-{told}"
             path = folder / "losses.json"
             if not path.exists():

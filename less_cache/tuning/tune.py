@@ -23,7 +23,7 @@ from ..policies import DecayedH2O, Policy, SinkWindow
 from ..recipe import CacheRecipe
 from ..training.runs import claim, digest_tokens, model_digest
 from .allocation import Plan, choose
-from .budget import full_cache_bytes, parse_budget
+from .budget import parse_budget
 from .candidates import ablations, simple_caches
 from .effort import Effort, effort_within, seconds_per_pass, split
 from .judging import Judge
@@ -193,7 +193,7 @@ def tune(
             "asked": budget,
             "bytes": total,
             "context": context,
-            "full_cache_bytes": full_cache_bytes(config, context),
+            "full_cache_bytes": config.full_cache_bytes(context, "float16"),
         },
         "taken": best.name,
         "full": full.__dict__,
@@ -215,7 +215,7 @@ def tune(
     record = {
         "method": "less-cache tune",
         "bytes": total,
-        "share": total / full_cache_bytes(config, context),
+        "share": total / config.full_cache_bytes(context, "float16"),
         "taken": best.name,
         "validation": {
             "loss": verdicts[taken].loss,

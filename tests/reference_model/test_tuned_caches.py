@@ -6,14 +6,13 @@ import torch
 import less_cache as lc
 from less_cache import reference_model
 from less_cache.integrations.transformers.teacher_forcing import small_cache_logits
-from less_cache.tuning.budget import full_cache_bytes
 
 
 @pytest.mark.parametrize("budget", ["5%", "2.5%", "1.25%"])
 def test_the_bytes_are_what_the_name_says(budget):
     recipe = lc.CacheRecipe.from_pretrained(reference_model.tuned(budget))
     share = float(budget.removesuffix("%")) / 100
-    whole = full_cache_bytes(recipe.config, 1024)
+    whole = recipe.config.full_cache_bytes(1024, "float16")
     assert 0.99 * share * whole < recipe.config.bytes_per_sequence("float16") <= share * whole
     assert recipe.model["name"] == reference_model.NAME
     assert recipe.record["license"] == "Apache-2.0"

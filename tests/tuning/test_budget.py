@@ -3,13 +3,12 @@
 import pytest
 
 import less_cache as lc
-from less_cache.tuning.budget import full_cache_bytes, parse_budget
+from less_cache.tuning.budget import parse_budget
 
 CONFIG = lc.CacheConfig(6, 4, 4, 64, capacity=8, policy=lc.SinkWindow(), rank=0)
 
 
 def test_shares_are_of_the_full_cache_in_16_bits():
-    assert full_cache_bytes(CONFIG, 1024) == 2 * 6 * 4 * 64 * 1024 * 2
     wanted = 13107 * 24
     for spelled in ("5%", " 5 %", 0.05, "0.05"):
         assert abs(parse_budget(spelled, CONFIG, 1024) - wanted) < 24

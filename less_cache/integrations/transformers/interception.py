@@ -20,6 +20,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, Hq, N, D], k [B, Hkv, N, D], v [B, Hkv, N, D]) -> [B, Hq, N, D]."""
 
 
+class Enough(Exception):  # noqa: N818
+    """What `attend` raises to end a forward pass that has shown all that was wanted."""
+
+
 @dataclass
 class _Layer:
     """What the attention function finds in the place of a cache's layer."""

@@ -14,7 +14,7 @@ from ...feature_maps import FeatureMaps
 from ...layer_maps import LayerMaps
 from ...quantization.transforms import LayerTransforms
 from ...teacher_forced import attend_all, eviction_times, stored_pairs
-from .interception import intercepted
+from .interception import Enough, intercepted
 
 
 def small_cache_logits(
@@ -90,14 +90,10 @@ def times_under_full_cache(
         basis = None if transforms is None else transforms[layer]
         found.append(eviction_times(spec, q, k, transforms=basis))
         if len(found) == config.num_layers:
-            raise _Enough
+            raise Enough
         never = torch.full_like(found[-1], k.shape[2])
         return attend_all(spec, None, q, k, v, never)
 
-    with torch.no_grad(), intercepted(model, attend), contextlib.suppress(_Enough):
+    with torch.no_grad(), intercepted(model, attend), contextlib.suppress(Enough):
         model(ids, use_cache=False)
     return found
-
-
-class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass once the last layer has been seen."""

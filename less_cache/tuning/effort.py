@@ -14,7 +14,7 @@ from .._checks import check_int, check_real
 from .refining import LOOKED_AT
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-TRIALS = 60
+TRIALS = 80
 """Passes from one layer on that measuring a layer takes, about."""
 SHARE_OF_PASS = 0.55
 """Of a whole forward pass: layers before the measured one are not run again."""

@@ -23,6 +23,8 @@ BOUND = 4.0
 TOLD_APART = 1e-4
 """Nats a token: changes foreseen to be smaller say nothing of a factor."""
 
+STEPS = (1.0, 0.5, 0.25)
+"""Parts of the way to new factors that are tried: what is noise in them, a smaller step leaves."""
 CODES = -1
 """In a head's place: the layer's codes."""
 
@@ -49,6 +51,15 @@ class Factors:
     def ones(cls, offers: Sequence[Sequence[Offer]]) -> Factors:
         """No change."""
         return cls([[1.0] * len(row[0].curves) for row in offers], [1.0] * len(offers))
+
+    def towards(self, other: Factors, step: float) -> Factors:
+        """Part of the way to others; 1: all of it."""
+
+        def between(ours: list[float], theirs: list[float]) -> list[float]:
+            return [a ** (1 - step) * b**step for a, b in zip(ours, theirs, strict=True)]
+
+        heads = [between(*rows) for rows in zip(self.heads, other.heads, strict=True)]
+        return Factors(heads, between(self.codes, other.codes))
 
     def of(self, offers: Sequence[Sequence[Offer]]) -> list[list[Offer]]:
         """The offers of each layer with their losses multiplied."""
@@ -90,7 +101,7 @@ def refine(
     measure
         What whole caches lose.
     rounds
-        How often to measure around the best plan so far; it ends earlier where that does not help.
+        How often to measure around the best plan so far; it ends earlier where nothing is gained.
     told
         Called with 1 after each cache that was measured.
 
@@ -99,35 +110,39 @@ def refine(
     Factors
         Those of the best plan; ones, if that is the first.
     """
-    best, now = Factors.ones(offers), None
+    best = Factors.ones(offers)
     least = measure(plan)
     told(1)
     for _ in range(rounds):
-        now = _factors(offers, now, plan, least, measure, told)
-        plan = choose(now.of(offers), total)
-        loss = measure(plan)
-        told(1)
-        if loss >= least:
+        found = _factors(offers, plan, least, measure, told)
+        before = least
+        for step in STEPS:
+            now = best.towards(found, step)
+            tried = choose(now.of(offers), total)
+            loss = measure(tried)
+            told(1)
+            if loss < least:
+                taken, plan, least = now, tried, loss
+        if least == before:
             break
-        best, least = now, loss
+        best = taken
     return best
 
 
 def trials(offers: Sequence[Sequence[Offer]], rounds: int) -> int:
     """The most caches that `refine` measures."""
     heads = sum(len(row[0].curves) for row in offers)
-    return 1 + rounds * (1 + min(heads, LOOKED_AT) + len(offers))
+    return 1 + rounds * (len(STEPS) + min(heads, LOOKED_AT) + len(offers))
 
 
 def _factors(
     offers: Sequence[Sequence[Offer]],
-    before: Factors | None,
     plan: Plan,
     loss: float,
     measure: Measure,
     told: Callable[[int], object],
 ) -> Factors:
-    """What was measured around a plan over what the offers foresee; halfway from `before`.
+    """What was measured around a plan over what the offers foresee.
 
     What is not measured takes the mean of what is.
     """
@@ -161,16 +176,7 @@ def _factors(
         for layer, slots_of in enumerate(plan.capacities)
     ]
     codes = [found.get((layer, CODES), mean) for layer in range(len(offers))]
-    if before is None:
-        return Factors(heads, codes)
-    return Factors(
-        [[*map(_between, *rows)] for rows in zip(before.heads, heads, strict=True)],
-        [*map(_between, before.codes, codes)],
-    )
-
-
-def _between(a: float, b: float) -> float:
-    return geometric_mean((a, b))
+    return Factors(heads, codes)
 
 
 def _alike(row: Sequence[Offer], taken: Offer) -> Offer:

@@ -30,8 +30,9 @@ from .judging import Judge
 from .offers import config_of, least_bytes, offers_of
 from .stages import SLOTS, Stages
 
-POLICIES: tuple[Policy, ...] = (SinkWindow(4), DecayedH2O(factor=0.99))
-"""What is tried where nothing is asked for."""
+POLICIES: tuple[Policy, ...] = (SinkWindow(1), SinkWindow(4), DecayedH2O(factor=0.99))
+"""What is tried where nothing is asked for. Sinks cost heads with a handful of slots dearly, and
+not every model needs four."""
 RANKS = (4,)
 CURVE = (0.5, 2.0)
 """Shares of the budget at which the curve has points besides the budget itself."""

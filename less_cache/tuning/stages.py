@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from ..policies import Policy
 from ..quantization.transforms import Transforms
 from ..training.end_to_end import DistillRecipe, distill
 from ..training.per_layer import train
-from ..training.recipe import Recipe
 from ..training.runs import load_checkpoint, save_checkpoint
 from .allocation import Offer, Plan
 from .bases import LayerBases, bases_of, from_tensors, to_tensors
@@ -28,22 +28,13 @@ from .measuring import LayerLosses, measure_layer
 from .offers import config_of
 from .refining import Factors, refine, trials
 from .replay import Replay
-from .states import measure_state, quick_maps
+from .states import QUICK, measure_state, quick_maps
 
 SLOTS = (3, 6, 12, 24, 48, 96, 192, 384, 768)
 """Slots a head that are measured, up to the text's length; past the last one, its doubles."""
 STATE_SLOTS = (3, 6, 12, 24, 48, 96)
 """Those that are measured with a low-rank state."""
-FITTED = Recipe(
-    kind="exp",
-    hidden=128,
-    epochs=10,
-    batch=4,
-    rows=128,
-    learning_rate=3e-3,
-    schedule="cosine",
-    dropout=0.0,
-)
+FITTED = dataclasses.replace(QUICK, epochs=10, rows=128)
 
 
 class Stages:

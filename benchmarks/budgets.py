@@ -1,16 +1,19 @@
 """Perplexity for bytes: tuned caches beside every policy at the same bytes, in one run.
 
-On the shipped reference model and its held-out text. The gap is what H2O alone loses with 52 slots
-of 16 bits; the interval draws documents with replacement.
+On the shipped reference model and text that it never saw: its held-out modules, or, of another kind
+than any cache was tuned on, Python's documentation as `help()` shows it. The gap is what H2O alone
+loses with 52 slots of 16 bits; the interval draws documents with replacement.
 
     python benchmarks/budgets.py --windows 24
     python benchmarks/budgets.py --windows 320 --only tuned --name budgets_all
+    python benchmarks/budgets.py --text documentation --name budgets_documentation
 
 A run that was stopped goes on: what is scored is kept beside the result.
 """
 
 from __future__ import annotations
 
+import pydoc_data.topics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +53,7 @@ PEERS: tuple[tuple[str, lc.Policy, lc.Quantization | None], ...] = (
     ("TOVA", lc.TOVA(), None),
     ("SnapKV-like", lc.ObservationWindow(), None),
 )
+Documents = list[tuple[str, torch.Tensor]]
 HEADINGS = ("share", "cache", "bytes a sequence", "perplexity", "gap won back", "95 %")
 
 
@@ -77,6 +81,18 @@ def contestants(model: Any, budget: str, only: str) -> list[Contestant]:
             config = shaped.replace(capacity=slots, dtype=model.dtype)
             found.append(Contestant(f"LESS on {name}", config, maps))
     return found
+
+
+def documents_of(text: str, tokenizer: Any, vocabulary: int, length: int) -> Documents:
+    """Names and tokens of all documents that are long enough."""
+    if text == "modules":
+        named = [(d.name, d.text) for d in reference_model.held_out_documents()]
+    elif text == "documentation":
+        named = sorted(pydoc_data.topics.topics.items())
+    else:
+        raise typer.BadParameter(f"--text: got {text!r}, expected modules or documentation")
+    found = tokenize(named, tokenizer, vocabulary=vocabulary)
+    return [(name, ids) for name, ids in found if len(ids) >= length]
 
 
 def scored(
@@ -143,18 +159,19 @@ def main(
     ),
     only: Annotated[str, typer.Option(help="tuned: no other caches.")] = "",
     batch: Annotated[int, typer.Option(help="Windows at a time.")] = 32,
+    text: Annotated[str, typer.Option(help="modules or documentation.")] = "modules",
     name: Annotated[str, typer.Option(help="Of the result's files.")] = "budgets",
 ) -> None:
     """Score everything and write the table."""
     model, tokenizer = reference_model.load()
     length = model.config.max_position_embeddings
-    documents = [(d.name, d.text) for d in reference_model.held_out_documents()]
-    cut = cut_windows(tokenize(documents, tokenizer, vocabulary=model.config.vocab_size), length)
+    documents = documents_of(text, tokenizer, model.config.vocab_size, length)
+    cut = cut_windows(documents, length)
     cut = cut[:: max(1, len(cut) // windows)][:windows]
     shapes = lc.CacheConfig.from_model(
         model.config, capacity=GAP_SLOTS, policy=lc.H2O(), rank=0, dtype="float16"
     )
-    kept = RESULTS / f".scores-{len(cut)}"
+    kept = RESULTS / f".scores-{text}-{len(cut)}"
     full = scored(model, cut, Contestant(FULL), kept, batch)
     worst = scored(
         model,
@@ -196,7 +213,12 @@ def main(
         )
         for row in rows
     ]
-    facts = {"windows": len(cut), "window": length, "documents": len({w.document for w in cut})}
+    facts = {
+        "text": text,
+        "windows": len(cut),
+        "window": length,
+        "documents": len({w.document for w in cut}),
+    }
     write_text(
         RESULTS / f"{name}.json",
         json_text({**surroundings(), **facts, "rows": rows}, indent=2) + "\n",
@@ -204,7 +226,7 @@ def main(
     write_text(RESULTS / f"{name}.md", "\n".join(for_a_page(HEADINGS, lines)) + "\n")
     if not only:
         draw(rows, RESULTS / f"{name}.png")
-    Console(width=120).print(for_terminal(f"{len(cut)} held-out windows", HEADINGS, lines))
+    Console(width=120).print(for_terminal(f"{len(cut)} windows of {text}", HEADINGS, lines))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..policies import DEFAULT_POLICY
 from .given_cache import CacheOption, read_cache
 from .loading import (
     check_config,
@@ -57,7 +58,7 @@ def evaluate(
     ] = None,
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
-    policy: PolicyOption = "h2o",
+    policy: PolicyOption = DEFAULT_POLICY,
     bits: BitsOption = None,
     key_bits: KeyBitsOption = None,
     value_bits: ValueBitsOption = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._checks import check_choice
+from ..policies import DEFAULT_POLICY
 from .given_cache import CacheOption, read_cache
 from .loading import check_config, check_machine, config_for, load_model
 from .options import SHIPPED, CapacityOption, ModelOption, PolicyOption, check_out, named_maps
@@ -42,7 +43,7 @@ def onnx(
     ] = None,
     cache: CacheOption = None,
     capacity: CapacityOption = "0.05",
-    policy: PolicyOption = "h2o",
+    policy: PolicyOption = DEFAULT_POLICY,
     bits: BitsOption = None,
     key_bits: KeyBitsOption = None,
     value_bits: ValueBitsOption = None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..policies import DEFAULT_POLICY
 from .given_cache import CacheOption, read_cache
 from .loading import (
     check_config,
@@ -45,7 +46,7 @@ def longrange(
     cache: CacheOption = None,
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
-    policy: PolicyOption = "h2o",
+    policy: PolicyOption = DEFAULT_POLICY,
     tasks: Annotated[
         str, typer.Option(help="passkey, multikey, variables and text, with commas.")
     ] = "passkey,multikey,variables,text",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..policies import DEFAULT_POLICY
 from .loading import (
     check_config,
     check_machine,
@@ -54,7 +55,7 @@ def train(
     out: OutOption,
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
-    policy: PolicyOption = "h2o",
+    policy: PolicyOption = DEFAULT_POLICY,
     bits: BitsOption = None,
     key_bits: KeyBitsOption = None,
     value_bits: ValueBitsOption = None,
@@ -147,7 +148,7 @@ def distill(
     out: OutOption,
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
-    policy: PolicyOption = "h2o",
+    policy: PolicyOption = DEFAULT_POLICY,
     bits: BitsOption = None,
     key_bits: KeyBitsOption = None,
     value_bits: ValueBitsOption = None,

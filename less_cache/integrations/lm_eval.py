@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
-from ..policies import H2O, Policy, parse_policy
+from ..policies import DEFAULT_POLICY, Policy, parse_policy
 from ..quantization.transforms import Transforms
 from ..recipe import CacheRecipe
 from .transformers import attach
@@ -54,8 +54,8 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
     capacity
         As of `CacheConfig`: 52, 0.05, ``5%``. Needed without `cache`.
     policy
-        As on the command line; default: ``h2o``. Between fields stands a plus where lm_eval would
-        take a comma for the next argument: ``sinkwindow:sinks=4+recent=16``.
+        As on the command line; default: ``sinkwindow``. Between fields stands a plus where lm_eval
+        would take a comma for the next argument: ``sinkwindow:sinks=4+recent=16``.
     maps
         Folder or hub id of feature maps, or the maps; without, the policy runs alone.
     cache
@@ -106,7 +106,7 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
             config = CacheConfig.from_model(
                 self.model.config,
                 capacity=capacity,
-                policy=H2O() if policy is None else policy,
+                policy=parse_policy(DEFAULT_POLICY) if policy is None else policy,
                 rank=0 if maps is None else maps.rank,
                 dtype=self.model.dtype,
             )

@@ -17,6 +17,7 @@ from .builtin import (
     SinkWindow,
 )
 from .registry import (
+    DEFAULT_POLICY,
     POLICIES,
     check_registered,
     parse_policy,
@@ -25,6 +26,7 @@ from .registry import (
 )
 
 __all__ = [
+    "DEFAULT_POLICY",
     "FAIR_SHARE",
     "H2O",
     "POLICIES",

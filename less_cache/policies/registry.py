@@ -23,6 +23,10 @@ POLICIES: dict[str, type[Policy]] = {
     )
 }
 
+DEFAULT_POLICY = "sinkwindow"
+"""Where nobody names one: with many slots it is the best or nearly so, and its steps have no scores
+to add up (docs/quality.md)."""
+
 
 def register_policy(policy: type[Policy]) -> type[Policy]:
     """Make a policy of your own known by its class's name; a class decorator.

@@ -19,6 +19,8 @@ from .layout import CodeLayout, code_layout
 from .settings import Quantization
 from .transforms import LayerTransforms, inverse
 
+BENT = 2.0**-10
+"""Of a channel's direction: the most that rounding may change it by."""
 REGULARISATION = 1e-4
 """Added to M's and S's diagonal, as a share of its mean: directions never seen keep a basis."""
 
@@ -157,9 +159,16 @@ def _bases(layout: CodeLayout, weight: Tensor, spread: Tensor) -> tuple[Tensor, 
     """A and its inverse, [heads, D, D] each: inner channels have steps of 1."""
     variances, channels, root = _spectrum(weight, spread)
     steps = torch.from_numpy(layout.steps) * variances.sqrt()
-    inner = (root @ channels / steps.unsqueeze(1)).float().double()
-    # Rounded, so that a file may hold it in half the bytes and its inverse not at all.
+    # Rounded, so that a file may hold it in a quarter of the bytes and its inverse not at all.
+    inner = _rounded(root @ channels / steps.unsqueeze(1))
     return inner, inverse(inner)
+
+
+def _rounded(matrix: Tensor) -> Tensor:
+    """To numbers of 16 bits; to those of 32 where 16 would bend a channel's direction."""
+    half = matrix.half().double()
+    bent = (half - matrix).norm(dim=1) > BENT * matrix.norm(dim=1)
+    return matrix.float().double() if bent.any() else half
 
 
 def _regular(matrix: Tensor) -> Tensor:

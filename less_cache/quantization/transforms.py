@@ -430,8 +430,10 @@ def inverse(matrix: Tensor) -> Tensor:
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    narrow = tensor.to(torch.float32)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    for dtype in (torch.float16, torch.float32):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
 
 
 def _read_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTransforms:

@@ -33,13 +33,13 @@ class Effort:
     calibration
         For the bases of codes.
     measuring
-        On which every head is measured.
+        On which every head is measured; and as many others, on which whole caches are.
     fitting
         To which feature maps are fitted, layer by layer.
     validation
         On which whole caches are judged; never used for anything else.
     rounds
-        Of measuring whole caches on the measuring text, to put heads' losses right; 0: none.
+        Of measuring whole caches, to put heads' losses right; 0: none.
     steps, batch
         Of distillation, and sequences a step; 0 steps: none.
     """
@@ -141,6 +141,7 @@ def split(tokens: Tensor, effort: Effort) -> dict[str, Tensor]:
     return {
         "calibration": spread(effort.calibration, 0.25),
         "measuring": spread(effort.measuring, 0.75),
+        "refining": spread(effort.measuring, 0.0),
         "fitting": spread(effort.fitting, 0.5),
         "validation": tokens[count - validation :],
     }

@@ -17,6 +17,9 @@ from ..evaluation.perplexity import Contestant, logits_under
 
 logger = logging.getLogger(__name__)
 
+KEPT_BYTES = 2**30
+"""The full cache's logits are kept, not computed again for each cache, if all take no more."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -58,6 +61,7 @@ class Judge:
     def __init__(self, model: Any, tokens: Tensor, folder: Path, batch: int) -> None:
         self.model, self.batches, self.folder = model, tokens.split(batch), folder
         self.verdicts: list[Verdict] = []
+        self.kept: dict[int, Tensor] = {}
 
     def judge(self, contestant: Contestant) -> Verdict:
         """The verdict, from its file where there is one of the very same cache."""
@@ -75,11 +79,10 @@ class Judge:
     @torch.no_grad()
     def _measured(self, contestant: Contestant) -> Verdict:
         logits_of = logits_under(self.model, contestant)
-        full_of = logits_under(self.model, Contestant("full"))
         loss = divergence = 0.0
-        for part in self.batches:
+        for number, part in enumerate(self.batches):
             ids = part.to(self.model.device)
-            wanted = full_of(ids)
+            wanted = self._full(number, ids)
             found = wanted if contestant.config is None else logits_of(ids)
             for a, b, own in zip(wanted, found, ids, strict=True):
                 a, b = a[:-1].float().log_softmax(1), b[:-1].float().log_softmax(1)
@@ -89,6 +92,15 @@ class Judge:
         config = contestant.config
         nbytes = 0 if config is None else config.bytes_per_sequence("float16")
         return Verdict(contestant.name, loss / count, divergence / count, nbytes)
+
+    def _full(self, number: int, ids: Tensor) -> Tensor:
+        """What the full cache predicts for a batch; kept where it is small."""
+        if number in self.kept:
+            return self.kept[number]
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        if logits.nbytes * len(self.batches) <= KEPT_BYTES:
+            self.kept[number] = logits
+        return logits
 
 
 def digest_of_cache(contestant: Contestant) -> str:

@@ -159,7 +159,7 @@ class Stages:
         """What heads' losses are to be multiplied with, as caches of so many bytes lose."""
         if not self.effort.rounds:
             return Factors.ones(offers)
-        judge = Judge(self.model, self.text["measuring"], self.work / "whole", batch=8)
+        judge = Judge(self.model, self.text["refining"], self.work / "whole", batch=8)
 
         def measure(tried: Plan) -> float:
             config = config_of(self.config, tried)

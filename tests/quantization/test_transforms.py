@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import less_cache as lc
-from less_cache._tensor_files import write_tensors
+from less_cache._tensor_files import read_tensors, write_tensors
 from less_cache.quantization.calibration import Moments, fit_layer
 from less_cache.quantization.transforms import (
     LayerTransforms,
@@ -16,7 +16,7 @@ from less_cache.quantization.transforms import (
 )
 from less_cache.teacher_forced import stored_pairs
 from tests.helpers import random_maps
-from tests.quantization.fitted import fitted, some_tokens
+from tests.quantization.fitted import coded_config, fitted, some_tokens
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 20, 64, 80, 96, 128])
@@ -220,6 +220,31 @@ def test_inverses_are_not_stored_and_come_back(tmp_path):
     other = lc.Transforms("calibrated", [dataclasses.replace(layer, key_out=matrix)])
     other.save(tmp_path / "other.safetensors")
     assert torch.equal(lc.Transforms.load(tmp_path / "other.safetensors")[0].key_out, matrix)
+
+
+def test_fitted_bases_take_16_bits_a_number_in_files(tmp_path):
+    config = coded_config(kind="calibrated")
+    made = fitted(config)
+    made.save(tmp_path / "fitted.safetensors")
+    _, held = read_tensors(tmp_path / "fitted.safetensors")
+    assert held["layers.0.key_in"].dtype == held["layers.0.value_in"].dtype == torch.float16
+    assert "layers.0.key_out" not in held
+    read = lc.Transforms.load(tmp_path / "fitted.safetensors")
+    assert read.digest == made.digest
+    for name, tensor in made[0].named().items():
+        assert torch.equal(read[0].named()[name], tensor)
+
+
+def test_channels_that_16_bits_would_bend_are_held_in_32():
+    moments = Moments.empty(1, 4)
+    moments.add(torch.diag(torch.tensor([1.0, 1e7, 1.0, 1.0])).double().view(1, 1, 4, 4))
+    one = Moments.empty(1, 4)
+    one.add(torch.eye(4, dtype=torch.float64).view(1, 1, 4, 4))
+    codes = lc.Quantization(4, 4, "calibrated")
+    layer = fit_layer(codes, one, moments, one, torch.ones(4, 1, 4))
+    product = layer.key_in @ layer.key_out
+    torch.testing.assert_close(product, torch.eye(4, dtype=torch.float64).unsqueeze(0))
+    assert not torch.equal(layer.key_in.half().double(), layer.key_in)
 
 
 def test_a_base_without_an_inverse_is_told(tmp_path):

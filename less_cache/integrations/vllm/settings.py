@@ -14,7 +14,7 @@ from ..._files import parse_json
 from ...backends import BACKENDS
 from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
-from ...policies import parse_policy, policy_from_dict
+from ...policies import DEFAULT_POLICY, parse_policy, policy_from_dict
 from ...quantization import Quantization
 from ...quantization.transforms import Transforms
 from ...recipe import CacheRecipe, check_parts
@@ -157,7 +157,7 @@ def _by_hand(given: str, model_shapes: str) -> Parts:
     transforms = Transforms.load(Path(data["transforms"])) if "transforms" in data else None
     config = CacheConfig(
         capacity=data["capacity"],
-        policy=_policy(data.get("policy", "h2o")),
+        policy=_policy(data.get("policy", DEFAULT_POLICY)),
         rank=rank,
         quantization=_quantization(data, transforms),
         **shapes,

@@ -81,7 +81,7 @@ class Load:
     chunk: int
 
 
-LOADS = {"short": Load(64, 832, 64, 1024, 1024), "long": Load(16, 8000, 90, 8192, 512)}
+LOADS = {"short": Load(64, 832, 64, 1024, 256), "long": Load(16, 8000, 90, 8192, 256)}
 
 
 def model_folder(parent: Path, longest: int) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ class Killer(threading.Thread):
         while time.monotonic() < deadline and not self.ready():
             time.sleep(0.01)
         for child in psutil.Process().children(recursive=True):
-            if any(f"ray::{self.task}" in word for word in child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
-                self.killed += 1
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(f"ray::{self.task}" in word for word in child.cmdline()):
+                    child.kill()
+                    self.killed += 1

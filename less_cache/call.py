@@ -308,20 +308,22 @@ def run_packed(
 ) -> Array:
     """Run a step over packed sequences: [T, H, D], sequence i from ``query_start_loc[i]`` on.
 
-    Where the host can read where sequences begin, those of one token go together, and the others
-    one by one, without padding. On a GPU nobody asks: all are padded to `max_query_len`, or to T.
+    Where the host can read where sequences begin, those of as many tokens go together, new
+    sequences and older ones apart, without padding. On a GPU nobody asks: all are padded to
+    `max_query_len`, or to T.
     """
     first = query_start_loc
     if isinstance(q, Tensor) and q.device.type != "cpu":
         limit = q.shape[0] if max_query_len is None else min(max_query_len, q.shape[0])
         return _run_padded(attend, q, k, v, lengths, rows, first, limit)
     out = np.zeros_like(q) if isinstance(q, np.ndarray) else torch.zeros_like(q)
-    starts = [int(start) for start in first]
+    starts, before = first.tolist(), lengths.tolist()
     counts = [stop - start for start, stop in pairwise(starts)]
-    single = [i for i, count in enumerate(counts) if count == 1]
-    groups = ([single] if single else []) + [[i] for i, count in enumerate(counts) if count > 1]
-    for group in groups:
-        tokens = counts[group[0]]
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, count in enumerate(counts):
+        if count:
+            groups.setdefault((count, before[i] > 0), []).append(i)
+    for (tokens, _), group in groups.items():
         columns = [starts[i] + offset for i in group for offset in range(tokens)]
         if len(columns) == columns[-1] - columns[0] + 1:
             taken: Any = slice(columns[0], columns[-1] + 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from ._checks import check_int, check_real
 
@@ -58,6 +59,7 @@ def run_tasks(
     *,
     shared: tuple[Any, ...] = (),
     on: Ray | None = None,
+    told: str | None = None,
 ) -> list[Result]:
     """``[function(*shared, *task) for task in tasks]``, here or on a cluster.
 
@@ -72,6 +74,8 @@ def run_tasks(
         Arguments that come first in all of them, and are sent once.
     on
         Where; ``None``: in this process, one after another.
+    told
+        What a bar that counts the results is called; ``None``: no bar.
 
     Returns
     -------
@@ -87,7 +91,8 @@ def run_tasks(
         What the first task that failed raised. Others end with this process's connection.
     """
     if on is None:
-        return [function(*shared, *task) for task in tasks]
+        bar = tqdm(tasks, desc=told, disable=told is None)
+        return [function(*shared, *task) for task in bar]
     with _cluster(on) as ray:
         remote = ray.remote(_call).options(
             num_cpus=on.num_cpus,
@@ -98,7 +103,7 @@ def run_tasks(
         sent = [ray.put(argument) for argument in (function, torch.get_num_threads(), *shared)]
         waiting = [remote.remote(len(sent), *sent, *task) for task in tasks]
         try:
-            return [ray.get(task) for task in waiting]
+            return [ray.get(task) for task in tqdm(waiting, desc=told, disable=told is None)]
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.WorkerCrashedError as error:

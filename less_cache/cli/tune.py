@@ -20,6 +20,7 @@ from .options import (
     SequencesOption,
     check_out,
 )
+from .ray_options import GpusOption, RayOption, RetriesOption, cluster
 from .telling import resumable, say
 from .train import OutOption
 
@@ -53,6 +54,9 @@ def tune(
     ] = None,
     length: LengthOption = None,
     sequences: SequencesOption = None,
+    ray: RayOption = None,
+    gpus: GpusOption = 0.0,
+    retries: RetriesOption = 3,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -73,10 +77,13 @@ def tune(
             raise ValueError("steps: given, and minutes too, which choose them; leave one out")
     check_can_draw()
     check_out(out)
-    check_machine(device, dtype)
+    on = cluster(ray, gpus, retries, device)
+    # On a cluster the workers have the device, and this process perhaps none.
+    here = device if on is None else "cpu"
+    check_machine(here, dtype)
     documents = read_documents(data)
     with resumable():
-        loaded, tokenizer = load_model(model, device, dtype)
+        loaded, tokenizer = load_model(model, here, dtype)
         check_model(loaded)
         shapes = CacheConfig.from_model(loaded.config, capacity=1, policy=FullCache(), rank=0)
         tokens = tokens_for(loaded, tokenizer, documents, shapes, length, sequences)
@@ -91,6 +98,8 @@ def tune(
             minutes=minutes,
             model_id=model_name(model),
             licence=licence,
+            on=on,
+            device=device,
         )
     for path in save_report(tuned.report, out):
         say(f"Report: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from .._files import json_digest, json_text, parse_json, write_text
 from ..config import CacheConfig
+from ..distributed import Ray, run_tasks
 from ..evaluation.perplexity import Contestant
 from ..feature_maps import FeatureMaps
 from ..policies import Policy
@@ -23,7 +25,7 @@ from ..training.runs import load_checkpoint, save_checkpoint
 from .allocation import Offer, Plan
 from .bases import LayerBases, bases_of, from_tensors, to_tensors
 from .effort import Effort
-from .judging import Judge
+from .judging import Judge, Verdict
 from .measuring import LayerLosses, measure_layer
 from .offers import config_of
 from .refining import Factors, refine, trials
@@ -58,6 +60,10 @@ class Stages:
         The model's name, for maps.
     progress
         Show bars.
+    on
+        The cluster that `run` sends to; ``None``: this process.
+    device
+        Where a task puts the model. Default: where it is.
     """
 
     def __init__(
@@ -71,11 +77,28 @@ class Stages:
         own: Path,
         model_id: str | None,
         progress: bool,
+        on: Ray | None = None,
+        device: str | None = None,
     ) -> None:
         self.model, self.config, self.text, self.effort = model, config, text, effort
         self.work, self.own, self.model_id, self.progress = work, own, model_id, progress
         self.length = next(iter(text.values())).shape[1]
-        self.replay = Replay(model, text["measuring"], config)
+        self.on, self.device = on, device
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The model on the text that heads are measured on."""
+        return Replay(self.model, self.text["measuring"], self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker makes its own replay: its predictions take more to send than to make.
+        own = {name: value for name, value in self.__dict__.items() if name != "replay"}
+        return own | {"progress": False, "on": None}
+
+    def run(self, stage: str, tasks: Sequence[tuple[Any, ...]], told: str | None = None) -> Any:
+        """What one of the methods below finds for each task's arguments, here or on the cluster."""
+        told = told if self.progress else None
+        return run_tasks(_run_stage, tasks, shared=(self, stage), on=self.on, told=told)
 
     def calibrated(self) -> list[LayerBases]:
         """What every layer's bases of codes are fitted from."""
@@ -88,9 +111,7 @@ class Stages:
             return bases
         return from_tensors(found[0])
 
-    def measured(
-        self, layer: int, policies: Sequence[Policy], bases: Sequence[LayerBases]
-    ) -> LayerLosses:
+    def measured(self, layer: int, policies: Sequence[Policy], bases: LayerBases) -> LayerLosses:
         """What each head of a layer loses."""
         path = self.work / "losses" / f"{layer:03d}.json"
         if path.exists():
@@ -98,7 +119,7 @@ class Stages:
         slots = [tried for tried in SLOTS if tried < self.length]
         while 2 * slots[-1] < self.length:
             slots.append(2 * slots[-1])
-        found = measure_layer(self.replay, layer, policies, slots, bases[layer])
+        found = measure_layer(self.replay, layer, policies, slots, bases)
         write_text(path, json_text(found.to_dict()) + "\n")
         return found
 
@@ -162,6 +183,8 @@ class Stages:
             transforms=transforms,
             model_id=self.model_id,
             progress=self.progress,
+            on=self.on,
+            device=self.device,
         )
         if maps is None:
             raise RuntimeError("maps: some layer was not fitted")
@@ -180,7 +203,7 @@ class Stages:
             validate_every=max(1, self.effort.steps // 4),
             full_evictions=True,
         )
-        return distill(
+        maps = distill(
             self.model,
             self.text["fitting"],
             config_of(self.config, plan),
@@ -190,3 +213,16 @@ class Stages:
             transforms=transforms,
             progress=self.progress,
         )
+        return maps.to("cpu")
+
+    def judged(self, contestant: Contestant) -> Verdict:
+        """What a cache makes of the text that is kept for that."""
+        judge = Judge(self.model, self.text["validation"], self.work / "verdicts", batch=8)
+        return judge.judge(contestant)
+
+
+def _run_stage(stages: Stages, stage: str, *task: Any) -> Any:
+    """A task: one call of a method."""
+    if stages.device is not None:
+        stages.model = stages.model.to(stages.device)
+    return getattr(stages, stage)(*task)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from .._checks import check_int, check_path
 from .._files import json_text, parse_json, write_text
 from ..config import CacheConfig
+from ..distributed import Ray, run_tasks
 from ..evaluation.perplexity import Contestant
 from ..evaluation.surroundings import surroundings
 from ..feature_maps import FeatureMaps
@@ -26,7 +26,6 @@ from .allocation import Plan, choose
 from .budget import parse_budget
 from .candidates import ablations, simple_caches
 from .effort import Effort, effort_within, seconds_per_pass, split
-from .judging import Judge
 from .offers import config_of, least_bytes, offers_of
 from .stages import SLOTS, Stages
 
@@ -70,6 +69,8 @@ def tune(
     model_id: str | None = None,
     licence: str | None = None,
     progress: bool = True,
+    on: Ray | None = None,
+    device: str | None = None,
 ) -> Tuned:
     """Find the best cache for a number of bytes, and write it as one folder.
 
@@ -80,7 +81,8 @@ def tune(
     judged on text that was used for nothing else; and the best is kept.
 
     A run that was killed goes on when it is started again with the same arguments, to the same
-    result bit for bit on the CPU.
+    result bit for bit on the CPU. On a Ray cluster layers and candidates are tasks, and come to
+    that same result.
 
     Parameters
     ----------
@@ -96,7 +98,8 @@ def tune(
         Folder of the result.
     work
         Folder of what a resumed run goes on from, and other budgets too: what heads lose is
-        measured once for all of them. Default: ``work`` in `out`.
+        measured once for all of them. Default: ``work`` in `out`. On a cluster all machines must
+        see it.
     context
         Tokens of the full cache that shares are of. Default: the model's longest.
     effort
@@ -111,6 +114,10 @@ def tune(
         Of the result, for the card: an SPDX name.
     progress
         Show bars.
+    on
+        A cluster; ``None``: in this process.
+    device
+        Where a task puts the model. Default: where it is.
 
     Raises
     ------
@@ -120,6 +127,8 @@ def tune(
     """
     folder = check_path("out", out)
     work = folder / "work" if work is None else check_path("work", work)
+    if on is not None:
+        work = work.resolve()
     check_model(model)
     config = _shapes(model, tokens, policies, ranks)
     if effort is not None and minutes is not None:
@@ -133,7 +142,7 @@ def tune(
         )
     own = work / f"{total}-bytes"
     split(tokens, effort or Effort())
-    chosen = _effort(model, tokens, config, effort, minutes, work)
+    chosen = _effort(model, tokens, config, effort, minutes, work, on, device)
     settings = {
         "model_id": public_name(model_id),
         "model_sha256": model_digest(model),
@@ -145,22 +154,27 @@ def tune(
     claim(work, settings)
     text = split(tokens, chosen)
     stages = Stages(
-        model, config, text, chosen, work, own=own, model_id=model_id, progress=progress
+        model,
+        config,
+        text,
+        chosen,
+        work,
+        own=own,
+        model_id=model_id,
+        progress=progress,
+        on=on,
+        device=device,
     )
-    bases = stages.calibrated()
-    losses = [
-        stages.measured(layer, policies, bases)
-        for layer in tqdm(range(config.num_layers), desc="measure", disable=not progress)
-    ]
+    (bases,) = stages.run("calibrated", [()])
+    losses = stages.run("measured", [(i, policies, own) for i, own in enumerate(bases)], "measure")
     plain = [offers_of(config, layer, found) for layer, found in enumerate(losses)]
     apart = choose(plain, total)
-    factors = stages.refined(plain, apart, total, bases)
+    (factors,) = stages.run("refined", [(plain, apart, total, bases)])
     plain = factors.of(plain)
     without = choose(plain, total)
-    states = [
-        stages.with_states(layer, offer.policy, ranks)
-        for layer, offer in enumerate(tqdm(without.offers, desc="states", disable=not progress))
-    ]
+    states = stages.run(
+        "with_states", [(i, own.policy, ranks) for i, own in enumerate(without.offers)], "states"
+    )
     offers = [
         offers_of(config, layer, found, curves)
         for layer, (found, curves) in enumerate(zip(losses, states, strict=True))
@@ -176,18 +190,17 @@ def tune(
         maps = stages.fitted(plan, transforms)
         candidates.append(contestant("state", plan, maps))
         if chosen.steps:
-            together = stages.distilled(plan, transforms, maps)
+            (together,) = stages.run("distilled", [(plan, transforms, maps)])
             candidates.append(contestant("state, maps trained together", plan, together))
     if without.capacities != apart.capacities or without.offers != apart.offers:
         candidates.append(contestant("heads measured apart", apart))
     parts = ablations(plain, without, total)
     candidates += [contestant(name, part) for name, part in parts.items()]
     candidates += simple_caches(config, total)
-    judge = Judge(model, text["validation"], work / "verdicts", batch=8)
-    full = judge.judge(Contestant(FULL))
-    verdicts = [judge.judge(own) for own in tqdm(candidates, desc="judge", disable=not progress)]
+    judged = [(Contestant(FULL),), *((own,) for own in candidates)]
+    full, *verdicts = stages.run("judged", judged, "judge")
     taken = min(range(len(candidates)), key=lambda i: verdicts[i].loss)
-    curve = _curve(judge, config, plain, total, contestant)
+    curve = _curve(stages, config, plain, total, contestant)
     best = candidates[taken]
     report = {
         "budget": {
@@ -272,6 +285,8 @@ def _effort(
     asked: Effort | None,
     minutes: float | None,
     work: Path,
+    on: Ray | None,
+    device: str | None,
 ) -> Effort:
     """What was asked for, or fits into the time; if resumed, what was found the first time."""
     if asked is not None or minutes is None:
@@ -279,13 +294,14 @@ def _effort(
     path = work / "effort.json"
     if path.exists():
         return Effort(**parse_json(str(path), path.read_bytes()))
-    effort = effort_within(minutes, config.num_layers, seconds_per_pass(model, tokens))
+    (seconds,) = run_tasks(seconds_per_pass, [()], shared=(model, tokens[:1], device), on=on)
+    effort = effort_within(minutes, config.num_layers, seconds)
     write_text(path, json_text(effort.to_dict()) + "\n")
     return effort
 
 
 def _curve(
-    judge: Judge, config: CacheConfig, offers: Any, total: int, contestant: Any
+    stages: Stages, config: CacheConfig, offers: Any, total: int, contestant: Any
 ) -> list[dict[str, Any]]:
     """What other budgets give: the plan without states, and the best simple caches."""
     points = []
@@ -296,5 +312,6 @@ def _curve(
         except ValueError:
             continue
         tried += simple_caches(config, bytes_)
-        points += [{"bytes": bytes_, **judge.judge(own).__dict__} for own in tried]
+        verdicts = stages.run("judged", [(own,) for own in tried])
+        points += [{"bytes": bytes_, **verdict.__dict__} for verdict in verdicts]
     return points

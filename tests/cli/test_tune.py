@@ -54,6 +54,8 @@ def test_it_writes_a_cache_and_a_report(files):
         (["--minutes", "0"], "minutes"),
         (["--minutes", "1", "--steps", "2"], "steps: given, and minutes too"),
         (["--budget", "none"], "budget: got 'none'"),
+        (["--gpus", "1"], "gpus: got 1 without --ray"),
+        (["--ray", "local", "--device", "cuda"], "gpus: got 0, but --device cuda"),
     ],
 )
 def test_bad_options_are_told(files, tmp_path, words, told):

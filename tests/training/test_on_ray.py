@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import threading
-import time
 
 import pytest
 
@@ -14,8 +10,9 @@ import less_cache as lc
 from less_cache.distributed import Ray
 from less_cache.training import train
 from less_cache.training.per_layer import layer_folder, learning_curves
+from tests.killing import Killer
 
-psutil = pytest.importorskip("psutil")
+pytest.importorskip("psutil")
 ray = pytest.importorskip("ray", reason="needs Ray: make vllm sets up an environment with it")
 
 
@@ -34,32 +31,13 @@ def test_a_cluster_comes_to_the_same_maps(model, tokens, config, recipe, tmp_pat
     assert lc.FeatureMaps.from_pretrained(tmp_path / "there").digest == here.digest
 
 
-class Killer(threading.Thread):
-    """Kills the worker that fits a layer, midway: when it has logged its first epoch."""
-
-    def __init__(self, out, layer):
-        super().__init__(daemon=True)
-        self.log = layer_folder(out, layer) / "log.jsonl"
-        self.killed = 0
-
-    def run(self):
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if self.log.exists() and self.log.read_text().count("\n") >= 1:
-                break
-            time.sleep(0.01)
-        for child in psutil.Process().children(recursive=True):
-            if any("ray::_fit_one" in word for word in child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
-                self.killed += 1
-
-
 def test_a_worker_that_is_killed_midway_makes_no_difference(
     model, tokens, config, recipe, tmp_path
 ):
     longer = dataclasses.replace(recipe, epochs=150)
     here = train(model, tokens, config, longer, tmp_path / "here", progress=False)
-    killer = Killer(tmp_path / "there", 0)
+    log = layer_folder(tmp_path / "there", 0) / "log.jsonl"
+    killer = Killer("_fit_one", lambda: log.exists() and log.read_text().count("\n") >= 1)
     killer.start()
     there = train(model, tokens, config, longer, tmp_path / "there", on=Ray(), progress=False)
     killer.join()

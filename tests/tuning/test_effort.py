@@ -12,6 +12,7 @@ def test_validation_shares_no_sequence_with_the_rest():
     assert {name: len(part) for name, part in parts.items()} == {
         "calibration": 7,
         "measuring": 5,
+        "refining": 5,
         "fitting": 20,
         "validation": 9,
     }

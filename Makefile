@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # As many tests at once as there are cores, with one thread of arithmetic each: OpenMP teams that
-# wait for each other are slower.
+# wait for each other are slower. worksteal: tests that share what is costly to make stay together.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
-PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8
+PYTEST_ARGUMENTS ?= -n logical --maxprocesses 8 --dist worksteal
 # Of `make plugin`: TensorRT's folder; and which kernels, by default all that are usual.
 TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=

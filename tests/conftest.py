@@ -5,9 +5,12 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.interpreter import hasten
+
 # Where there is no GPU, Triton's kernels run under its interpreter: it reads this when imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    hasten()
 
 settings.register_profile(
     "less_cache",

@@ -77,6 +77,11 @@ class BackendCase:
     skip: str | None = None
 
     @property
+    def interpreted(self) -> bool:
+        """Whether its kernels run under Triton's interpreter, fifty times slower than others."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
     def exact(self) -> bool:
         """Whether it calculates in float64, so that even close calls fall alike."""
         return self.dtype == "float64"
@@ -188,15 +193,20 @@ def each_case(
             pytest.param(
                 case,
                 id=case.name,
-                marks=[
-                    *([pytest.mark.gpu] if case.device.startswith("cuda") else []),
-                    *([pytest.mark.skip(reason=case.skip)] if case.skip else []),
-                ],
+                marks=marks_of(case),
             )
             for case in cases
             if wanted(case)
         ],
     )
+
+
+def marks_of(case: BackendCase) -> list[pytest.MarkDecorator]:
+    """What pytest has to know of a case."""
+    return [
+        *([pytest.mark.gpu] if case.device.startswith("cuda") else []),
+        *([pytest.mark.skip(reason=case.skip)] if case.skip else []),
+    ]
 
 
 class Runner:

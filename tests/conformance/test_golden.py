@@ -40,7 +40,7 @@ def test_official_traces_are_reproduced(case, name):
     out = runner.attend(*(array[:, :, :prompt] for array in (q, k, v)))
     assert_close(out[0], trace["prompt_out"], 1e-5, "prompt")
 
-    steps = trace["out"].shape[0]
+    steps = min(trace["out"].shape[0], 12 if case.interpreted else 1000)
     for step in range(steps):
         token = slice(prompt + step, prompt + step + 1)
         out = runner.attend(*(array[:, :, token] for array in (q, k, v)))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import less_cache as lc
-from tests.conformance.cases import ORACLE, BackendCase, Runner, each_case
+from tests.conformance.cases import CASES, ORACLE, BackendCase, Runner, each_case, marks_of
 from tests.conformance.scenarios import CloseCall
 from tests.helpers import (
     POLICIES,
@@ -87,13 +87,24 @@ class Pool:
 
 
 def each_pool(test):
-    for mark in (
-        each_case(lambda case: case.wide),
-        pytest.mark.parametrize("capacities", CAPACITIES, ids=str),
-        pytest.mark.parametrize("policy", POOLED, ids=policy_id),
-    ):
-        test = mark(test)
-    return test
+    """Every case with every policy and all capacities; interpreted kernels take these in turn."""
+    cases = [case for case in CASES if case.wide]
+    return pytest.mark.parametrize(
+        ("case", "policy", "capacities"),
+        [
+            pytest.param(
+                case,
+                policy,
+                capacities,
+                marks=marks_of(case),
+                id=f"{case.name}-{policy_id(policy)}-{capacities}",
+            )
+            for case in cases
+            for number, policy in enumerate(POOLED)
+            for place, capacities in enumerate(CAPACITIES)
+            if not case.interpreted or place == number % len(CAPACITIES)
+        ],
+    )(test)
 
 
 @each_pool
@@ -165,7 +176,7 @@ def test_a_spare_row_named_many_times_harms_nobody(case, tokens, capacities):
     maps = random_maps(config)
     pool, alone = Pool(case, config, maps), Pool(case, config, maps)
     rng = np.random.default_rng(3)
-    for _ in range(4):
+    for _ in range(2 if case.interpreted else 4):
         q, k, v = random_inputs(config, 5, tokens, rng)
         out = pool.step([4, 6, 6, 1, 6], q, k, v)
         picked = [np.stack([x[0], x[3]]) for x in (q, k, v)]

@@ -54,12 +54,17 @@ def model():
 
 
 def test_the_command_writes_a_page_from_the_folders_that_ship(model, tmp_path, monkeypatch):
-    small = {"WINDOWS": 1, "PROMPTS": 2, "NEW_TOKENS": 4, "CONTEXT": 160, "BATCH": 2}
+    small = {"WINDOWS": 1, "PROMPTS": 2, "NEW_TOKENS": 4, "CONTEXT": 80, "BATCH": 2}
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo_speed, "ROUNDS", 1)
+    monkeypatch.setattr(demo_speed, "STEPS", 2)
+    # As if the model read no more at once: pages tell the same of short windows.
+    short, tokenizer = reference_model.load()
+    short.config.max_position_embeddings = 160
+    monkeypatch.setattr(reference_model, "load", lambda: (short, tokenizer))
     monkeypatch.setattr(reference_model, "TUNED", tmp_path / "tuned")
-    recipe = recipe_for(model.config)
+    recipe = recipe_for(short.config)
     for budget in demo.BUDGETS:
         recipe.save_pretrained(tmp_path / "tuned" / budget[:-1])
     out = tmp_path / "report"
@@ -71,7 +76,7 @@ def test_the_command_writes_a_page_from_the_folders_that_ship(model, tmp_path, m
     assert [cache["name"] for cache in data["caches"] if cache["recovery"] is None][:2] == names[:2]
     full, alone, less, *tuned = data["caches"]
     assert full["accepted"] == [4, 4]
-    assert full["nbytes"] == 6 * 4 * 1024 * 64 * 2 * 2
+    assert full["nbytes"] == 6 * 4 * 160 * 64 * 2 * 2
     assert alone["nbytes"] >= less["nbytes"]
     assert [cache["nbytes"] for cache in tuned] == [recipe.bytes_per_sequence] * 2
     assert tuned[0]["perplexity"] == tuned[1]["perplexity"]

@@ -15,20 +15,20 @@ def model():
     return build("llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens():
     draws = torch.Generator().manual_seed(3)
     return torch.randint(3, 97, (10, 48), generator=draws)
 
 
-@pytest.fixture
-def config(model):
+@pytest.fixture(scope="session")
+def config():
     return lc.CacheConfig.from_model(
-        model.config, capacity=8, policy=lc.H2O(), rank=4, dtype=torch.float32
+        build("llama").config, capacity=8, policy=lc.H2O(), rank=4, dtype=torch.float32
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe():
     return Recipe(
         kind="exp", hidden=8, epochs=3, rows=16, learning_rate=3e-3, schedule="cosine", dropout=0.2

@@ -18,14 +18,22 @@ from tests.integrations.models import build
 RECIPE = DistillRecipe(steps=6, batch=2, validation=2, validate_every=3, learning_rate=3e-3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(config):
     return lc.FeatureMaps.initialise(config, hidden=8)
 
 
+@pytest.fixture(scope="module")
+def whole(tokens, config, start, tmp_path_factory):
+    """What RECIPE comes to when nothing goes wrong, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    maps = distill(build("llama"), tokens, config, start, RECIPE, folder, progress=False)
+    return maps, folder
+
+
 def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    recipe = DistillRecipe(steps=30, batch=4, validation=2, validate_every=10, learning_rate=1e-2)
+    recipe = DistillRecipe(steps=16, batch=2, validation=2, validate_every=8, learning_rate=2e-2)
     maps = distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["validation"] < 0.95 * log[0]["validation"]
@@ -38,9 +46,8 @@ def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_killed_run_goes_on_to_the_same_result(
-    model, tokens, config, start, tmp_path, monkeypatch, steps
+    model, tokens, config, start, whole, tmp_path, monkeypatch, steps
 ):
-    whole = distill(model, tokens, config, start, RECIPE, tmp_path / "whole", progress=False)
     original = _Distillation.step
     with monkeypatch.context() as patch:
         patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0, raising=True)
@@ -54,8 +61,9 @@ def test_a_killed_run_goes_on_to_the_same_result(
         with pytest.raises(KeyboardInterrupt):
             distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
     resumed = distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
-    assert resumed.digest == whole.digest
-    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "killed")]
+    maps, folder = whole
+    assert resumed.digest == maps.digest
+    logs = [(place / "log.jsonl").read_text() for place in (folder, tmp_path / "killed")]
     assert logs[0] == logs[1]
 
 
@@ -73,16 +81,15 @@ def test_refuses_what_cannot_be_distilled(model, tokens, config, start, tmp_path
         distill(model, tokens, other, start, RECIPE, tmp_path, progress=False)
 
 
-def test_another_model_is_not_the_same_run(model, tokens, config, start, tmp_path):
-    distill(model, tokens, config, start, RECIPE, tmp_path, progress=False)
+def test_another_model_is_not_the_same_run(tokens, config, start, whole):
     with pytest.raises(ValueError, match="settings: model_sha256 differs"):
-        distill(build("llama", seed=1), tokens, config, start, RECIPE, tmp_path, progress=False)
+        distill(build("llama", seed=1), tokens, config, start, RECIPE, whole[1], progress=False)
 
 
 def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, tmp_path):
     # A layer that loses nothing hinders nobody.
     config = config.replace(capacity=[[4, 12], 64])
-    recipe = dataclasses.replace(RECIPE, steps=20, validate_every=20, learning_rate=1e-2)
+    recipe = dataclasses.replace(RECIPE, steps=10, validate_every=10, learning_rate=2e-2)
     distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["validation"] < log[0]["validation"]
@@ -92,7 +99,7 @@ def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, t
 def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, monkeypatch):
     config = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
     start = lc.FeatureMaps.initialise(config, hidden=8)
-    recipe = dataclasses.replace(RECIPE, steps=20, validate_every=5)
+    recipe = dataclasses.replace(RECIPE, steps=6, validate_every=2)
     assert _Distillation(model, tokens, config, start, recipe).past == 8
     whole = distill(model, tokens, config, start, recipe, tmp_path / "whole", progress=False)
     assert whole.rank == (0, 4)
@@ -103,7 +110,7 @@ def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, m
         patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
 
         def step(self, number):
-            if number == 7:
+            if number == 3:
                 raise KeyboardInterrupt
             return original(self, number)
 
@@ -147,6 +154,6 @@ def test_known_evictions_are_worked_out_once(model, tokens, config, start, tmp_p
         return times_under_full_cache(*given, **named)
 
     monkeypatch.setattr("less_cache.training.end_to_end.times_under_full_cache", counted)
-    recipe = dataclasses.replace(RECIPE, full_evictions=True)
+    recipe = dataclasses.replace(RECIPE, full_evictions=True, steps=2)
     distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     assert sum(calls) == len(tokens)

@@ -25,6 +25,13 @@ def same(first: lc.FeatureMaps, second: lc.FeatureMaps) -> bool:
     return first.digest == second.digest
 
 
+@pytest.fixture(scope="module")
+def whole(tokens, config, recipe, tmp_path_factory):
+    """What both layers' maps come to when nothing goes wrong, and their folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(build("llama"), tokens, config, recipe, folder, progress=False), folder
+
+
 def killed_after(monkeypatch, steps):
     """Let the process die after so many steps, with a checkpoint of each."""
     monkeypatch.setattr(fitting, "SAVE_EVERY_SECONDS", -1.0)
@@ -54,33 +61,31 @@ def test_maps_beat_the_policy_and_are_saved(model, tokens, config, recipe, tmp_p
 
 @pytest.mark.parametrize("steps", [1, 5, 13])
 def test_a_killed_run_goes_on_to_the_same_result(
-    model, tokens, config, recipe, tmp_path, monkeypatch, steps
+    model, tokens, config, recipe, whole, tmp_path, monkeypatch, steps
 ):
-    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
         killed_after(patch, steps)
         with pytest.raises(KeyboardInterrupt):
             train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
     resumed = train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
-    assert same(whole, resumed)
-    assert learning_curves(tmp_path / "whole") == learning_curves(tmp_path / "killed")
+    maps, folder = whole
+    assert same(maps, resumed)
+    assert learning_curves(folder) == learning_curves(tmp_path / "killed")
 
 
-def test_layers_in_separate_runs_merge_to_the_same(model, tokens, config, recipe, tmp_path):
-    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
+def test_layers_in_separate_runs_merge_to_the_same(model, tokens, config, recipe, whole, tmp_path):
     parts = [tmp_path / "first", tmp_path / "second"]
     for number, part in enumerate(parts):
         assert train(model, tokens, config, recipe, part, layers=[number], progress=False) is None
-    assert same(whole, merge(parts, tmp_path / "merged"))
+    assert same(whole[0], merge(parts, tmp_path / "merged"))
 
 
-def test_layers_of_rank_0_are_skipped(model, tokens, config, recipe, tmp_path):
-    whole = train(model, tokens, config, recipe, tmp_path / "whole", progress=False)
+def test_layers_of_rank_0_are_skipped(model, tokens, config, recipe, whole, tmp_path):
     # A layer that keeps everything has nothing to fit either, and hinders nobody.
     part = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
     maps = train(model, tokens, part, recipe, tmp_path / "part", progress=False)
     assert maps.rank == (0, 4)
-    assert all(torch.equal(t, whole[1].tensors[name]) for name, t in maps[1].tensors.items())
+    assert all(torch.equal(t, whole[0][1].tensors[name]) for name, t in maps[1].tensors.items())
     assert maps.record["validation_error_share"][0] is None
     assert not (tmp_path / "part" / "layers" / "000").exists()
     assert train(model, tokens, part, recipe, tmp_path / "a", layers=[0], progress=False) is None
@@ -102,13 +107,10 @@ def test_merge_refuses_a_missing_layer_and_other_settings(model, tokens, config,
         merge([tmp_path], tmp_path / "out")
 
 
-def test_data_on_disk_gives_the_same_and_is_cleared(model, tokens, config, recipe, tmp_path):
-    memory = train(model, tokens, config, recipe, tmp_path / "memory", progress=False)
-    disk = train(
-        model, tokens, config, recipe, tmp_path / "disk", data_on_disk=True, progress=False
-    )
-    assert same(memory, disk)
-    assert not list((tmp_path / "disk").rglob("*.bin"))
+def test_data_on_disk_gives_the_same_and_is_cleared(model, tokens, config, recipe, whole, tmp_path):
+    disk = train(model, tokens, config, recipe, tmp_path, data_on_disk=True, progress=False)
+    assert same(whole[0], disk)
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_the_papers_recipe_runs(model, tokens, config, tmp_path):
@@ -131,12 +133,12 @@ def test_the_model_is_given_back_as_it_was(model, tokens, config, recipe, tmp_pa
     torch.testing.assert_close(model(tokens[:1]).logits, before, rtol=0, atol=0)
 
 
-def test_refuses_another_runs_folder(model, tokens, config, recipe, tmp_path):
-    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+def test_refuses_another_runs_folder(model, tokens, config, recipe, whole):
+    folder = whole[1]
     with pytest.raises(ValueError, match="recipe"):
-        train(model, tokens, config, dataclasses.replace(recipe, seed=9), tmp_path, progress=False)
+        train(model, tokens, config, dataclasses.replace(recipe, seed=9), folder, progress=False)
     with pytest.raises(ValueError, match="data_sha256"):
-        train(model, tokens + 0 * tokens.flip(0) - (tokens > 50).long(), config, recipe, tmp_path)
+        train(model, tokens - (tokens > 50).long(), config, recipe, folder)
 
 
 @pytest.mark.parametrize(
@@ -175,18 +177,16 @@ def test_a_model_that_the_config_is_not_for_is_refused(tokens, config, recipe, t
     assert not list(tmp_path.iterdir())
 
 
-def test_another_model_is_not_the_same_run(model, tokens, config, recipe, tmp_path):
-    train(model, tokens, config, recipe, tmp_path, layers=[0], model_id="one", progress=False)
+def test_another_model_is_not_the_same_run(tokens, config, recipe, whole):
     other = build("llama", seed=1)
     with pytest.raises(ValueError, match="settings: model_sha256 differs"):
-        train(other, tokens, config, recipe, tmp_path, layers=[0], model_id="one", progress=False)
+        train(other, tokens, config, recipe, whole[1], progress=False)
 
 
-def test_only_what_differs_is_told(model, tokens, config, recipe, tmp_path):
-    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
+def test_only_what_differs_is_told(model, tokens, config, recipe, whole):
     other = config.replace(capacity=9, policy=lc.TOVA())
     with pytest.raises(ValueError, match="settings") as error:
-        train(model, tokens, other, recipe, tmp_path, layers=[0], progress=False)
+        train(model, tokens, other, recipe, whole[1], progress=False)
     assert str(error.value).partition("settings: ")[2] == (
         "config.capacity: 8 there, 9 now, config.policy.name: 'H2O' there, 'TOVA' now, "
         "config.policy.recent: None there, 1 now"
@@ -244,7 +244,9 @@ def test_a_fit_that_diverges_is_an_error(model, tokens, config, recipe, tmp_path
     assert "Infinity" not in (tmp_path / "layers" / "000" / "log.jsonl").read_text()
 
 
-def test_two_processes_may_share_a_folder(model, tokens, config, recipe, tmp_path, monkeypatch):
+def test_two_processes_may_share_a_folder(
+    model, tokens, config, recipe, whole, tmp_path, monkeypatch
+):
     """One is through while the other still collects; both keep their data in files."""
     original, inside = per_layer.collect_layer, []
 
@@ -258,9 +260,9 @@ def test_two_processes_may_share_a_folder(model, tokens, config, recipe, tmp_pat
     monkeypatch.setattr(per_layer, "collect_layer", collect)
     maps = train(model, tokens, config, recipe, tmp_path, data_on_disk=True, progress=False)
     monkeypatch.undo()
-    alone = train(model, tokens, config, recipe, tmp_path / "alone", progress=False)
+    alone, folder = whole
     assert same(maps, alone)
-    assert learning_curves(tmp_path) == learning_curves(tmp_path / "alone")
+    assert learning_curves(tmp_path) == learning_curves(folder)
     assert not list(tmp_path.rglob("*.bin"))
 
 
@@ -285,8 +287,7 @@ def test_a_damaged_checkpoint_is_refused(model, tokens, config, recipe, tmp_path
         train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
 
 
-def test_run_settings_are_json(model, tokens, config, recipe, tmp_path):
-    train(model, tokens, config, recipe, tmp_path, layers=[0], progress=False)
-    run = json.loads((tmp_path / "run.json").read_text())
+def test_run_settings_are_json(config, whole):
+    run = json.loads((whole[1] / "run.json").read_text())
     assert run["sequences"] == [10, 48]
     assert lc.CacheConfig.from_dict(run["config"]) == config

@@ -17,7 +17,7 @@ C = CAPACITY
 PROMPTS = ([1], [C - 1], [C], [C + 1], [5 * C], [5 * C, 1, C + 1])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "falcon_new"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "falcon_new"])
 def test_logits_and_greedy_tokens_are_torchs(family, tmp_path):
     model = model_of(family)
     config, maps = less(model, capacity=C)
@@ -27,7 +27,7 @@ def test_logits_and_greedy_tokens_are_torchs(family, tmp_path):
         for lengths in PROMPTS:
             worst = compare(decoder, TorchSide(model, handle), lengths, 6)
             assert worst < 1e-4, lengths
-        assert compare(decoder, TorchSide(model, handle), [C + 1, 4, 2 * C], 256) < 1e-4
+        assert compare(decoder, TorchSide(model, handle), [C + 1, 4, 2 * C], 64) < 1e-4
 
 
 @pytest.mark.parametrize("opset", [20, 23])

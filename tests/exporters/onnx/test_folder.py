@@ -15,6 +15,8 @@ from exporters.onnx.genai import export_genai
 from less_cache.cli import app
 from tests.integrations.models import build, less
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TEMPLATES = "additional_chat_templates"
 
 

@@ -3,9 +3,12 @@
 ::
 
     python benchmarks/host_cost.py
+    python benchmarks/host_cost.py --kernels    # with all that Triton's backend does to launch
 
 A backend that does nothing stands in for a GPU's, whose kernels are launched and not waited for.
-What remains is the time in which a GPU would have to wait for Python.
+What remains is the time in which a GPU would have to wait for Python. With ``--kernels`` the
+backend ``triton`` compiles its kernels, finds them and calls a launcher that does nothing: CUDA's
+own part of a launch is missing, and tensors are made by the CPU's allocator.
 """
 
 from __future__ import annotations
@@ -44,11 +47,13 @@ def register_stand_in() -> None:
     register_backend(STAND_IN, Entry(STAND_IN, ("cpu",)))
 
 
-def step_times(layers: int, dtype: torch.dtype, rank: int, repeats: int) -> list[float]:
+def step_times(
+    layers: int, dtype: torch.dtype, rank: int, repeats: int, backend: str = STAND_IN
+) -> list[float]:
     """Milliseconds of steps of all layers, two sequences."""
     config = lc.CacheConfig(layers, 32, 8, 128, capacity=64, policy=lc.H2O(), rank=rank)
     maps = lc.FeatureMaps.initialise(config, hidden=16) if rank else None
-    manager = lc.CacheManager(config, maps, backend=STAND_IN)
+    manager = lc.CacheManager(config, maps, backend=backend)
     state = manager.init(2, dtype=dtype)
     q = torch.zeros(2, 32, 1, 128, dtype=dtype)
     k = torch.zeros(2, 8, 1, 128, dtype=dtype)
@@ -65,26 +70,40 @@ def step_times(layers: int, dtype: torch.dtype, rank: int, repeats: int) -> list
 def main(
     layers: Annotated[int, typer.Option(min=1, help="Calls a step.")] = 32,
     repeats: Annotated[int, typer.Option(min=2, help="Timed steps of each dtype.")] = 200,
-    json_file: Annotated[Path, typer.Option("--json", help="Results.")] = RESULTS
-    / "host_cost.json",
+    kernels: Annotated[bool, typer.Option(help="Triton's launches, too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """Measure what a step costs on the host."""
-    register_stand_in()
+    backend = STAND_IN
+    if kernels:
+        # It needs Triton, which the rest does not.
+        from benchmarks.triton_stand_in import use_stand_in
+
+        use_stand_in()
+        backend = "triton"
+    else:
+        register_stand_in()
+    if json_file is None:
+        json_file = RESULTS / ("host_cost_kernels.json" if kernels else "host_cost.json")
     around = surroundings()
     rows = []
     shown = Table(title=f"A step of {layers} layers on the host")
     for heading in ("dtype", "rank", "least ms", "median ms"):
         shown.add_column(heading, justify="right")
-    for dtype in DTYPES:
+    for dtype in DTYPES[1:2] if kernels else DTYPES:
         for rank in (0, 8):
-            found = step_times(layers, dtype, rank, repeats)
+            found = step_times(layers, dtype, rank, repeats, backend)
             name = str(dtype).removeprefix("torch.")
             least, median = min(found), statistics.median(found)
             rows.append({"dtype": name, "rank": rank, "least_ms": least, "median_ms": median})
             shown.add_row(name, str(rank), f"{least:.2f}", f"{median:.2f}")
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(
-        json.dumps({"settings": {"layers": layers}, **around, "results": rows}, indent=1) + "\n"
+        json.dumps(
+            {"settings": {"layers": layers, "backend": backend}, **around, "results": rows},
+            indent=1,
+        )
+        + "\n"
     )
     Console().print(shown)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .arrays import LayerArrays, Page, empty_arrays
 from .config import CacheConfig
 from .feature_maps import FeatureMaps
+from .graphs import CapturedStep
 from .manager import CacheManager
 from .ops import StepPlan, plan_step, step
 from .policies import (
@@ -48,6 +49,7 @@ __all__ = [
     "CacheManager",
     "CacheRecipe",
     "CacheState",
+    "CapturedStep",
     "DecayedH2O",
     "FeatureMaps",
     "FullCache",

@@ -226,8 +226,7 @@ class CacheManager:
     def _attend(
         self, state: CacheState, layer: int, q: Array, k: Array, v: Array, mask: Array | None
     ) -> Array:
-        if state.plan is None or state.plan.manager is not self:
-            self._adopt(state)
+        self.adopt(state)
         layers = state.plan.layers
         # A bool is an int, too, but names no layer.
         if type(layer) is not int or not 0 <= layer < len(layers):
@@ -258,8 +257,16 @@ class CacheManager:
         state.plan = self._plan_for(state)
         return state
 
-    def _adopt(self, state: CacheState) -> None:
-        """Check once that a state is one of this manager's kind, and make ready for it."""
+    def adopt(self, state: CacheState) -> None:
+        """Check once that a state is one of this manager's kind, and make ready for it.
+
+        Raises
+        ------
+        ValueError
+            If it was made for another config, or with other maps or transforms.
+        """
+        if state.plan is not None and state.plan.manager is self:
+            return
         if state.config is not self.config:
             wanted = self.config.with_dtype(state.config.dtype)
             if state.config != wanted:

@@ -130,6 +130,13 @@ PARTS = (
         no_card,
     ),
     Part(
+        "captured",
+        "A whole model's step as one CUDA graph: the uncaptured logits, and the time of both",
+        _python("benchmarks.gpu.captured", "--json", "{json}"),
+        900,
+        no_card,
+    ),
+    Part(
         "prompt",
         "A prompt of 4096 tokens against flash attention",
         _python("benchmarks.gpu.prompt", "--json", "{json}"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import triton
 import typer
 from torch.nn import functional as F
 
@@ -13,10 +15,17 @@ import less_cache as lc
 from benchmarks.gpu_decode import seconds
 from less_cache.arrays import empty_arrays
 from less_cache.backends import triton as backend
-from less_cache.backends.triton.launch import recording
+from less_cache.backends.triton.launch import Launch, recording
 
 from .kernels import SHAPES, launched
 from .scenes import layer_of, tokens_for, write
+
+
+def small_tiles(one: Launch, tokens: int) -> Launch:
+    """`attend_chunk` with half the queries and warps a program: two share a multiprocessor."""
+    constants = {**one.constants, "BLOCK_M": 64}
+    grid = (one.grid[0], triton.cdiv(tokens, 64))
+    return dataclasses.replace(one, grid=grid, constants=constants, warps=4)
 
 
 def measured(shape: str, tokens: int, device: Any) -> dict[str, Any]:
@@ -33,6 +42,11 @@ def measured(shape: str, tokens: int, device: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape, "tokens": tokens}
     for one in launches:
         row[f"{one.kernel.__name__}, ms"] = 1e3 * seconds(lambda one=one: launched(one, device))
+        if one.kernel.__name__ == "attend_chunk":
+            small = small_tiles(one, tokens)
+            row["attend_chunk of 64 queries, ms"] = 1e3 * seconds(
+                lambda small=small: launched(small, device)
+            )
     plan = lc.plan_step(layer, maps, device=device, backend="triton")
     arrays = empty_arrays(layer, 1, device=device)
     row["whole call, ms"] = 1e3 * seconds(lambda: lc.step(plan, arrays, q, k, v, lengths=lengths))

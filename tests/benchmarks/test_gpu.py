@@ -13,6 +13,7 @@ from benchmarks.gpu import parts
 from benchmarks.gpu.page import page_of
 from benchmarks.gpu.parts import PARTS, Part, run_part
 from tests.backends.triton.oracle import DEVICE
+from tests.tape import use_tapes
 
 TINY = {"device": torch.device(DEVICE), "batch": 2, "hidden": 8}
 
@@ -133,3 +134,15 @@ def test_each_kernel_is_launched_apart_with_what_it_needs():
     for one in (one for step in steps for one in step):
         kernels.launched(one, device)
     assert bool(steps[1][1].arguments["out"].isfinite().all())
+
+
+def test_captured_steps_are_compared_with_uncaptured_ones(monkeypatch):
+    from benchmarks.gpu import captured
+    from tests.integrations.models import model_of
+
+    tapes = use_tapes(monkeypatch) if DEVICE == "cpu" else None
+    given = {"capacity": 5, "prompt": 6, "new_tokens": 3, "hidden": 8, "rank": 1}
+    row = captured.compared(model_of("llama").to(DEVICE), lc.H2O(), 1, **given)
+    assert not captured.wrong(row), row
+    assert tapes is None or sum(tape.replays for tape in tapes) == 2 + 3
+    assert captured.wrong(row | {"greatest difference": 1e-3})

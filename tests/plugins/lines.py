@@ -17,7 +17,7 @@ from tests.plugins.built import built
 pytest.importorskip("triton")
 
 from less_cache.backends.triton.aot.records import ANY, Record
-from less_cache.backends.triton.decode import KINDS
+from less_cache.backends.triton.plans import KINDS
 
 RECORD_FIELDS = tuple(f.name for f in fields(Record) if f.name not in ("offset", "size"))
 

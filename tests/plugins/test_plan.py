@@ -22,8 +22,8 @@ pytest.importorskip("triton")
 from less_cache.backends.triton import launch as launching
 from less_cache.backends.triton.aot.on_meta import has_means, meta_maps, meta_step
 from less_cache.backends.triton.aot.variants import Variant
-from less_cache.backends.triton.decode import KINDS
 from less_cache.backends.triton.launch import Launch, recording
+from less_cache.backends.triton.plans import KINDS
 
 HIDDEN = 48
 CALIBRATED = lc.Quantization(4, 2, "calibrated")

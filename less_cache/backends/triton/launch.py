@@ -63,7 +63,7 @@ def launch(
     warps: int = 4,
     stages: int = 2,
     registers: int | None = None,
-) -> None:
+) -> Any:
     """Launch a kernel on a device's current stream, without waiting for it.
 
     Parameters
@@ -83,19 +83,34 @@ def launch(
     registers
         At most so many a thread. Where nothing is said, the assembler may rather spill a few than
         let fewer programs share a multiprocessor.
+
+    Returns
+    -------
+    CompiledKernel or None
+        What Triton launched; ``None`` where nothing was compiled.
     """
     wanted = Launch(kernel, tuple(grid), arguments, constants, warps, stages, registers)
     launches = _recorder.get()
     if launches is not None:
         launches.append(wanted)
-        return
-    with _current(device):
-        kernel[wanted.grid](**arguments, **constants, **wanted.options)
+        return None
+    with current(device):
+        return kernel[wanted.grid](**arguments, **constants, **wanted.options)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def records() -> bool:
+    """Whether launches are put into a list, and nothing runs."""
+    return _recorder.get() is not None
+
+
+_CURRENT_ALREADY: AbstractContextManager[Any] = nullcontext()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a CUDA device the current one: Triton launches on no other."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return _CURRENT_ALREADY
+    return torch.cuda.device(device)
 
 
 def check_device(array: Tensor) -> None:

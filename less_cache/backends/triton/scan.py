@@ -13,9 +13,9 @@ from ...arrays import EMPTY, LayerArrays, empty_arrays
 from ...layer_config import LayerConfig
 from ...quantization import codes
 from . import chunk
-from .decode import policy_constants
 from .kernels.scan import scan
 from .launch import block, check_device, contiguous_heads, launch
+from .plans import policy_constants
 
 LARGEST_CAPACITY = 4096
 """Slots whose scores and positions fit into one program's registers."""

@@ -17,6 +17,7 @@ from ...quantization.transforms import Transforms
 from ...recipe import CacheRecipe
 from ..introspection import description
 from .cache import LessCache
+from .captured import captured_forward, check_graph, check_not_compiled
 from .falcon import cached_layer, check_falcon, falcon_forward
 from .forward import ModelHooks, hand_on
 from .generation import wrap_generate
@@ -48,12 +49,17 @@ class Attachment:
         Config, maps and backend of all its caches.
     scoring : bool
         Whether tokens of one pass attend as if they came one by one.
+    cuda_graph : bool
+        Whether passes of one token are captured as CUDA graphs, and replayed.
     """
 
-    def __init__(self, model: Any, manager: CacheManager, *, scoring: bool = False) -> None:
+    def __init__(
+        self, model: Any, manager: CacheManager, *, scoring: bool = False, cuda_graph: bool = False
+    ) -> None:
         self.model = model
         self.manager = manager
         self.scoring = scoring
+        self.cuda_graph = cuda_graph
         self._undo = contextlib.ExitStack()
         self._attached = False
 
@@ -133,6 +139,9 @@ class Attachment:
             head = self.model.get_output_embeddings()
             if head is not None:
                 undo.callback(head.register_forward_pre_hook(hooks.before_head).remove)
+            if self.cuda_graph:
+                step = captured_forward(self.model, decoder, hooks, self.manager)
+                _override(undo, self.model, "forward", step)
             if callable(getattr(self.model, "generate", None)):
                 _override(undo, self.model, "generate", wrap_generate(self.model, self.new_cache))
             self._attached = True
@@ -148,6 +157,7 @@ def attach(
     backend: str = "auto",
     *,
     scoring: bool = False,
+    cuda_graph: bool = False,
     transforms: Transforms | None = None,
 ) -> Attachment:
     """Let a transformers model run with a less_cache, until it is detached.
@@ -186,6 +196,13 @@ def attach(
         ``use_cache=False`` only the policy's part of it, or what a backend has for that. Memory
         is a decode step's; where gradients flow, or with ``use_cache=False``, also the weights of
         256 queries over all tokens.
+    cuda_graph
+        Capture the pass of one token a sequence as a CUDA graph, and replay it for each token: the
+        host then launches one thing a token, where it launched some hundred. A cache's first
+        token after the prompt runs as ever, its second is captured; a cache that is `reset` keeps
+        its graph. Passes under autocast or with gradients, and those that are asked for more than
+        logits, run as ever. A graph holds what the model was when it was made: detach before you
+        change weights' places, adapters or hooks.
     transforms
         The bases of codes; needed where a layer has calibrated ones.
 
@@ -197,13 +214,18 @@ def attach(
     Raises
     ------
     TypeError
-        If `model` is no transformers model, `config` no `CacheConfig`, or `scoring` no bool.
+        If `model` is no transformers model, `config` no `CacheConfig`, or `scoring` or
+        `cuda_graph` no bool.
     ValueError
         If the model's kind is not supported, its layers are on several devices, it is attached
-        already, or config or maps do not fit it. The model is unchanged then.
+        already, config or maps do not fit it, or there is no graph to be made of its steps. The
+        model is unchanged then.
     """
-    if not isinstance(scoring, bool):
-        raise TypeError(f"scoring: got {scoring!r} of type {type(scoring).__name__}, expected bool")
+    for name, flag in (("scoring", scoring), ("cuda_graph", cuda_graph)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r} of type {type(flag).__name__}, expected bool")
+    if cuda_graph:
+        check_not_compiled(model)
     model = unwrapped(model)
     if isinstance(model, nn.Module) and any(part in _ATTACHED for part in model.modules()):
         raise ValueError("model: already attached; detach it first")
@@ -225,7 +247,9 @@ def attach(
         config, maps, transforms = _parts_for(model, recipe)
     check_fit(model, modules, config)
     manager = CacheManager(config, maps, backend=backend, transforms=transforms)
-    attachment = Attachment(model, manager, scoring=scoring)
+    if cuda_graph:
+        check_graph(model, modules, manager, scoring)
+    attachment = Attachment(model, manager, scoring=scoring, cuda_graph=cuda_graph)
     attachment._apply(modules)
     return attachment
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..._checks import check_int, check_path, check_rows
 from ...config import CacheConfig
+from ...graphs import CapturedStep
 from ...manager import CacheManager
 from ...scoring import attend_one_by_one
 from ...state import CacheState
@@ -178,6 +179,11 @@ class LessCache(Cache):  # type: ignore[misc]
         self.follow_mask = False
         """Whether positions come from the attention mask: inside generate(), where padding may
         stand to the right of a prompt."""
+        self.steps: dict[Any, CapturedStep] = {}
+        """Steps over the state that were captured as graphs."""
+        self.in_step = False
+        """Whether a pass of such a step runs: what comes in was checked, and its mask is that of
+        the new token alone."""
         self._batch_size = batch_size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LessCache:
@@ -243,6 +249,9 @@ class LessCache(Cache):  # type: ignore[misc]
 
     def adopt(self, state: CacheState) -> None:
         """Go on with another state of the same config."""
+        if state is not self.state:
+            # They are at the addresses of the other state's arrays.
+            self.steps = {}
         self.state = state
         self.seen.place(state.layers[0].keys.device)
         self._batch_size = state.batch_size

@@ -91,6 +91,9 @@ class ModelHooks:
         """Check the arguments, and put the cache among them."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, LessCache) and cache.in_step:
+            cache.attended = 0
+            return (), kwargs
         checkpointed = decoder.training and _checkpoints(decoder)
         if cache is None and self._goes_without(decoder, kwargs, checkpointed):
             self._before_alone(decoder, kwargs)
@@ -199,8 +202,11 @@ class ModelHooks:
             )
         if not isinstance(cache, LessCache):
             return
-        cache.seen.advance(output.last_hidden_state.shape[1])
         cache.attended = None
+        if cache.in_step:
+            # Counted by who replays the step.
+            return
+        cache.seen.advance(output.last_hidden_state.shape[1])
         if not cache.follow_mask or mask is None:
             return
         hidden = output.last_hidden_state

@@ -9,7 +9,7 @@ import torch
 import less_cache as lc
 from less_cache.arrays import EMPTY, empty_arrays
 from less_cache.backends import triton as backend
-from less_cache.backends.triton import decode, launch
+from less_cache.backends.triton import decode, launch, plans
 from less_cache.backends.triton.launch import recording
 from tests.backends.triton.guards import Guards
 from tests.backends.triton.oracle import DEVICE, Pair, config
@@ -125,7 +125,7 @@ def test_a_step_is_two_launches_or_three_and_looks_at_no_data(batch, launches, m
     mask = torch.empty(batch, 1, dtype=torch.bool, device="meta")
     with recording() as recorded:
         backend.attend(layer, arrays, None, q, q, q, lengths=numbers, rows=numbers, mask=mask)
-    expected = [decode.select_and_map, decode.attend, decode.conclude_split]
+    expected = [plans.select_and_map, plans.attend, plans.conclude_split]
     assert [wanted.kernel for wanted in recorded] == expected[:launches]
 
 

@@ -7,6 +7,7 @@ import torch
 from less_cache import policies
 from less_cache.backends.triton import launch
 from less_cache.backends.triton.kernels import maths
+from less_cache.backends.triton.ready import ReadyLaunch, all_aligned
 from tests.backends.triton.compiling import run
 
 
@@ -24,6 +25,7 @@ def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
             return lambda **arguments: seen.append((current[0], grid, arguments))
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(current[0][-1]))
     kernel = Kernel()
     launch.launch(kernel, (3,), {"a": 1}, {"B": 2}, device=torch.device("cuda:1"), warps=8)
     launch.launch(kernel, (3,), {"a": 1}, {"B": 2}, device=torch.device("cpu"))
@@ -33,6 +35,37 @@ def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch):
         ("cuda:0", (3,), {**arguments, "num_warps": 4}),
     ]
     assert current == ["cuda:0"]
+
+
+def test_a_kernel_is_found_once_and_called_then_where_all_is_as_aligned(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    found, called = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: called.append((grid, arguments))
+
+    class Kernel:
+        arg_names = ("x", "count", "y", "BLOCK")
+
+        def __getitem__(self, grid):
+            return lambda **arguments: found.append(arguments) or Compiled()
+
+    one = ReadyLaunch(Kernel(), (3,), ["y", "x"], {"count": 5}, {"BLOCK": 2}, warps=8)
+    cpu = torch.device("cpu")
+    for turn in range(3):
+        one({"x": turn, "y": None, "more": 0}, aligned=True, device=cpu)
+    assert [x["x"] for x in found] == [0]
+    assert called == [((3, 1, 1), (turn, 5, None, 2)) for turn in (1, 2)]
+    one({"x": 3, "y": None}, aligned=False, device=cpu)
+    with launch.recording() as launches:
+        one({"x": 4, "y": None}, aligned=True, device=cpu)
+    assert [x["x"] for x in found] == [0, 3]
+    assert len(called) == 2
+    assert launches[0].arguments == {"x": 4, "y": None, "count": 5}
+    buffer = torch.zeros(16)
+    assert all_aligned([None, buffer, buffer[4:]])
+    assert not all_aligned([buffer, buffer[1:], None])
 
 
 def test_kernels_number_scores_as_policies_do():

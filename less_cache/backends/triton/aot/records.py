@@ -11,8 +11,8 @@ from ....layer_maps import LAST_LAYERS
 from ....policies import Gain, Start
 from ....quantization import TRANSFORMS
 from ....quantization.settings import spelled_bits
-from ..decode import KINDS
 from ..launch import Launch, recording
+from ..plans import KINDS
 from .compiling import Signature, compile_kernel, signature
 from .layouts import Layout, Score
 from .on_meta import meta_maps, meta_step

@@ -17,7 +17,7 @@ from ...config import CacheConfig
 from ...layer_config import LayerConfig
 from ...layer_maps import LayerMaps
 from .. import following
-from . import chunk, step
+from . import chunk, scan, step
 from .maps import JoinedMaps, join
 from .pairs import AttendPairs, attend_pairs
 from .slots import open_run
@@ -84,4 +84,6 @@ def eviction_times(
     layer: LayerConfig, q: Tensor, k: Tensor, mask: Tensor | None, *, prompt: int
 ) -> Tensor:
     """When each pair leaves; see `Backend.eviction_times`."""
-    return following.eviction_times(attend, layer, q, k, mask, prompt=prompt)
+    if prompt > 1 or layer.policy.custom:
+        return following.eviction_times(attend, layer, q, k, mask, prompt=prompt)
+    return scan.eviction_times(layer, q, k, mask)

@@ -32,7 +32,17 @@ def protected_pairs(layer: LayerConfig, positions: Tensor, seen: Tensor) -> Tens
 
 
 def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
-    """The slot a new pair takes: the first empty one, else the victim's. [B, heads, 1] int64."""
+    """The slot a new pair takes: the first empty one, else the victim's. [B, heads, 1] int64.
+
+    Where the slots of all heads are as those of one, [B, 1, heads].
+    """
+    if slots.runs:
+        found = []
+        for run in slots.runs:
+            own = choose_slot(run.layer, slots.of_run(run), lengths).squeeze(2)
+            first = torch.arange(run.offset, run.slots.stop, run.layer.capacity, device=own.device)
+            found.append(own + first)
+        return torch.cat(found, 1).unsqueeze(1)
     positions = slots.positions
     if not layer.policy.evicts:
         return positions.argmin(2, keepdim=True)

@@ -8,6 +8,7 @@ hand as dense tensors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from ...quantization import codes
 class RunSlots:
     """What the rows of a call hold for one run of heads of equal capacity C.
 
+    Or for all heads of a layer, whatever their capacities: the slots then are as those of one head
+    of N slots, and what concerns a pair a head has the heads on the slots' axis (`turned`).
+
     Parameters
     ----------
     layer
@@ -33,6 +37,8 @@ class RunSlots:
     scores, positions, history, H, z
         Of those rows, [B, heads, ...]: views of `stored` where `rows` is ``None``, else copies,
         which `close` puts back.
+    whole, runs
+        The layer's arrays and its runs, where the slots are as those of one head.
     """
 
     layer: LayerConfig
@@ -43,11 +49,37 @@ class RunSlots:
     H: Tensor
     z: Tensor
     history: Tensor | None
+    whole: LayerArrays | None = None
+    runs: tuple[Run, ...] = ()
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of computing."""
         return self.scores.dtype
+
+    def turned(self, new: Tensor) -> Tensor:
+        """One pair a head [B, heads, 1, ...] as pairs of the heads in `stored`, or back."""
+        return new.transpose(1, 2) if self.runs else new
+
+    def each_head(self) -> Iterator[tuple[int, slice]]:
+        """Where heads lie in slots that are as those of one head."""
+        for run in self.runs:
+            size = run.layer.capacity
+            for head in range(run.heads):
+                start = run.offset + head * size
+                yield run.first + head, slice(start, start + size)
+
+    def of_run(self, run: Run) -> RunSlots:
+        """One run of slots that are as those of one head."""
+        if self.whole is None:
+            raise AssertionError("the slots are those of one run")
+        small = {
+            name: array[:, 0, run.slots].unflatten(1, (run.heads, run.layer.capacity))
+            for name in ("scores", "positions", "history")
+            if (array := getattr(self, name)) is not None
+        }
+        own = {"history": None, **small, "H": self.H[:, run.kv_heads], "z": self.z[:, run.kv_heads]}
+        return RunSlots(run.layer, self.whole.of_run(run), self.rows, **own)
 
     def close(self) -> None:
         """Put the small arrays back to where the pool keeps them."""
@@ -59,11 +91,9 @@ class RunSlots:
                 getattr(self.stored, name).index_copy_(0, self.rows, array)
 
     def products(self, queries: Tensor) -> Tensor:
-        """q·k of queries [B, heads, M, D] with every stored key: [B, heads, M, C]."""
+        """q·k of queries [B, heads, M, D] with every key, none coded: [B, heads, M, C]."""
         queries = queries.to(self.wide)
         keys = self.stored.keys
-        if self.layer.key_layout is not None:
-            return queries @ self.read()[0].transpose(2, 3)
         if self._in_one_piece:
             if queries.shape[2] == 1:
                 # For a single query, a CPU reads keys up to three times as fast when they come
@@ -79,10 +109,8 @@ class RunSlots:
         return out.transpose(2, 3)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Σ weight · v over every stored value: [B, heads, M, D] from [B, heads, M, C]."""
+        """Σ weight · v over every value, none coded: [B, heads, M, D] from [B, heads, M, C]."""
         values = self.stored.values
-        if self.layer.value_layout is not None:
-            return weights @ self.read()[1]
         if self._in_one_piece:
             return weights @ values
         if values.device.type != "cpu":
@@ -118,11 +146,7 @@ class RunSlots:
             if self.rows is None:
                 stored.scatter_(2, _along(slot, stored), value)
             else:
-                stored[self._places(slot)] = value.squeeze(2)
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values of the rows, [B, heads, C, D], in the dtype of computing."""
-        return as_read(self.layer, self.chosen_pairs(), self.wide)
+                stored[self._places(slot)] = value
 
     def chosen_pairs(self) -> dict[str, Tensor]:
         """What is stored of the rows' pairs, [B, heads, C, ...], by name as in `PAIRS`."""
@@ -201,12 +225,12 @@ class RunSlots:
         heads = torch.arange(slot.shape[1], device=slot.device)
         if self.rows is None:
             raise AssertionError("only rows of a pool are addressed one by one")
-        return self.rows.unsqueeze(1), heads, slot.squeeze(2)
+        return self.rows.view(-1, 1, 1), heads.unsqueeze(1), slot
 
     def _at(self, stored: Tensor, slot: Tensor) -> Tensor:
         if self.rows is None:
             return stored.gather(2, _along(slot, stored))
-        return stored[self._places(slot)].unsqueeze(2)
+        return stored[self._places(slot)]
 
 
 @dataclass
@@ -272,13 +296,27 @@ def open_run(
     lengths
         [B], where rows of length 0 may hold anything: they are emptied first.
     """
-    stored = arrays.of_run(run)
+    return _opened(run.layer, arrays.of_run(run), rows, lengths)
+
+
+def _opened(
+    layer: LayerConfig, stored: LayerArrays, rows: Tensor | None, lengths: Tensor | None
+) -> RunSlots:
     small = {name: getattr(stored, name) for name in ("scores", "positions", "H", "z", "history")}
     if rows is not None:
         small = {n: None if x is None else x.index_select(0, rows) for n, x in small.items()}
-    slots = RunSlots(run.layer, stored, rows, **small)
+    slots = RunSlots(layer, stored, rows, **small)
     if lengths is not None:
         slots.clear(lengths == 0)
+    return slots
+
+
+def open_layer(
+    layer: LayerConfig, arrays: LayerArrays, rows: Tensor | None, lengths: Tensor | None
+) -> RunSlots:
+    """`open_run` of all heads of a layer, whose slots are as those of one head."""
+    slots = _opened(layer, arrays.as_one_head(), rows, lengths)
+    slots.whole, slots.runs = arrays, layer.runs
     return slots
 
 

@@ -65,7 +65,10 @@ def _products(slots: RunSlots, fields: Fields, packed: Tensor, queries: Tensor) 
     for rows in _blocks(fields, packed):
         unpacked, own = fields.rows(packed[rows]), queries[rows]
         if slots.runs:
-            parts = [own[:, h] @ unpacked[:, 0, :, own_slots] for h, own_slots in slots.each_head()]
+            parts = [
+                torch.bmm(own[:, h], unpacked[:, 0, :, own_slots])
+                for h, own_slots in slots.each_head()
+            ]
             found.append(torch.cat(parts, 2).unsqueeze(1))
         else:
             found.append(own @ unpacked)
@@ -79,7 +82,7 @@ def _mix(slots: RunSlots, fields: Fields, packed: Tensor, weights: Tensor) -> Te
         unpacked, own = fields.rows(packed[rows]).transpose(2, 3), weights[rows]
         if slots.runs:
             parts = [
-                own[:, 0, :, own_slots] @ unpacked[:, 0, own_slots]
+                torch.bmm(own[:, 0, :, own_slots], unpacked[:, 0, own_slots])
                 for _, own_slots in slots.each_head()
             ]
             found.append(torch.stack(parts, 1))

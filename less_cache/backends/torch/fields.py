@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...quantization import CodeLayout
+from ...quantization import CodeLayout, codes
 
 
 @dataclass(frozen=True)
 class Fields:
     """The fields of a layout, E - 1 of them, and a row of ones for the codes' centers.
+
+    All numbers here are small integers over powers of two: sums of their products are exact.
 
     Parameters
     ----------
@@ -31,11 +33,36 @@ class Fields:
         [E - 1, 1] uint8, its bits there.
     matrix
         [D, E]: ``(code - center)[channel] = Σ matrix[channel, e] field[e]``.
+    channel, shift, low_mask
+        [E - 1]: field e is ``(code[channel[e]] >> shift[e]) & low_mask[e]``, at the lowest bits.
+    places
+        [E - 1, nbytes], what such fields count for in each byte.
+    grid
+        [stored] each, the layout's steps, centers and highest codes.
     """
 
     byte: Tensor | None
     mask: Tensor
     matrix: Tensor
+    channel: Tensor
+    shift: Tensor
+    low_mask: Tensor
+    places: Tensor
+    grid: tuple[Tensor, Tensor, Tensor]
+
+    def encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """As `codes.encode` of [..., D], in the matrix' dtype."""
+        found, scales = codes.quantise(u[..., : len(self.grid[0])], *self.grid)
+        found = found.index_select(found.ndim - 1, self.channel)
+        found = found.bitwise_right_shift_(self.shift).bitwise_and_(self.low_mask)
+        return (found.to(self.places.dtype) @ self.places).to(torch.uint8), scales
+
+    def decode(self, packed: Tensor, scales: Tensor) -> Tensor:
+        """As `codes.decode` of [..., nbytes], for a few pairs: [..., D] in the matrix' dtype."""
+        if self.byte is not None:
+            packed = packed.index_select(packed.ndim - 1, self.byte).bitwise_and_(self.mask[:, 0])
+        found = packed.to(self.matrix.dtype) @ self.matrix[:, :-1].T + self.matrix[:, -1]
+        return found.mul_(scales.to(found.dtype).unsqueeze(-1))
 
     def rows(self, packed: Tensor) -> Tensor:
         """The fields of bytes [..., n, nbytes], in the matrix' dtype: [..., E, n]."""
@@ -52,21 +79,39 @@ class Fields:
 @functools.lru_cache(maxsize=256)
 def fields_of(layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> Fields:
     """The fields of a layout, for products in that dtype."""
-    byte, mask, place = [], [], []
+    byte, mask, channels, shifts, low_masks, weights = [], [], [], [], [], []
     for plane in layout.planes:
-        for channel in range(plane.channels):
-            field, offset = divmod(channel, plane.nbytes)
+        highest = 2**plane.width - 1
+        for index in range(plane.channels):
+            field, offset = divmod(index, plane.nbytes)
             low = field * plane.width
             byte.append(plane.offset + offset)
-            mask.append((2**plane.width - 1) << low)
-            place.append((plane.first + channel, 2.0 ** (plane.shift - low)))
-    matrix = torch.zeros(len(layout.bits), len(byte) + 1, dtype=torch.float64)
-    for column, (channel, weight) in enumerate(place):
-        matrix[channel, column] = weight
-    matrix[: layout.stored, -1] = -torch.from_numpy(layout.centers[: layout.stored])
+            mask.append(highest << low)
+            channels.append(plane.first + index)
+            shifts.append(plane.shift)
+            low_masks.append(highest)
+            weights.append(2.0 ** (plane.shift - low))
+    count, stored = len(byte), layout.stored
+    fields = torch.arange(count)
+    matrix = torch.zeros(len(layout.bits), count + 1, dtype=torch.float64)
+    matrix[channels, fields] = torch.tensor(weights, dtype=torch.float64)
+    matrix[:stored, -1] = -torch.from_numpy(layout.centers[:stored])
+    places = torch.zeros(count, layout.nbytes, dtype=torch.float64)
+    # The lowest bit of a field in its byte.
+    places[fields, byte] = torch.tensor([float(bits & -bits) for bits in mask], dtype=torch.float64)
     whole = byte == [*range(layout.nbytes)] and set(mask) == {255}
+    grid = (layout.steps, layout.centers, layout.highest)
     return Fields(
         None if whole else torch.tensor(byte, device=device),
         torch.tensor(mask, dtype=torch.uint8, device=device).unsqueeze(1),
         matrix.to(device, dtype),
+        torch.tensor(channels, device=device),
+        torch.tensor(shifts, dtype=torch.uint8, device=device),
+        torch.tensor(low_masks, dtype=torch.uint8, device=device),
+        places.to(device, dtype),
+        (
+            torch.as_tensor(grid[0][:stored], dtype=dtype, device=device),
+            torch.as_tensor(grid[1][:stored], dtype=dtype, device=device),
+            torch.as_tensor(grid[2][:stored], dtype=dtype, device=device),
+        ),
     )

@@ -61,10 +61,10 @@ def attend_by_run(
 ) -> Attended:
     """What `pairs` gives of each run of equal heads, for a layer's slots as those of one head."""
     means, probabilities, masses = [], [], []
+    slot = slot.transpose(1, 2) - slots.first.unsqueeze(1)
     for run in slots.runs:
         heads = run.kv_heads
-        first = torch.arange(run.offset, run.slots.stop, run.layer.capacity, device=slot.device)
-        given = (q[:, heads], k[:, heads], v[:, heads], (slot[:, 0, heads] - first).unsqueeze(2))
+        given = (q[:, heads], k[:, heads], v[:, heads], slot[:, heads])
         found = pairs(run.layer, slots.of_run(run), *given, with_mass=with_mass)
         means.append(found.mean)
         probabilities.append(found.probabilities.transpose(1, 2).flatten(2))

@@ -8,6 +8,7 @@ hand as dense tensors.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...arrays import EMPTY, PAIRS, LayerArrays
 from ...layer_config import LayerConfig, Run
 from ...quantization import codes
+from .fields import fields_of
 
 
 @dataclass
@@ -60,6 +62,12 @@ class RunSlots:
     def turned(self, new: Tensor) -> Tensor:
         """One pair a head [B, heads, 1, ...] as pairs of the heads in `stored`, or back."""
         return new.transpose(1, 2) if self.runs else new
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """[heads], where each head's slots begin in slots that are as those of one head."""
+        capacities = tuple(c for run in self.runs for c in run.layer.capacities)
+        return _firsts(capacities, self.scores.device)
 
     def each_head(self) -> Iterator[tuple[int, slice]]:
         """Where heads lie in slots that are as those of one head."""
@@ -124,7 +132,14 @@ class RunSlots:
     def take(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value in one slot a head, [B, heads, 1, D] each; `slot` [B, heads, 1]."""
         found = {name: self._at(array, slot) for name, array in pairs_of(self.stored).items()}
-        return as_read(self.layer, found, self.wide)
+        if self.layer.key_layout is None or self.layer.value_layout is None:
+            return as_read(self.layer, found, self.wide)
+        layouts = (self.layer.key_layout, self.layer.value_layout)
+        keys, values = (fields_of(layout, self.wide, slot.device) for layout in layouts)
+        return (
+            keys.decode(found["keys"], found["key_scales"]),
+            values.decode(found["values"], found["value_scales"]),
+        )
 
     def put(self, slot: Tensor, k: Tensor, v: Tensor, incoming: Tensor | None) -> None:
         """Store one pair a head, [B, heads, 1, D] each, in the rows that have an incoming one.
@@ -262,7 +277,14 @@ def as_stored(layer: LayerConfig, stored: LayerArrays, k: Tensor, v: Tensor) -> 
     """What slots hold of pairs [..., D]: in the dtype of storing, or codes and scales."""
     if layer.key_layout is None or layer.value_layout is None:
         return {"keys": k.to(stored.keys.dtype), "values": v.to(stored.values.dtype)}
-    return codes.encode_pairs(layer.key_layout, layer.value_layout, k, v)
+    key_codes, key_scales = fields_of(layer.key_layout, k.dtype, k.device).encode(k)
+    value_codes, value_scales = fields_of(layer.value_layout, v.dtype, v.device).encode(v)
+    return {
+        "keys": key_codes,
+        "values": value_codes,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
 
 
 def as_read(
@@ -309,6 +331,11 @@ def _opened(
     if lengths is not None:
         slots.clear(lengths == 0)
     return slots
+
+
+@functools.lru_cache(maxsize=256)
+def _firsts(capacities: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(capacities[:-1])], device=device)
 
 
 def open_layer(

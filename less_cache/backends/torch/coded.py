@@ -12,7 +12,10 @@ from .maths import log_mass_of, scaled
 from .slots import RunSlots
 
 BLOCK_BYTES = 8 * 2**20
-"""What the unpacked fields of one block of rows may take: they stay in a CPU's cache."""
+"""What the unpacked fields of one block of rows may take on a CPU, in whose cache they stay."""
+
+DEVICE_BLOCK_BYTES = 256 * 2**20
+"""Elsewhere, where operators should be few and large."""
 
 
 def attend_unpacked(
@@ -55,7 +58,8 @@ def _blocks(fields: Fields, packed: Tensor) -> list[slice]:
     """Rows of [B, heads, C, nbytes] that are unpacked together."""
     rows, heads, slots, _ = packed.shape
     row_bytes = heads * slots * fields.matrix.shape[1] * fields.matrix.itemsize
-    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+    most = BLOCK_BYTES if packed.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    size = max(1, most // max(1, row_bytes))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

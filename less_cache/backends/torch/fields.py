@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,26 +93,27 @@ def fields_of(layout: CodeLayout, dtype: torch.dtype, device: torch.device) -> F
             low_masks.append(highest)
             weights.append(2.0 ** (plane.shift - low))
     count, stored = len(byte), layout.stored
-    fields = torch.arange(count)
-    matrix = torch.zeros(len(layout.bits), count + 1, dtype=torch.float64)
-    matrix[channels, fields] = torch.tensor(weights, dtype=torch.float64)
-    matrix[:stored, -1] = -torch.from_numpy(layout.centers[:stored])
-    places = torch.zeros(count, layout.nbytes, dtype=torch.float64)
+    fields = np.arange(count)
+    matrix = np.zeros((len(layout.bits), count + 1))
+    matrix[channels, fields] = weights
+    matrix[:stored, -1] = -layout.centers[:stored]
+    places = np.zeros((count, layout.nbytes))
     # The lowest bit of a field in its byte.
-    places[fields, byte] = torch.tensor([float(bits & -bits) for bits in mask], dtype=torch.float64)
+    places[fields, byte] = [bits & -bits for bits in mask]
     whole = byte == [*range(layout.nbytes)] and set(mask) == {255}
-    grid = (layout.steps, layout.centers, layout.highest)
+    numbers = functools.partial(torch.tensor, dtype=dtype, device=device)
+    small = functools.partial(torch.tensor, dtype=torch.uint8, device=device)
     return Fields(
         None if whole else torch.tensor(byte, device=device),
-        torch.tensor(mask, dtype=torch.uint8, device=device).unsqueeze(1),
-        matrix.to(device, dtype),
+        small(mask).unsqueeze(1),
+        numbers(matrix),
         torch.tensor(channels, device=device),
-        torch.tensor(shifts, dtype=torch.uint8, device=device),
-        torch.tensor(low_masks, dtype=torch.uint8, device=device),
-        places.to(device, dtype),
+        small(shifts),
+        small(low_masks),
+        numbers(places),
         (
-            torch.as_tensor(grid[0][:stored], dtype=dtype, device=device),
-            torch.as_tensor(grid[1][:stored], dtype=dtype, device=device),
-            torch.as_tensor(grid[2][:stored], dtype=dtype, device=device),
+            numbers(layout.steps[:stored]),
+            numbers(layout.centers[:stored]),
+            numbers(layout.highest[:stored]),
         ),
     )

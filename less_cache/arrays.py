@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,13 +98,26 @@ class LayerArrays:
 
     def of_run(self, run: Run) -> LayerArrays:
         """The arrays of heads of equal capacity as dense views [P, heads, C, ...] of these."""
-        own = [getattr(self, name) for name in ARRAYS]
         key = (run.first, run.heads, run.offset, run.layer.slots)
+        return self._kept(key, lambda: self._dense(run))
+
+    def as_one_head(self) -> LayerArrays:
+        """The slots of all heads as those of one, views [P, 1, N, ...]; H and z as they are."""
+        return self._kept((), self._with_one_head)
+
+    def _kept(self, key: tuple[int, ...], make: Callable[[], LayerArrays]) -> LayerArrays:
+        own = [getattr(self, name) for name in ARRAYS]
         known, views = self._views.get(key, (None, None))
         if views is None or known is None or any(map(operator.is_not, known, own)):
-            views = self._dense(run)
+            views = make()
             self._views[key] = (own, views)
         return views
+
+    def _with_one_head(self) -> LayerArrays:
+        slots = {
+            name: array[:, None] for name, array in self.named().items() if name not in ("H", "z")
+        }
+        return LayerArrays(**slots, H=self.H, z=self.z)
 
     def _dense(self, run: Run) -> LayerArrays:
         shape = (-1, run.heads, run.layer.capacity)

@@ -28,7 +28,7 @@ def eviction_times(
     batch, kv_heads, tokens, _ = k.shape
     whole = policy.starts is Start.POSITION and not policy.custom and mask is None
     if whole and prompt == 1:
-        return _window_times(layer, k)
+        return window_times(layer, k)
     sparse = dataclasses.replace(layer, rank=0, dtype=str(k.dtype).removeprefix("torch."))
     arrays = empty_arrays(sparse, batch, device=k.device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if mask is None else mask
@@ -59,8 +59,8 @@ def eviction_times(
     return times if mask is None else torch.where(real.unsqueeze(1), times, own)
 
 
-def _window_times(layer: LayerConfig, k: Tensor) -> Tensor:
-    """`eviction_times` of a window, which needs no look at the pairs."""
+def window_times(layer: LayerConfig, k: Tensor) -> Tensor:
+    """`eviction_times` of a window without padding, which needs no look at the pairs."""
     batch, kv_heads, tokens, _ = k.shape
     position = torch.arange(tokens, dtype=torch.int32, device=k.device)
     times = []

@@ -7,21 +7,34 @@ disk. All else is the backend ``torch``, layers whose pairs are stored as they a
 from __future__ import annotations
 
 import functools
-from typing import Any
+
+from torch import Tensor
 
 from ..config import CacheConfig
 from ..layer_config import LayerConfig
 from . import torch as eager
 from .torch import eviction_times, prepare_maps
+from .torch.attended import Attended
 from .torch.compiled import attend_codes
-from .torch.pairs import Attended, attend_pairs
+from .torch.pairs import attend_by_run, attend_pairs
+from .torch.slots import RunSlots
 
 __all__ = ["attend", "check_config", "eviction_times", "prepare_maps"]
 
 
-def _attend_slots(layer: LayerConfig, *given: Any, **named: Any) -> Attended:
-    attend_slots = attend_pairs if layer.quantization is None else attend_codes
-    return attend_slots(layer, *given, **named)
+def _attend_slots(
+    layer: LayerConfig,
+    slots: RunSlots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot: Tensor,
+    with_mass: bool,
+) -> Attended:
+    given = (slots, q, k, v, slot, with_mass)
+    if layer.quantization is None:
+        return attend_pairs(layer, *given)
+    return attend_by_run(attend_codes, *given) if slots.runs else attend_codes(layer, *given)
 
 
 attend = functools.partial(eager.attend, pairs=_attend_slots)

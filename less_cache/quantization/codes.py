@@ -39,12 +39,24 @@ def encode(layout: CodeLayout, u: Array) -> tuple[Array, Array]:
     scales
         [...] float16. A scale above float16's range is its largest number.
     """
-    xp = array_api_compat.array_namespace(u)
-    stored = layout.stored
-    u = u[..., :stored]
-    steps, centers, highest = (
-        _like(u, getattr(layout, name)[:stored]) for name in ("steps", "centers", "highest")
+    u = u[..., : layout.stored]
+    found, scales = quantise(
+        u, *(_like(u, x[: layout.stored]) for x in (layout.steps, layout.centers, layout.highest))
     )
+    return pack(layout, found), scales
+
+
+def quantise(u: Array, steps: Array, centers: Array, highest: Array) -> tuple[Array, Array]:
+    """Codes [..., stored] uint8, before they are packed, and scales [...] float16.
+
+    Parameters
+    ----------
+    u
+        [..., stored], the channels that are stored.
+    steps, centers, highest
+        [stored], of the layout, in u's dtype.
+    """
+    xp = array_api_compat.array_namespace(u)
     weighted = u * steps
     # The largest number comes out first, so that no square overflows or vanishes.
     largest = xp.max(xp.abs(weighted), axis=-1)
@@ -57,7 +69,7 @@ def encode(layout: CodeLayout, u: Array) -> tuple[Array, Array]:
     divisor = xp.where(wide > 0, wide, xp.ones_like(wide))
     codes = xp.round(u / divisor[..., None] + centers)
     codes = xp.where(codes < 0, xp.zeros_like(codes), xp.where(codes > highest, highest, codes))
-    return pack(layout, xp.astype(codes, xp.uint8)), scales
+    return xp.astype(codes, xp.uint8), scales
 
 
 def decode(layout: CodeLayout, codes: Array, scales: Array, dtype: Any) -> Array:

@@ -94,15 +94,17 @@ class LayerTransforms:
 
     def enter_keys(self, k: Tensor) -> Tensor:
         """Keys [B, Hkv, S, D] in the inner basis."""
-        return (k if self.key_mean is None else k - self.key_mean.unsqueeze(1)) @ self.key_in
+        centred = k if self.key_mean is None else k - self.key_mean.unsqueeze(1)
+        return _by_head(centred, self.key_in)
 
     def enter_values(self, v: Tensor) -> Tensor:
         """Values [B, Hkv, S, D] in the inner basis."""
-        return (v if self.value_mean is None else v - self.value_mean.unsqueeze(1)) @ self.value_in
+        centred = v if self.value_mean is None else v - self.value_mean.unsqueeze(1)
+        return _by_head(centred, self.value_in)
 
     def leave_keys(self, k: Tensor) -> Tensor:
         """Keys [B, Hkv, S, D] as they were before `enter_keys`."""
-        k = k @ self.key_out
+        k = _by_head(k, self.key_out)
         return k if self.key_mean is None else k + self.key_mean.unsqueeze(1)
 
     def leave(self, out: Tensor) -> Tensor:
@@ -397,10 +399,13 @@ def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
     """``x[:, h] @ matrix[h // G]`` of [B, Hq, S, D] and [Hkv, D, E]: [B, Hq, S, E]."""
     batch, heads, tokens, size = x.shape
     kv_heads = len(matrix)
-    if heads == kv_heads:
-        return x @ matrix
-    grouped = x.reshape(batch, kv_heads, -1, size) @ matrix
-    return grouped.view(batch, heads, tokens, -1)
+    if batch == 1 or tokens > size:
+        grouped = x.reshape(batch, kv_heads, -1, size) @ matrix
+        return grouped.view(batch, heads, tokens, -1)
+    # One product a head for the whole batch: `@` would copy the matrices for each sequence.
+    rows = x.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+    found = torch.bmm(rows.reshape(kv_heads, -1, size), matrix)
+    return found.unflatten(1, (batch, -1)).transpose(0, 1).reshape(batch, heads, tokens, -1)
 
 
 def _bits_text(bits: int | tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ from ...arrays import EMPTY
 from ...layer_config import LayerConfig
 from ...quantization import CodeLayout
 from ...quantization.layout import Plane
-from .pairs import Attended
+from .attended import Attended
 from .slots import RunSlots
 
 

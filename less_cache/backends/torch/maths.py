@@ -32,22 +32,40 @@ def protected_pairs(layer: LayerConfig, positions: Tensor, seen: Tensor) -> Tens
 
 
 def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
-    """The slot a new pair takes: the first empty one, else the victim's. [B, heads, 1] int64."""
+    """The slot a new pair takes: the first empty one, else the victim's. [B, heads, 1] int64.
+
+    Where the slots of all heads are as those of one, [B, 1, heads].
+    """
+    if slots.runs:
+        windows = layer.policy.starts is Start.POSITION and layer.policy.evicts
+        if windows and len({policy.protected_recent for policy in layer.policies}) == 1:
+            ranked = _ranked_by_position(layer, slots.positions, lengths)[:, 0]
+            found = [
+                ranked[:, run.slots].unflatten(1, (run.heads, -1)).argmin(2, keepdim=True)
+                for run in slots.runs
+            ]
+        else:
+            found = [choose_slot(run.layer, slots.of_run(run), lengths) for run in slots.runs]
+        return (torch.cat(found, 1) + slots.first.unsqueeze(1)).transpose(1, 2)
     positions = slots.positions
     if not layer.policy.evicts:
         return positions.argmin(2, keepdim=True)
-    protected = protected_pairs(layer, positions, lengths)
     if layer.policy.starts is Start.POSITION:
-        # The score is the position itself: no ties, and one pass less.
-        held = positions != EMPTY
-        ranked = positions.masked_fill(protected & held, torch.iinfo(positions.dtype).max)
-        return ranked.argmin(2, keepdim=True)
+        return _ranked_by_position(layer, positions, lengths).argmin(2, keepdim=True)
+    protected = protected_pairs(layer, positions, lengths)
     ranked = slots.scores.masked_fill(protected, INFINITY)
     least = ranked.amin(2, keepdim=True)
     # Where a slot is empty, every pair may stay: the least position then is the empty slot's.
     least.masked_fill_(positions.amin(2, keepdim=True) == EMPTY, INFINITY)
     oldest = positions.masked_fill(ranked > least, torch.iinfo(positions.dtype).max)
     return oldest.argmin(2, keepdim=True)
+
+
+def _ranked_by_position(layer: LayerConfig, positions: Tensor, lengths: Tensor) -> Tensor:
+    """What a window takes the least of: the score is the position itself, so there are no ties."""
+    held = positions != EMPTY
+    protected = protected_pairs(layer, positions, lengths) & held
+    return positions.masked_fill(protected, torch.iinfo(positions.dtype).max)
 
 
 def merge(slots: RunSlots, features: Tensor, values: Tensor, evicted: Tensor) -> None:

@@ -8,6 +8,8 @@ hand as dense tensors.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +18,15 @@ from torch import Tensor
 from ...arrays import EMPTY, PAIRS, LayerArrays
 from ...layer_config import LayerConfig, Run
 from ...quantization import codes
+from .fields import fields_of
 
 
 @dataclass
 class RunSlots:
     """What the rows of a call hold for one run of heads of equal capacity C.
+
+    Or for all heads of a layer, whatever their capacities: the slots then are as those of one head
+    of N slots, and what concerns a pair a head has the heads on the slots' axis (`turned`).
 
     Parameters
     ----------
@@ -33,6 +39,8 @@ class RunSlots:
     scores, positions, history, H, z
         Of those rows, [B, heads, ...]: views of `stored` where `rows` is ``None``, else copies,
         which `close` puts back.
+    whole, runs
+        The layer's arrays and its runs, where the slots are as those of one head.
     """
 
     layer: LayerConfig
@@ -43,11 +51,43 @@ class RunSlots:
     H: Tensor
     z: Tensor
     history: Tensor | None
+    whole: LayerArrays | None = None
+    runs: tuple[Run, ...] = ()
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of computing."""
         return self.scores.dtype
+
+    def turned(self, new: Tensor) -> Tensor:
+        """One pair a head [B, heads, 1, ...] as pairs of the heads in `stored`, or back."""
+        return new.transpose(1, 2) if self.runs else new
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """[heads], where each head's slots begin in slots that are as those of one head."""
+        capacities = tuple(c for run in self.runs for c in run.layer.capacities)
+        return _firsts(capacities, self.scores.device)
+
+    def each_head(self) -> Iterator[tuple[int, slice]]:
+        """Where heads lie in slots that are as those of one head."""
+        for run in self.runs:
+            size = run.layer.capacity
+            for head in range(run.heads):
+                start = run.offset + head * size
+                yield run.first + head, slice(start, start + size)
+
+    def of_run(self, run: Run) -> RunSlots:
+        """One run of slots that are as those of one head."""
+        if self.whole is None:
+            raise AssertionError("the slots are those of one run")
+        small = {
+            name: array[:, 0, run.slots].unflatten(1, (run.heads, run.layer.capacity))
+            for name in ("scores", "positions", "history")
+            if (array := getattr(self, name)) is not None
+        }
+        own = {"history": None, **small, "H": self.H[:, run.kv_heads], "z": self.z[:, run.kv_heads]}
+        return RunSlots(run.layer, self.whole.of_run(run), self.rows, **own)
 
     def close(self) -> None:
         """Put the small arrays back to where the pool keeps them."""
@@ -59,11 +99,9 @@ class RunSlots:
                 getattr(self.stored, name).index_copy_(0, self.rows, array)
 
     def products(self, queries: Tensor) -> Tensor:
-        """q·k of queries [B, heads, M, D] with every stored key: [B, heads, M, C]."""
+        """q·k of queries [B, heads, M, D] with every key, none coded: [B, heads, M, C]."""
         queries = queries.to(self.wide)
         keys = self.stored.keys
-        if self.layer.key_layout is not None:
-            return queries @ self.read()[0].transpose(2, 3)
         if self._in_one_piece:
             if queries.shape[2] == 1:
                 # For a single query, a CPU reads keys up to three times as fast when they come
@@ -79,10 +117,8 @@ class RunSlots:
         return out.transpose(2, 3)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Σ weight · v over every stored value: [B, heads, M, D] from [B, heads, M, C]."""
+        """Σ weight · v over every value, none coded: [B, heads, M, D] from [B, heads, M, C]."""
         values = self.stored.values
-        if self.layer.value_layout is not None:
-            return weights @ self.read()[1]
         if self._in_one_piece:
             return weights @ values
         if values.device.type != "cpu":
@@ -96,7 +132,14 @@ class RunSlots:
     def take(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value in one slot a head, [B, heads, 1, D] each; `slot` [B, heads, 1]."""
         found = {name: self._at(array, slot) for name, array in pairs_of(self.stored).items()}
-        return as_read(self.layer, found, self.wide)
+        if self.layer.key_layout is None or self.layer.value_layout is None:
+            return as_read(self.layer, found, self.wide)
+        layouts = (self.layer.key_layout, self.layer.value_layout)
+        keys, values = (fields_of(layout, self.wide, slot.device) for layout in layouts)
+        return (
+            keys.decode(found["keys"], found["key_scales"]),
+            values.decode(found["values"], found["value_scales"]),
+        )
 
     def put(self, slot: Tensor, k: Tensor, v: Tensor, incoming: Tensor | None) -> None:
         """Store one pair a head, [B, heads, 1, D] each, in the rows that have an incoming one.
@@ -118,11 +161,7 @@ class RunSlots:
             if self.rows is None:
                 stored.scatter_(2, _along(slot, stored), value)
             else:
-                stored[self._places(slot)] = value.squeeze(2)
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values of the rows, [B, heads, C, D], in the dtype of computing."""
-        return as_read(self.layer, self.chosen_pairs(), self.wide)
+                stored[self._places(slot)] = value
 
     def chosen_pairs(self) -> dict[str, Tensor]:
         """What is stored of the rows' pairs, [B, heads, C, ...], by name as in `PAIRS`."""
@@ -201,12 +240,12 @@ class RunSlots:
         heads = torch.arange(slot.shape[1], device=slot.device)
         if self.rows is None:
             raise AssertionError("only rows of a pool are addressed one by one")
-        return self.rows.unsqueeze(1), heads, slot.squeeze(2)
+        return self.rows.view(-1, 1, 1), heads.unsqueeze(1), slot
 
     def _at(self, stored: Tensor, slot: Tensor) -> Tensor:
         if self.rows is None:
             return stored.gather(2, _along(slot, stored))
-        return stored[self._places(slot)].unsqueeze(2)
+        return stored[self._places(slot)]
 
 
 @dataclass
@@ -238,7 +277,14 @@ def as_stored(layer: LayerConfig, stored: LayerArrays, k: Tensor, v: Tensor) -> 
     """What slots hold of pairs [..., D]: in the dtype of storing, or codes and scales."""
     if layer.key_layout is None or layer.value_layout is None:
         return {"keys": k.to(stored.keys.dtype), "values": v.to(stored.values.dtype)}
-    return codes.encode_pairs(layer.key_layout, layer.value_layout, k, v)
+    key_codes, key_scales = fields_of(layer.key_layout, k.dtype, k.device).encode(k)
+    value_codes, value_scales = fields_of(layer.value_layout, v.dtype, v.device).encode(v)
+    return {
+        "keys": key_codes,
+        "values": value_codes,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+    }
 
 
 def as_read(
@@ -272,13 +318,32 @@ def open_run(
     lengths
         [B], where rows of length 0 may hold anything: they are emptied first.
     """
-    stored = arrays.of_run(run)
+    return _opened(run.layer, arrays.of_run(run), rows, lengths)
+
+
+def _opened(
+    layer: LayerConfig, stored: LayerArrays, rows: Tensor | None, lengths: Tensor | None
+) -> RunSlots:
     small = {name: getattr(stored, name) for name in ("scores", "positions", "H", "z", "history")}
     if rows is not None:
         small = {n: None if x is None else x.index_select(0, rows) for n, x in small.items()}
-    slots = RunSlots(run.layer, stored, rows, **small)
+    slots = RunSlots(layer, stored, rows, **small)
     if lengths is not None:
         slots.clear(lengths == 0)
+    return slots
+
+
+@functools.lru_cache(maxsize=256)
+def _firsts(capacities: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(capacities[:-1])], device=device)
+
+
+def open_layer(
+    layer: LayerConfig, arrays: LayerArrays, rows: Tensor | None, lengths: Tensor | None
+) -> RunSlots:
+    """`open_run` of all heads of a layer, whose slots are as those of one head."""
+    slots = _opened(layer, arrays.as_one_head(), rows, lengths)
+    slots.whole, slots.runs = arrays, layer.runs
     return slots
 
 

@@ -40,7 +40,7 @@ def attend(
     Parameters
     ----------
     layer, slots, maps
-        Of heads of equal capacity.
+        Of heads of equal capacity, or of all heads of a layer (`slots.open_layer`).
     q
         [B, Hq, 1, D].
     k, v
@@ -66,20 +66,21 @@ def attend(
     slot = choose_slot(layer, slots, lengths)
     features = None
     if maps is not None:
-        evicted = slots.positions.gather(2, slot) != EMPTY
+        evicted = slots.turned(slots.positions.gather(2, slot)) != EMPTY
         if incoming is not None:
             evicted = evicted & incoming
-        key, value = slots.take(slot)
+        key, value = (slots.turned(x) for x in slots.take(slot))
         features, victims = maps.both(q, key)
         merge(slots, victims, value, evicted)
 
     # 4, before 2: the pair goes in first, so that a query sees itself like any other pair.
     positions = lengths.view(batch, 1, 1).expand(batch, kv_heads, 1)
-    _write_slot(slots.scores, slot, initial_scores(layer, k, positions, slots.wide), incoming)
-    _write_slot(slots.positions, slot, positions, incoming)
+    first = initial_scores(layer, k, positions, slots.wide)
+    _write_slot(slots.scores, slot, slots.turned(first), incoming)
+    _write_slot(slots.positions, slot, slots.turned(positions), incoming)
     if slots.history is not None:
         _write_slot(slots.history, slot, torch.zeros_like(slot), incoming)
-    slots.put(slot, k, v, incoming)
+    slots.put(slot, slots.turned(k), slots.turned(v), incoming)
 
     # 2. Attend.
     grouped = q.reshape(batch, kv_heads, layer.group, layer.head_dim)
@@ -104,7 +105,7 @@ def attend(
 def _update_scores(
     layer: LayerConfig, slots: RunSlots, probabilities: Tensor, incoming: Tensor | None
 ) -> None:
-    """Give the scores what one query's probabilities [B, heads, G, C] earn."""
+    """Give the scores what one query's probabilities earn, which lie as the scores do."""
     policy = layer.policy
     if policy.gains is Gain.SUM:
         faded = slots.scores if policy.decay == 1 else slots.scores * policy.decay

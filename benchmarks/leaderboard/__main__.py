@@ -59,7 +59,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Of greedy continuations.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 12,
     only: Annotated[str, typer.Option(help="ours, peers or page: that part alone.")] = "",
-    wanted: Annotated[str, typer.Option(help="Of ours: names that have this in them.")] = "",
+    shares: Annotated[str, typer.Option(help="Of the full cache's bytes, in percent.")] = (
+        ",".join(SHARES)
+    ),
 ) -> None:
     """Measure every cache that has no result yet, and write the page."""
     torch.set_num_threads(1)
@@ -75,14 +77,14 @@ def main(
         prompt,
         new_tokens,
         batch,
-        {share: parse_budget(f"{share}%", shapes, length) for share in SHARES},
+        {share: parse_budget(f"{share}%", shapes, length) for share in shares.split(",")},
     )
     folder = ROOT / "build" / "leaderboard" / plan.digest
     plan.save(folder / "plan.json")
     far = far_tokens(model, cut, plan, folder / "far.json")
     results = Results(folder / "results")
     if only in ("", "ours"):
-        measure_ours(model, plan, results, wanted)
+        measure_ours(model, plan, results)
     if only in ("", "peers"):
         worker = "benchmarks.leaderboard.kvpress_worker"
         command = [PEERS_PYTHON, "-m", worker, folder / "plan.json"]
@@ -90,8 +92,9 @@ def main(
         if done.returncode:
             sys.exit(done.returncode)
     if only in ("", "page"):
-        told = [*(entry for entry, _ in our_entries(model)), *peers_entries(plan)]
+        told = [*(entry for entry, _ in our_entries(model, plan.budgets)), *peers_entries(plan)]
         found = results.of(told)
+        missing = [one for one in told if not results.of([one])]
         rows = page.figures(found, [window.document for window in cut], far)
         around = surroundings()
         facts = {
@@ -107,6 +110,7 @@ def main(
             "full_bytes": full_cache_bytes(shapes, length),
             "peers_versions": next((r["versions"] for r in found if "versions" in r), {}),
         }
+        facts["missing"] = [f"{one['name']} {one['share']}".strip() for one in missing]
         data = {**facts, "rows": rows}
         write_text(RESULTS / "leaderboard.json", json_text(data, indent=1) + "\n")
         page.draw(rows, RESULTS / "leaderboard.png")

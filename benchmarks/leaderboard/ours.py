@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -22,10 +22,12 @@ FULL = "full cache"
 TUNED = "less_cache, tuned"
 
 
-def entries(model: Any) -> Iterator[tuple[dict[str, Any], Contestant | None]]:
+def entries(
+    model: Any, shares: Iterable[str] = SHARES
+) -> Iterator[tuple[dict[str, Any], Contestant | None]]:
     """What is told of each cache, and the cache; ``None``: one of transformers' own."""
     yield {"name": FULL, "share": ""}, None
-    for share in SHARES:
+    for share in shares:
         for contestant in contestants(model, f"{share}%", ""):
             name = f"less_cache, {contestant.name}"
             told = {"name": name, "share": share, "digest": digest_of_cache(contestant)}
@@ -33,9 +35,9 @@ def entries(model: Any) -> Iterator[tuple[dict[str, Any], Contestant | None]]:
     yield {"name": "QuantizedCache, float8", "share": ""}, None
 
 
-def measure_ours(model: Any, plan: Plan, results: Results, wanted: str = "") -> None:
-    """Measure whatever has no result yet, of the caches whose name has `wanted` in it."""
-    found = [(told, own) for told, own in entries(model) if wanted in told["name"]]
+def measure_ours(model: Any, plan: Plan, results: Results) -> None:
+    """Measure whatever has no result yet."""
+    found = [*entries(model, plan.budgets)]
     with tqdm(total=len(found) * len(plan.windows), desc="ours", unit="window") as bar:
         for number, (told, contestant) in enumerate(found):
             bar.set_postfix_str(f"{told['name']} {told['share']}")

@@ -14,7 +14,6 @@ from benchmarks.tables import for_a_page
 from less_cache.evaluation.intervals import Estimate, drawn_documents, estimated_mean
 
 from .ours import FULL, TUNED
-from .protocol import SHARES
 
 PEERS_FULL = "full cache, peers' environment"
 BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
@@ -102,7 +101,7 @@ def _above(documents: Sequence[str], full: np.ndarray, own: np.ndarray) -> Estim
 def text(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The page's part that a machine writes: a table a budget, best first, and what made it."""
     parts = []
-    for share in SHARES:
+    for share in facts["budgets"]:
         own = [row for row in rows if row["share"] == share]
         parts += [
             f"### {share} % of the bytes: {facts['budgets'][share]:,}",
@@ -120,6 +119,8 @@ def text(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"Made by `make leaderboard` on {facts['date']}: {versions}. Peers: {theirs}. "
         f"One thread of {facts['machine']['cpu']}, float32, {facts['batch']} windows at a time."
     )
+    if facts["missing"]:
+        parts += ["", f"**Not measured yet**, by share: {'; '.join(facts['missing'])}."]
     return "\n".join(parts)
 
 

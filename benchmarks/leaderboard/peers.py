@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .protocol import SHARES, Plan, pairs_of
+from .protocol import Plan, pairs_of
 
 PAIR_BYTES = 256
 """A pair of the reference model's heads, 2 x 64 numbers of 16 bits."""
@@ -35,7 +35,7 @@ SINKS = 4
 def entries(plan: Plan) -> Iterator[dict[str, Any]]:
     """What is measured in the peers' environment: the full cache first, what takes longest last."""
     yield {"name": "full cache, peers' environment", "share": ""}
-    for share in SHARES:
+    for share in plan.budgets:
         slots = pairs_of(plan.budgets[share], HEADS, PAIR_BYTES)
         for press in ONCE:
             yield {
@@ -61,7 +61,7 @@ def entries(plan: Plan) -> Iterator[dict[str, Any]]:
                 "interval": interval,
                 "later": later,
             }
-    for share in SHARES:
+    for share in plan.budgets:
         kept = pairs_of(plan.budgets[share], HEADS, CODED_PAIR_BYTES)
         yield {
             "name": "kvpress SnapKV, once, over QuantizedCache, 4 bits",

@@ -30,7 +30,7 @@ class Plan:
     batch
         Windows at a time.
     budgets
-        For each of `SHARES`, its bytes.
+        For each share of the full cache's bytes, such as `SHARES`, how many they are.
     """
 
     model: str

@@ -21,7 +21,7 @@ from benchmarks.leaderboard import page
 from benchmarks.leaderboard.continuing import Entrant, cache_bytes, measure
 from benchmarks.leaderboard.ours import FULL, TUNED
 from benchmarks.leaderboard.peers import HEADS, PAIR_BYTES, entries
-from benchmarks.leaderboard.protocol import SHARES, Plan, Results
+from benchmarks.leaderboard.protocol import Plan, Results
 from tests.integrations.models import build
 
 PROMPT, LENGTH, NEW = 12, 20, 5
@@ -132,7 +132,7 @@ def test_the_page_has_the_best_first_beside_the_full_cache(tmp_path):
     assert peer["agreement"] == {"value": 1.0, "low": 0.0, "high": 2.0}
     assert (tuned["agreement"]["value"], tuned["step_of_full"]) == (3.0, 2.0)
     facts = {
-        "budgets": dict.fromkeys(SHARES, 10),
+        "budgets": {"5": 10},
         "versions": {"torch": "1"},
         "peers_versions": {"kvpress": "2"},
         "machine": {"cpu": "c"},
@@ -140,12 +140,14 @@ def test_the_page_has_the_best_first_beside_the_full_cache(tmp_path):
         "documents": 2,
         "far_tokens": 2,
         "date": "today",
+        "missing": ["kvpress Y, once 5"],
         "batch": 1,
     }
     text = page.between(f"a\n{page.BEGIN}\nold\n{page.END}\nb\n", page.text(rows, facts))
     assert "old" not in text
     assert text.index(f"**{TUNED}**") < text.index("kvpress X") < text.index(f"| {FULL}")
     assert "99, grows" in text
+    assert "**Not measured yet**, by share: kvpress Y, once 5." in text
     page.draw(rows, tmp_path / "l.png")
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="lacks"):

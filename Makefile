@@ -13,7 +13,10 @@ VLLM_TESTS ?= tests/integrations/vllm tests/test_distributed.py tests/training/t
 # Of `make gpu`: such as --only kernels.
 GPU_ARGUMENTS ?=
 
-.PHONY: venv demo serve plugin vllm gpu docs dist test lint format clean
+# Of `make leaderboard`: such as --windows 48, or --only page.
+LEADERBOARD_ARGUMENTS ?=
+
+.PHONY: venv demo serve plugin vllm leaderboard gpu docs dist test lint format clean
 
 venv: .venv/installed
 
@@ -62,6 +65,15 @@ dist:
 vllm: .venv-vllm/installed
 	$(TEST_ENVIRONMENT) VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest $(VLLM_TESTS)
 
+.venv-kvpress/installed: constraints-kvpress.txt
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-kvpress.txt
+	touch $@
+
+# Peers at equal bytes. A run that was stopped goes on: each cache's result is a file in build/leaderboard.
+leaderboard: venv .venv-kvpress/installed
+	$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.leaderboard $(LEADERBOARD_ARGUMENTS)
+
 # What a first run on a card should show, in order. With TENSORRT_ROOT the plugin's harness is built
 # before it; if that fails, its part says so and the others run.
 gpu: venv
@@ -81,4 +93,4 @@ format: venv
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-vllm build dist report site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-kvpress build dist report site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

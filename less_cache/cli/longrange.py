@@ -32,7 +32,14 @@ from .options import (
     check_out,
     named_maps,
 )
-from .quantized import Codes
+from .quantized import (
+    BitsOption,
+    KeyBitsOption,
+    TransformOption,
+    TransformsOption,
+    ValueBitsOption,
+    read_codes,
+)
 from .telling import resumable, say, warn
 
 
@@ -47,6 +54,11 @@ def longrange(
     model: ModelOption = SHIPPED,
     capacity: CapacityOption = "0.05",
     policy: PolicyOption = DEFAULT_POLICY,
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     tasks: Annotated[
         str, typer.Option(help="passkey, multikey, variables and text, with commas.")
     ] = "passkey,multikey,variables,text",
@@ -92,6 +104,7 @@ def longrange(
     check_can_draw()
     whole = read_cache(context, cache)
     check_config(capacity, policy)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_out(out)
     check_machine(device, dtype)
     wanted = chosen("tasks", tasks, (*NEW_TOKENS, "text"))
@@ -101,7 +114,9 @@ def longrange(
     sizes = tuple(number("lengths", text, int) for text in tasks_of(lengths or ""))
     style = style or ("code" if model == SHIPPED else "prose")
     chosen("style", style, STYLES)
-    named, codes = (named_maps(maps or []), Codes()) if whole is None else (whole.maps, whole.codes)
+    named = named_maps(maps or [])
+    if whole is not None:
+        named, codes = whole.maps, whole.codes
     documents: list[Any] = held_out() if data is None else read_documents(data)
     lines = [*NOISE]
     if filler is not None:
@@ -111,7 +126,7 @@ def longrange(
     loaded, tokenizer = load_model(model, device, dtype)
     if whole is None:
         rank = next(iter(named.values())).rank if named else 0
-        config = config_for(loaded, capacity, policy, rank)
+        config = config_for(loaded, capacity, policy, rank, codes)
     else:
         config = whole.config_for(loaded)
     positions = length_for(config, window)

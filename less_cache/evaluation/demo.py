@@ -20,7 +20,8 @@ from ..reference_model.shipped_maps import shipped
 from .comparison import BINS, FULL
 from .demo_speed import Speed, measure_speed
 from .generation import accepted_prefix, continue_greedily
-from .perplexity import RESAMPLES, Contestant, Recovery, Window, cut_windows, recovery, score
+from .intervals import drawn_documents
+from .perplexity import Contestant, Recovery, Window, cut_windows, recovery, score
 from .surroundings import surroundings
 
 ALONE, LESS = "H2O alone", "LESS of the paper"
@@ -255,7 +256,7 @@ def spread(windows: list[Window], count: int) -> list[Window]:
 def mean_interval(values: Tensor, *, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean: the values [n] drawn with replacement."""
     count = len(values)
-    drawn = np.random.default_rng(seed).multinomial(count, np.ones(count) / count, size=RESAMPLES)
+    drawn = drawn_documents(count, seed=seed)
     low, high = np.quantile(drawn @ values.double().numpy() / count, [0.025, 0.975])
     return float(low), float(high)
 

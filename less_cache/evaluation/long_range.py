@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .._files import json_digest
 from ..training.runs import model_digest
+from .intervals import Estimate, estimated_mean
 from .kept import KeptResults
 from .long_text import (
     Reading,
@@ -86,6 +87,8 @@ class Cell:
         Mean share of the answers that the greedy continuation has.
     nats
         Mean nats a token of the right continuation.
+    each
+        Of each example, its share of the answers and its nats a token.
     example
         What the first example asked for, and what came.
     """
@@ -96,6 +99,7 @@ class Cell:
     depth: float
     recalled: float
     nats: float
+    each: list[tuple[float, float]]
     example: tuple[str, str]
 
 
@@ -124,16 +128,38 @@ class LongRange:
         """The cells of a cache and a task."""
         return [cell for cell in self.cells if (cell.cache, cell.task) == (cache, task)]
 
-    def mean(self, cache: str, task: str) -> tuple[float, float]:
-        """Mean share recalled and mean nats, over all lengths and depths."""
-        cells = self.of(cache, task)
-        recalled = sum(cell.recalled for cell in cells) / len(cells)
-        return recalled, sum(cell.nats for cell in cells) / len(cells)
+    def mean(self, cache: str, task: str) -> tuple[Estimate, Estimate]:
+        """Mean share recalled and mean nats, over all lengths and depths.
+
+        The texts of a seed hide the same among the same lines: seeds are what intervals draw.
+        """
+        each = [
+            (str(seed), *values)
+            for cell in self.of(cache, task)
+            for seed, values in enumerate(cell.each)
+        ]
+        seeds, shares, nats = zip(*each, strict=True)
+        ones = [1] * len(each)
+        return estimated_mean(seeds, shares, ones), estimated_mean(seeds, nats, ones)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready data."""
         cells = [dataclasses.asdict(cell) for cell in self.cells]
-        return {**self.facts, "caches": self.caches, "cells": cells, "text": self.text}
+        means = [
+            {
+                "cache": cache,
+                "task": task,
+                "recalled": recalled.value,
+                "recalled_interval": recalled.interval,
+                "nats": nats.value,
+                "nats_interval": nats.interval,
+            }
+            for task in dict.fromkeys(cell.task for cell in self.cells)
+            for cache in self.caches
+            for recalled, nats in [self.mean(cache, task)]
+        ]
+        told = {"caches": self.caches, "cells": cells, "means": means, "text": self.text}
+        return {**self.facts, **told}
 
 
 def measure_long_range(
@@ -183,6 +209,7 @@ def measure_long_range(
         **dataclasses.asdict(plan),
         "filler_digest": json_digest([*filler]),
         "caches": {entry.name: _told(entry) for entry in contestants},
+        "parts": "with intervals",
     }
     hidden = [task for task in plan.tasks if task != "text"]
     windows: list[TextWindow] = []
@@ -257,6 +284,7 @@ def _ask(
     return {
         "recalled": sum(entry.share for entry in found) / len(found),
         "nats": sum(entry.nats for entry in found) / len(found),
+        "each": [[entry.share, entry.nats] for entry in found],
         "example": [", ".join(examples[0].answers), found[0].text],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ def hidden_table(result: LongRange) -> tuple[list[str], list[list[str]]]:
         row = [cache]
         for task in tasks:
             recalled, nats = result.mean(cache, task)
-            row += [f"{recalled:.0%}", f"{nats:.2f}"]
+            row += [
+                _estimate(recalled.value, recalled.interval, 0, share=True),
+                _estimate(nats.value, nats.interval, 2),
+            ]
         rows.append(row)
     return head, rows
 
@@ -113,21 +117,24 @@ def text_table(result: LongRange) -> tuple[list[str], list[list[str]]]:
     """Head and rows: each cache's nats on key tokens and others, and on names by distance."""
     told = [*result.text.values()]
     rows = [
-        [f"{told[0]['key_tokens']:,} key tokens", *(_number(own["key_nats"]) for own in told)],
-        ["all other tokens", *(_number(own["other_nats"]) for own in told)],
+        [f"{told[0]['key_tokens']:,} key tokens", *(_nats(own, "key_nats") for own in told)],
+        ["all other tokens", *(_nats(own, "other_nats") for own in told)],
     ]
     for distance in told[0]["names"]:
         names = [own["names"][distance] for own in told]
         rows.append(
             [
                 f"{names[0]['names']:,} names, {distance} tokens back",
-                *(_number(own["nats"]) for own in names),
+                *(_nats(own, "nats") for own in names),
             ]
         )
         rows.append(
             [
                 f"of {names[0]['several_tokens']:,} of them completed",
-                *("" if own["completed"] is None else f"{own['completed']:.0%}" for own in names),
+                *(
+                    _estimate(own["completed"], own["completed_interval"], 0, share=True)
+                    for own in names
+                ),
             ]
         )
     return ["", *result.text], rows
@@ -142,7 +149,7 @@ def _hidden(result: LongRange, picture: str) -> str:
         f"{table(*hidden_table(result))}\n"
         f'<p class="facts">{facts["samples"]} texts ({html.escape(facts["style"])}) of each length '
         "and depth; recalled: the share of the answers that the greedy continuation has; nats a "
-        "token of the right one.</p>\n"
+        "token of the right one; in brackets 95 %, seeds drawn with replacement.</p>\n"
         f'<img src="{picture}" alt="Share recalled, by depth and length">'
     )
 
@@ -157,9 +164,24 @@ def _text(result: LongRange) -> str:
         '<p class="facts">Nats a token. Key tokens: the full cache foresees them, at least 2 nats '
         f"better than the model that has read at most the last {facts['short']} tokens. Names: "
         "identifiers that came before in the window, by tokens since; completed: of those of "
-        "several tokens, the share whose first token leads greedily to all others.</p>"
+        "several tokens, the share whose first token leads greedily to all others. In "
+        "brackets 95 %: documents drawn with replacement.</p>"
     )
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _nats(told: Mapping[str, Any], name: str) -> str:
+    return _estimate(told[name], told[f"{name}_interval"], 2)
+
+
+def _estimate(
+    value: float | None, interval: Sequence[float] | None, digits: int, *, share: bool = False
+) -> str:
+    """A number and its interval: 4.59 (4.21 to 4.98); as a share, 59 % (50 to 68)."""
+    if value is None:
+        return ""
+    times, unit = (100, " %") if share else (1, "")
+    text = f"{times * value:.{digits}f}{unit}"
+    if interval is None:
+        return text
+    low, high = (f"{times * end:.{digits}f}" for end in interval)
+    return f"{text} ({low} to {high})"

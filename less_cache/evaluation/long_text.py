@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 import keyword
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .intervals import estimated_mean
 from .perplexity import Contestant, logits_under
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{3,}")
@@ -222,32 +224,37 @@ def told_apart(
     dict
         Nats a token: of all, of the key tokens, of the others. For names of each class of distance
         how many there are, their nats a token, and of those that have several tokens the share
-        whose first token leads to all of the others.
+        whose first token leads to all of the others. Each with an ``_interval``: 95 %, documents
+        drawn with replacement; ``None`` for fewer than two.
     """
-    nats = torch.cat([reading.nats for reading in readings]).double()
-    chosen = torch.cat([*keys])
-    names: dict[str, dict[str, float | int | None]] = {}
+    nats = [reading.nats.double() for reading in readings]
+    documents = [window.document for window in windows]
+    names: dict[str, dict[str, Any]] = {}
     for low, high in zip((0, *DISTANCES), (*DISTANCES, None), strict=True):
         own = [
-            (reading, name)
+            (window.document, reading, name)
             for window, reading in zip(windows, readings, strict=True)
             for name in window.names
             if low <= name.distance and (high is None or name.distance < high)
         ]
-        several = [bool(r.hits[n.start : n.stop - 1].all()) for r, n in own if n.stop - n.start > 1]
-        parts = [r.nats[n.start - 1 : n.stop - 1].double() for r, n in own]
+        several = [
+            (document, r.hits[n.start : n.stop - 1].all().reshape(1).double())
+            for document, r, n in own
+            if n.stop - n.start > 1
+        ]
+        parts = [(document, r.nats[n.start - 1 : n.stop - 1].double()) for document, r, n in own]
         names[distance_name(low, high)] = {
             "names": len(own),
-            "nats": _mean(torch.cat(parts)) if parts else None,
+            **_mean("nats", parts),
             "several_tokens": len(several),
-            "completed": sum(several) / len(several) if several else None,
+            **_mean("completed", several),
         }
     return {
-        "tokens": len(nats),
-        "nats": _mean(nats),
-        "key_tokens": int(chosen.sum()),
-        "key_nats": _mean(nats[chosen]),
-        "other_nats": _mean(nats[~chosen]),
+        "tokens": sum(map(len, nats)),
+        **_mean("nats", zip(documents, nats, strict=True)),
+        "key_tokens": sum(int(chosen.sum()) for chosen in keys),
+        **_mean("key_nats", [(d, n[k]) for d, n, k in zip(documents, nats, keys, strict=True)]),
+        **_mean("other_nats", [(d, n[~k]) for d, n, k in zip(documents, nats, keys, strict=True)]),
         "names": names,
     }
 
@@ -259,5 +266,9 @@ def distance_name(low: int, high: int | None) -> str:
     return f"under {high}" if low == 0 else f"{low} to {high - 1}"
 
 
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if len(values) else None
+def _mean(name: str, parts: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The mean of documents' numbers and its interval, JSON-ready."""
+    told = [(document, float(own.sum()), len(own)) for document, own in parts]
+    found = estimated_mean([t[0] for t in told], [t[1] for t in told], [t[2] for t in told])
+    value = None if math.isnan(found.value) else found.value
+    return {name: value, f"{name}_interval": found.interval}

@@ -18,9 +18,7 @@ from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.teacher_forcing import small_cache_logits
 from ..quantization.transforms import Transforms
-
-RESAMPLES = 2000
-"""Bootstrap samples of a confidence interval."""
+from .intervals import drawn_documents
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,7 @@ def recovery(full: Scores, policy: Scores, other: Scores, *, seed: int = 0) -> R
         best, worst, mine = perplexities
         return worst - mine, worst - best
 
-    drawn = np.random.default_rng(seed).multinomial(count, np.ones(count) / count, size=RESAMPLES)
+    drawn = drawn_documents(count, seed=seed)
     won, gap = gaps(np.concatenate([np.ones((1, count)), drawn]))
     if not (gap[0] > 0 and np.quantile(gap[1:], 0.025) > 0):
         return None

@@ -35,6 +35,10 @@ def test_report_has_every_cache_task_length_and_depth(tmp_path):
     assert [*told["text"]] == caches
     keys = [told["text"][cache]["key_nats"] for cache in caches]
     assert keys[0] < keys[3] < keys[1]
+    low, high = told["text"]["LESS"]["key_nats_interval"]
+    assert low <= keys[3] <= high
+    mean = next(m for m in told["means"] if m["cache"] == "full cache")
+    assert (mean["recalled"], mean["recalled_interval"]) == (1.0, None)  # of one seed
     assert told["versions"]["torch"]
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "index.html").read_text()
@@ -55,9 +59,12 @@ def test_one_task_of_prose_without_maps(tmp_path):
     assert "key tokens" not in (tmp_path / "index.html").read_text()
 
 
-def test_text_alone_has_no_picture(tmp_path, monkeypatch):
-    result = run("--out", tmp_path, *SMALL, "--tasks", "text", "--policy", "sinkwindow")
+def test_text_alone_of_coded_slots_has_no_picture(tmp_path):
+    bits = ("--key-bits", "4", "--value-bits", "3")
+    result = run("--out", tmp_path, *SMALL, "--tasks", "text", "--policy", "sinkwindow", *bits)
     assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "longrange.json").read_text())
+    assert told["text"].keys() == {"full cache", "policy alone", "slots of 4 and 3 bits"}
     assert not (tmp_path / "depth.png").exists()
     assert "<img" not in (tmp_path / "index.html").read_text()
 

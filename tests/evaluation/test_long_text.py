@@ -119,7 +119,12 @@ def test_figures_are_means_over_their_tokens():
     told = told_apart([window], [Reading(nats, hits)], [keys])
     assert (told["tokens"], told["nats"]) == (5, 3.0)
     assert (told["key_tokens"], told["key_nats"], told["other_nats"]) == (2, 3.0, 3.0)
-    near, middle, far = told["names"].values()
+    # One document has none to draw.
+    assert told["nats_interval"] is None
+    near, middle, far = (
+        {key: value for key, value in own.items() if "interval" not in key}
+        for own in told["names"].values()
+    )
     # The first token of a name says which is meant; completed are those whose others follow.
     assert near == {"names": 1, "nats": 1.5, "several_tokens": 1, "completed": 1.0}
     assert middle == {"names": 1, "nats": 5.0, "several_tokens": 0, "completed": None}
@@ -129,3 +134,18 @@ def test_figures_are_means_over_their_tokens():
     told = told_apart([window], [Reading(nats, hits)], [keys & False])
     assert told["names"]["256 and more"]["completed"] == 0.0
     assert told["key_nats"] is None
+
+
+def test_intervals_draw_documents():
+    def told(*means):
+        windows = [TextWindow(name, torch.arange(5), ()) for name in ("a", "b", "b")]
+        readings = [Reading(torch.full((4,), m), torch.ones(4, dtype=torch.bool)) for m in means]
+        keys = [torch.tensor([True, False, False, False])] * 3
+        return told_apart(windows, readings, keys)
+
+    same = told(2.0, 2.0, 2.0)
+    assert same["nats_interval"] == same["key_nats_interval"] == (2.0, 2.0)
+    low, high = told(1.0, 4.0, 4.0)["other_nats_interval"]
+    # Of two documents, the one or the other is often drawn twice.
+    assert (low, high) == (1.0, 4.0)
+    assert same["names"]["under 64"]["nats_interval"] is None

@@ -33,7 +33,7 @@ def whole(tokens, config, start, tmp_path_factory):
 
 def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    recipe = DistillRecipe(steps=16, batch=2, validation=2, validate_every=8, learning_rate=2e-2)
+    recipe = DistillRecipe(steps=30, batch=4, validation=2, validate_every=10, learning_rate=1e-2)
     maps = distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["validation"] < 0.95 * log[0]["validation"]

@@ -116,7 +116,7 @@ def text(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     parts.append(
         f"{facts['windows']} windows of {facts['documents']} modules; "
         f"{facts['far_tokens']} far tokens. "
-        f"Made by `make leaderboard` on {facts['date']}: {versions}. Peers: {theirs}. "
+        f"Made by `{facts['command']}` on {facts['date']}: {versions}. Peers: {theirs}. "
         f"One thread of {facts['machine']['cpu']}, float32, {facts['batch']} windows at a time."
     )
     if facts["missing"]:
@@ -184,6 +184,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             own = [row for row in left if is_one(row["name"])]
             left = [row for row in left if not is_one(row["name"])]
             own.sort(key=lambda row: row["bytes"])
+            if not own:
+                continue
             x, y = [row["bytes"] for row in own], [row[key]["value"] for row in own]
             ours = name == "less_cache, tuned"
             axes.plot(

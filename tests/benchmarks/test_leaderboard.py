@@ -140,6 +140,7 @@ def test_the_page_has_the_best_first_beside_the_full_cache(tmp_path):
         "documents": 2,
         "far_tokens": 2,
         "date": "today",
+        "command": "make it",
         "missing": ["kvpress Y, once 5"],
         "batch": 1,
     }

@@ -138,7 +138,7 @@ MISTAKES = {
     "capacity-bool": ((*TRAIN, "--capacity", "[true]"), "capacity: layer 0 has True"),
     "capacity-object": ((*TRAIN, "--capacity", "object.json"), "object.json holds dict"),
     "capacity-file": ((*TRAIN, "--capacity", "x.json"), "capacity: x.json is no file"),
-    "capacity-heads": ((*TRAIN, "--capacity", "[1,2,3,4,5,[6]]"), "capacity: got 1 entries"),
+    "capacity-heads": ((*TRAIN, "--capacity", "[11,12,13,14,15,[16]]"), "capacity: got 1 entries"),
     "capacity-memory": ((*TRAIN, "--capacity", "5000000000000"), "GB of memory; cpu has"),
     "policy": ((*TRAIN, "--policy", "lru"), "policy"),
     "full-cache": ((*TRAIN, "--policy", "fullcache", "--capacity", "8"), "evicts nothing"),
@@ -351,7 +351,7 @@ def test_maps_for_something_else_are_told_once_or_refused(maps, folder, monkeypa
     arguments = ["eval", "--maps", maps, *more, "--capacity", "20", "--policy", "tova"]
     status, _, told = run(monkeypatch, capsys, *arguments)
     assert status == 0
-    assert told.count("trained for H2O(sinks=0, recent=7), not TOVA(sinks=0, recent=1)") == 1
+    assert told.count("trained for SinkWindow(sinks=4, recent=0), not TOVA(sinks=0, recent=1)") == 1
     assert told.count("trained for a capacity of 16, not 20") == 1
     entry = FeatureMaps.from_pretrained(maps)
     FeatureMaps(entry.layers[:4], model_id="other").save_pretrained(folder / "shallow")
@@ -389,7 +389,7 @@ def test_info_and_eval_take_maps_alike(maps, monkeypatch, capsys):
     for given in (maps, f"my maps={maps}"):
         status, told, _ = run(monkeypatch, capsys, "info", "--maps", given)
         assert status == 0
-        assert "H2O(sinks=0, recent=7)" in told
+        assert "SinkWindow(sinks=4, recent=0)" in told
         assert "for the capacity" in told
         assert "16" in told.partition("for the capacity")[2].splitlines()[0]
 

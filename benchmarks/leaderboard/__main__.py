@@ -19,7 +19,7 @@ from less_cache.evaluation.long_text import key_tokens, read, short_context_nats
 from less_cache.evaluation.perplexity import Contestant, Window, cut_windows
 from less_cache.evaluation.surroundings import surroundings
 from less_cache.training.data import tokenize
-from less_cache.tuning.budget import full_cache_bytes, parse_budget
+from less_cache.tuning.budget import parse_budget
 
 from . import page
 from .ours import entries as our_entries
@@ -107,7 +107,7 @@ def main(
             "batch": batch,
             "far_tokens": sum(map(sum, far)),
             "budgets": plan.budgets,
-            "full_bytes": full_cache_bytes(shapes, length),
+            "full_bytes": shapes.full_cache_bytes(length, "float16"),
             "peers_versions": next((r["versions"] for r in found if "versions" in r), {}),
         }
         facts["missing"] = [f"{one['name']} {one['share']}".strip() for one in missing]

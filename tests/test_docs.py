@@ -67,6 +67,8 @@ def test_every_page_is_on_the_site():
     nav = in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert len(nav) == len(set(nav))
     assert {path.relative_to(DOCS).as_posix() for path in PAGES} <= set(nav)
+    examples = (ROOT / "examples").glob("[!_]*.py")
+    assert {f"examples/{path.name}.md" for path in examples} <= set(nav)
 
 
 @pytest.mark.parametrize("name", [*less_cache.__all__, "attach", "LessCache"])

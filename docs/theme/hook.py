@@ -25,8 +25,11 @@ PAGES = (
     "examples/tensorrt/README.md",
     "plugins/trt/README.md",
 )
-CODE = ("examples/custom_loop.py",)
-"""Shown as pages of their own, where pages link to them."""
+CODE = tuple(
+    path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / "examples").glob("[!_]*.py"))
+)
+"""Shown as pages of their own."""
 COMMANDS = "api/commands.md"
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")

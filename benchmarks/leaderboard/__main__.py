@@ -97,6 +97,8 @@ def main(
         missing = [one for one in told if not results.of([one])]
         rows = page.figures(found, [window.document for window in cut], far)
         around = surroundings()
+        # The page written anew tells the command that measured.
+        around["command"] = around["command"].replace(" --only page", "")
         facts = {
             **around,
             "windows": len(cut),

@@ -202,7 +202,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             )
         axes.set_xscale("log")
         ticks = [row["bytes"] for row in rows if row["name"] in (TUNED, FULL)]
-        axes.set_xticks(ticks, [f"{tick / 2**20:.2g} MiB" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick / 1000:,.0f} kB" for tick in ticks])
         axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.set_xlabel("bytes a sequence at 1024 tokens")
         axes.set_ylabel(label)

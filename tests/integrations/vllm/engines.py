@@ -11,7 +11,7 @@ import torch
 
 import less_cache as lc
 from less_cache import reference_model
-from less_cache.policies import parse_policy
+from less_cache.policies import DEFAULT_POLICY, parse_policy
 from less_cache.reference_model.shipped_maps import END_TO_END, FOLDER
 
 CACHE = {"capacity": "5%", "policy": "h2o", "maps": str(FOLDER / "h2o-5" / END_TO_END)}
@@ -80,7 +80,7 @@ def config_of(model: Any, less: dict[str, Any]) -> lc.CacheConfig:
     return lc.CacheConfig.from_model(
         model.config,
         capacity=less["capacity"],
-        policy=parse_policy(less.get("policy", "h2o")),
+        policy=parse_policy(less.get("policy", DEFAULT_POLICY)),
         rank=rank,
         dtype=model.dtype,
         quantization=None if bits is None else lc.Quantization(bits, bits),

@@ -38,7 +38,7 @@ def test_family(family, tmp_path):
     config = lc.CacheConfig.from_model(model.config, capacity=24, policy=lc.H2O(), rank=4)
     maps = lc.FeatureMaps.initialise(config, hidden=8)
     maps.save_pretrained(tmp_path / "maps")
-    less = {"capacity": 24, "maps": str(tmp_path / "maps"), "prompt_chunk": 32}
+    less = {"capacity": 24, "policy": "h2o", "maps": str(tmp_path / "maps"), "prompt_chunk": 32}
     draws = torch.Generator().manual_seed(1)
     lengths = (1, 20, 33, 100, 180)
     prompts = [torch.randint(3, 97, (n,), generator=draws).tolist() for n in lengths]

@@ -37,6 +37,7 @@ from less_cache.evaluation.perplexity import (
     cut_windows,
     recovery,
     score,
+    spread_over,
 )
 from less_cache.reference_model.shipped_maps import shipped
 from less_cache.training.data import tokenize
@@ -167,7 +168,7 @@ def main(
     length = model.config.max_position_embeddings
     documents = documents_of(text, tokenizer, model.config.vocab_size, length)
     cut = cut_windows(documents, length)
-    cut = cut[:: max(1, len(cut) // windows)][:windows]
+    cut = spread_over(cut, windows)
     shapes = lc.CacheConfig.from_model(
         model.config, capacity=GAP_SLOTS, policy=lc.H2O(), rank=0, dtype="float16"
     )

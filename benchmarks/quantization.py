@@ -33,9 +33,10 @@ from transformers import Cache, DynamicCache, QuantizedCache
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import less_cache as lc
+from benchmarks.leaderboard.continuing import cache_bytes
 from benchmarks.measuring import surroundings
 from benchmarks.options import numbers
-from less_cache.evaluation.perplexity import Contestant, Window, cut_windows, score
+from less_cache.evaluation.perplexity import Contestant, Window, cut_windows, score, spread_over
 from less_cache.policies import parse_policy
 from less_cache.quantization import TRANSFORMS
 from less_cache.reference_model import held_out_documents, load
@@ -174,22 +175,7 @@ def filled_bytes(cache: Cache, model: Any, tokens: int) -> int:
         for count in (tokens - 1, 1):
             size = (1, shapes.kv_heads, count, shapes.head_dim)
             cache.update(*torch.randn(2, *size).half(), layer)
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
-    held = [getattr(layer, name, None) for layer in cache.layers for name in names]
-    return sum(map(tensor_bytes, held))
-
-
-def tensor_bytes(held: Any) -> int:
-    """Bytes of the tensors in something, those that are made of others counted by these."""
-    if isinstance(held, dict):
-        return sum(map(tensor_bytes, held.values()))
-    if isinstance(held, (list, tuple)):
-        return sum(map(tensor_bytes, held))
-    if not isinstance(held, Tensor):
-        return 0
-    if hasattr(held, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
-    return held.nbytes
+    return cache_bytes(cache, 1)
 
 
 @torch.no_grad()
@@ -326,7 +312,7 @@ def main(
         (d.name, torch.tensor(tokenizer(d.text)["input_ids"])) for d in held_out_documents()
     ]
     cut = cut_windows(documents, length)
-    cut = cut[:: max(1, len(cut) // windows)][:windows]
+    cut = spread_over(cut, windows)
     widths = numbers(bits)
     rules = [parse_policy(text) for text in policies or ("h2o", "sinkwindow:sinks=4")]
     bases = Bases(model, calibration)

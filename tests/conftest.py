@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -23,3 +24,15 @@ settings.load_profile("less_cache")
 
 # Small shapes: a team of threads costs more than it gives.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of Ray with two workers on this machine."""
+    pytest.importorskip("psutil")
+    ray = pytest.importorskip("ray", reason="needs Ray: make vllm sets up an environment with it")
+    from less_cache.distributed import Ray
+
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield Ray()
+    ray.shutdown()

@@ -45,15 +45,6 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch):
         run_tasks(tasks.add, NUMBERS, shared=(1,), on=Ray())
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster of two workers on this machine."""
-    ray = pytest.importorskip("ray", reason="needs Ray: make vllm sets up an environment with it")
-    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
-    yield Ray()
-    ray.shutdown()
-
-
 def test_on_a_cluster_results_are_the_same_in_the_same_order(cluster):
     found = run_tasks(tasks.add, NUMBERS, shared=(10,), on=cluster)
     assert [total for total, _, _ in found] == [13, 11, 12, 15]

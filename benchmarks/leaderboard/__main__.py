@@ -16,7 +16,7 @@ import less_cache as lc
 from less_cache import reference_model
 from less_cache._files import json_text, write_text
 from less_cache.evaluation.long_text import key_tokens, read, short_context_nats
-from less_cache.evaluation.perplexity import Contestant, Window, cut_windows
+from less_cache.evaluation.perplexity import Contestant, Window, cut_windows, spread_over
 from less_cache.evaluation.surroundings import surroundings
 from less_cache.training.data import tokenize
 from less_cache.tuning.budget import parse_budget
@@ -25,7 +25,7 @@ from . import page
 from .ours import entries as our_entries
 from .ours import measure_ours
 from .peers import entries as peers_entries
-from .protocol import SHARES, Plan, Results, spread
+from .protocol import SHARES, Plan, Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +39,7 @@ def windows_of(model: Any, tokenizer: Any, count: int) -> list[Window]:
     """So many windows of the held-out modules, spread over all."""
     documents = [(d.name, d.text) for d in reference_model.held_out_documents()]
     tokens = tokenize(documents, tokenizer, vocabulary=model.config.vocab_size)
-    return spread(cut_windows(tokens, model.config.max_position_embeddings), count)
+    return spread_over(cut_windows(tokens, model.config.max_position_embeddings), count)
 
 
 def far_tokens(model: Any, windows: list[Window], plan: Plan, kept: Path) -> list[list[bool]]:

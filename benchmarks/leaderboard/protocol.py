@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,3 @@ def digest_of(told: Any) -> str:
 def pairs_of(budget: int, heads: int, pair_bytes: float) -> int:
     """The most pairs a head that so many bytes hold, all heads alike."""
     return int(budget / heads / pair_bytes)
-
-
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """So many of them, evenly over all."""
-    return [*items[:: max(1, len(items) // count)]][:count]

@@ -80,7 +80,7 @@ def evaluate(
     import torch
 
     from ..evaluation.comparison import compare, contestants_for
-    from ..evaluation.perplexity import cut_windows
+    from ..evaluation.perplexity import cut_windows, spread_over
     from ..evaluation.report import as_table, check_can_draw, save_report
     from ..provenance import codes_text, mismatches
     from ..training.data import Document, read_documents, tokenize
@@ -113,12 +113,12 @@ def evaluate(
     contestants_for(config, named, size, codes.transforms)
     cut = cut_windows(tokenize(documents, tokenizer, vocabulary=vocabulary_of(loaded)), size)
     if windows is not None:
-        cut = cut[:: max(1, len(cut) // windows)][:windows]
+        cut = spread_over(cut, windows)
     starts = None
     if prompts:
         if new_tokens >= size:
             raise ValueError(f"new_tokens: got {new_tokens}, expected fewer than length = {size}")
-        chosen = cut[:: max(1, len(cut) // prompts)][:prompts]
+        chosen = spread_over(cut, prompts)
         starts = torch.stack([window.ids[: size - new_tokens] for window in chosen])
     if codes.quantization is not None:
         title += f", {codes_text(codes.quantization)}"

@@ -21,7 +21,7 @@ from .comparison import BINS, FULL
 from .demo_speed import Speed, measure_speed
 from .generation import accepted_prefix, continue_greedily
 from .intervals import drawn_documents
-from .perplexity import Contestant, Recovery, Window, cut_windows, recovery, score
+from .perplexity import Contestant, Recovery, Window, cut_windows, recovery, score, spread_over
 from .surroundings import surroundings
 
 ALONE, LESS = "H2O alone", "LESS of the paper"
@@ -189,7 +189,7 @@ def run_demo(recipes: Mapping[str, CacheRecipe] | None = None, *, progress: bool
     ]
     length = model.config.max_position_embeddings
     every = cut_windows(documents, length)
-    windows, starts = spread(every, WINDOWS), spread(every, PROMPTS)
+    windows, starts = spread_over(every, WINDOWS), spread_over(every, PROMPTS)
     scores = [score(model, windows, c, progress=progress) for c in contestants]
     prompts = torch.stack([window.ids[: length - NEW_TOKENS] for window in starts])
     found = [_continuations(model, prompts, c, progress=progress) for c in contestants]
@@ -246,11 +246,6 @@ def run_demo(recipes: Mapping[str, CacheRecipe] | None = None, *, progress: bool
             **surroundings(),
         },
     )
-
-
-def spread(windows: list[Window], count: int) -> list[Window]:
-    """So many of them, spread over the documents, so that no single one decides."""
-    return windows[:: max(1, len(windows) // count)][:count]
 
 
 def mean_interval(values: Tensor, *, seed: int = 0) -> tuple[float, float]:

@@ -144,6 +144,11 @@ def cut_windows(documents: Sequence[tuple[str, Tensor]], length: int) -> list[Wi
     return windows
 
 
+def spread_over(windows: list[Window], count: int) -> list[Window]:
+    """So many of them, evenly over all, so that no single document decides."""
+    return windows[:: max(1, len(windows) // count)][:count]
+
+
 def logits_under(model: Any, contestant: Contestant) -> Callable[[Tensor], Tensor]:
     """What gives a model's logits [B, N, V] for token ids [B, N], as if it decoded them."""
     config, maps = contestant.config, None

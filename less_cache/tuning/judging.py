@@ -60,7 +60,6 @@ class Judge:
 
     def __init__(self, model: Any, tokens: Tensor, folder: Path, batch: int) -> None:
         self.model, self.batches, self.folder = model, tokens.split(batch), folder
-        self.verdicts: list[Verdict] = []
         self.kept: dict[int, Tensor] = {}
 
     def judge(self, contestant: Contestant) -> Verdict:
@@ -73,7 +72,6 @@ class Judge:
             write_text(path, json_text(verdict.__dict__) + "\n")
         verdict = Verdict(contestant.name, verdict.loss, verdict.divergence, verdict.nbytes)
         logger.info("%s: %.4f nats from full", verdict.name, verdict.divergence)
-        self.verdicts.append(verdict)
         return verdict
 
     @torch.no_grad()

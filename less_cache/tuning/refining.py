@@ -115,17 +115,17 @@ def refine(
     told(1)
     for _ in range(rounds):
         found = _factors(offers, plan, least, measure, told)
-        before = least
-        for step in STEPS:
-            now = best.towards(found, step)
-            tried = choose(now.of(offers), total)
-            loss = measure(tried)
+        nearer = [best.towards(found, step) for step in STEPS]
+        plans = [choose(factors.of(offers), total) for factors in nearer]
+        losses = []
+        for tried in plans:
+            losses.append(measure(tried))
             told(1)
-            if loss < least:
-                taken, plan, least = now, tried, loss
-        if least == before:
+        if min(losses) >= least:
             break
-        best = taken
+        least = min(losses)
+        taken = losses.index(least)
+        best, plan = nearer[taken], plans[taken]
     return best
 
 

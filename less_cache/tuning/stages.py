@@ -90,9 +90,16 @@ class Stages:
         """The model on the text that heads are measured on."""
         return Replay(self.model, self.text["measuring"], self.config)
 
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """Judges finished caches on the text that is kept for that."""
+        return Judge(self.model, self.text["validation"], self.work / "verdicts", batch=8)
+
     def __getstate__(self) -> dict[str, Any]:
-        # A worker makes its own replay: its predictions take more to send than to make.
-        own = {name: value for name, value in self.__dict__.items() if name != "replay"}
+        # A worker makes these itself: the predictions they hold take more to send than to make.
+        own = {
+            name: value for name, value in self.__dict__.items() if name not in ("replay", "judge")
+        }
         return own | {"progress": False, "on": None}
 
     def run(self, stage: str, tasks: Sequence[tuple[Any, ...]], told: str | None = None) -> Any:
@@ -217,8 +224,7 @@ class Stages:
 
     def judged(self, contestant: Contestant) -> Verdict:
         """What a cache makes of the text that is kept for that."""
-        judge = Judge(self.model, self.text["validation"], self.work / "verdicts", batch=8)
-        return judge.judge(contestant)
+        return self.judge.judge(contestant)
 
 
 def _run_stage(stages: Stages, stage: str, *task: Any) -> Any:

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 pytest.importorskip("psutil")
 
 from benchmarks import quantization
-from benchmarks.quantization import Entry, filled_bytes, perplexity, table_rows, tensor_bytes
+from benchmarks.leaderboard.continuing import tensor_bytes
+from benchmarks.quantization import Entry, filled_bytes, perplexity, table_rows
 from less_cache.evaluation.perplexity import Contestant, Window, score
 from less_cache.reference_model import load
 from tests.benchmarks.test_decode import invoke
@@ -91,6 +92,6 @@ def test_bytes_of_tensors_made_of_tensors():
 
     made = torch.zeros(100).as_subclass(Made)
     made.codes, made.scale = torch.zeros(7, dtype=torch.uint8), torch.zeros(2, dtype=torch.half)
-    assert tensor_bytes([made, {"zero": torch.zeros(3)}, None, 5]) == 7 + 4 + 12
+    assert tensor_bytes([made, {"zero": torch.zeros(3)}, None, 5]) == 7 + 4 + 6
     model = build("llama")
     assert filled_bytes(DynamicCache(), model, 10) == 2 * 2 * 2 * 12 * 2 * 10

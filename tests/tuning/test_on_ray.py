@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from less_cache.distributed import Ray
 from tests.killing import Killer
 from tests.tuning.tiny import run
 
-pytest.importorskip("psutil")
-ray = pytest.importorskip("ray", reason="needs Ray: make vllm sets up an environment with it")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
-def test_a_cluster_one_of_whose_workers_is_killed_comes_to_the_same_cache(tmp_path):
+def test_a_cluster_one_of_whose_workers_is_killed_comes_to_the_same_cache(tmp_path, cluster):
     here = run(tmp_path / "here")
     there = tmp_path / "there"
     killer = Killer("_run_stage", lambda: any((there / "work" / "states").glob("*/log.jsonl")))
     killer.start()
-    found = run(there, on=Ray())
+    found = run(there, on=cluster)
     killer.join()
     assert killer.killed
     assert found.recipe.digest == here.recipe.digest
@@ -38,6 +27,6 @@ def test_a_cluster_one_of_whose_workers_is_killed_comes_to_the_same_cache(tmp_pa
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_what_cannot_be_tuned_is_refused_as_in_one_process(tmp_path):
+def test_what_cannot_be_tuned_is_refused_as_in_one_process(tmp_path, cluster):
     with pytest.raises(ValueError, match="budget: got 100"):
-        run(tmp_path, budget=100, on=Ray())
+        run(tmp_path, budget=100, on=cluster)

@@ -11,10 +11,7 @@ import typer
 
 from .._checks import check_choice
 from ..quantization import BITS, TRANSFORMS, Quantization
-from ..quantization.transforms import Transforms
-
-FILE = "transforms.safetensors"
-"""What `calibrate` calls its file where it is given a folder."""
+from ..quantization.transforms import FILE, Transforms
 
 BitsOption = Annotated[
     int | None,

@@ -133,6 +133,13 @@ def inner_variances(
     return _spectrum(logits, key_spread)[0], _spectrum(outputs, values.covariance)[0]
 
 
+def rounded(matrix: Tensor) -> Tensor:
+    """Bases [heads, D, D] in 16 bits a number; in 32, where 16 would bend a channel's direction."""
+    half = matrix.half().double()
+    bent = (half - matrix).norm(dim=1) > BENT * matrix.norm(dim=1)
+    return matrix.float().double() if bent.any() else half
+
+
 def _weights(
     queries: Moments, keys: Moments, projection: Tensor, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,15 +167,8 @@ def _bases(layout: CodeLayout, weight: Tensor, spread: Tensor) -> tuple[Tensor, 
     variances, channels, root = _spectrum(weight, spread)
     steps = torch.from_numpy(layout.steps) * variances.sqrt()
     # Rounded, so that a file may hold it in a quarter of the bytes and its inverse not at all.
-    inner = _rounded(root @ channels / steps.unsqueeze(1))
+    inner = rounded(root @ channels / steps.unsqueeze(1))
     return inner, inverse(inner)
-
-
-def _rounded(matrix: Tensor) -> Tensor:
-    """To numbers of 16 bits; to those of 32 where 16 would bend a channel's direction."""
-    half = matrix.half().double()
-    bent = (half - matrix).norm(dim=1) > BENT * matrix.norm(dim=1)
-    return matrix.float().double() if bent.any() else half
 
 
 def _regular(matrix: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from ..layer_config import LayerConfig
 from ..layer_maps import LayerMaps
 
 FORMAT = "less_cache.transforms.1"
+FILE = "transforms.safetensors"
+"""What a file of bases is called in a folder."""
 TENSORS = ("key_in", "key_out", "key_mean", "value_in", "value_out", "value_mean")
 INVERSES = {"key_in": "key_out", "value_in": "value_out"}
 

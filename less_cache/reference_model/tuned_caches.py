@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a folder a budget goes here")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=0, help="of training maps together")
+    parser.add_argument("--steps", type=int, default=100, help="of training all layers together")
     options = parser.parse_args()
     model, tokenizer = load()
     shape = model.config
@@ -76,7 +76,7 @@ def main() -> None:
             budget,
             folder,
             work=options.out / "work",
-            effort=Effort(steps=options.steps),
+            effort=Effort(steps=options.steps, batch=8),
             policies=POLICIES,
             model_id=NAME,
             licence="Apache-2.0",

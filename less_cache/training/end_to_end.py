@@ -1,7 +1,7 @@
-"""End-to-end distillation: all layers' maps together, the model frozen.
+"""End-to-end distillation: all layers' maps together, and the bases of codes; the model frozen.
 
 The loss is the Kullback-Leibler divergence of the next-token distribution under the small cache
-from that under the full one, over positions past the budget.
+from that under the full one, over the positions that the small cache changes.
 """
 
 from __future__ import annotations
@@ -10,99 +10,24 @@ import dataclasses
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from .._checks import check_int, check_real
 from ..config import CacheConfig
 from ..feature_maps import FeatureMaps
 from ..integrations.transformers.model_check import attention_modules, check_fit, check_model
-from ..integrations.transformers.teacher_forcing import (
-    small_cache_logits,
-    times_under_full_cache,
-)
-from ..layer_maps import LayerMaps
-from ..quantization.transforms import Transforms, check_transforms
-from .collect import SIMULATED_AT_ONCE
+from ..quantization.transforms import FILE, Transforms, check_transforms
 from .curves import save_curves
-from .recipe import generator
-from .runs import (
-    Log,
-    claim,
-    digest_tokens,
-    load_checkpoint,
-    load_optimizer,
-    model_digest,
-    optimizer_tensors,
-    save_checkpoint,
-    transforms_record,
-)
+from .distillation import Distillation, first_changed
+from .recipe import DistillRecipe
+from .runs import Log, claim, digest_tokens, model_digest, transforms_record
 
 SAVE_EVERY_SECONDS = 60.0
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DistillRecipe:
-    """How the maps of all layers are fitted together.
-
-    Parameters
-    ----------
-    steps
-        Steps of Adam.
-    batch
-        Sequences a step.
-    learning_rate
-        At its peak; it rises over the first twentieth of the steps and falls to zero by a cosine.
-    clip
-        Largest norm of a step's gradient.
-    validation
-        Sequences that are kept for validation, the last ones.
-    validate_every
-        Steps.
-    seed
-        Of the order.
-    micro_batch
-        Sequences that go through the model together; more are faster and take more memory.
-    recompute
-        Make attention weights again in the backward pass instead of keeping them: more time, far
-        less memory.
-    full_evictions
-        Evict as if all layers before had full caches: worked out once, where the policy's own
-        steps for every sequence anew would take most of the time.
-    """
-
-    steps: int = 400
-    batch: int = 4
-    learning_rate: float = 1e-3
-    clip: float = 1.0
-    validation: int = 8
-    validate_every: int = 50
-    seed: int = 0
-    micro_batch: int = 1
-    recompute: bool = True
-    full_evictions: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "validation", "validate_every", "micro_batch"):
-            check_int(name, getattr(self, name), minimum=1)
-        check_int("seed", self.seed, minimum=0)
-        for name in ("learning_rate", "clip"):
-            check_real(name, getattr(self, name), above=0.0)
-
-    def rate(self, step: int) -> float:
-        """The learning rate at a step, counted from 0."""
-        warmup = max(1, self.steps // 20)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def distill(
@@ -118,6 +43,28 @@ def distill(
 ) -> FeatureMaps:
     """Fit all layers' maps to the model's logits under the full cache.
 
+    As `distill_cache`, of which it gives the maps alone.
+    """
+    found, _ = distill_cache(
+        model, tokens, config, recipe, out, maps=maps, transforms=transforms, progress=progress
+    )
+    assert found is not None
+    return found
+
+
+def distill_cache(
+    model: Any,
+    tokens: Tensor,
+    config: CacheConfig,
+    recipe: DistillRecipe,
+    out: Path,
+    *,
+    maps: FeatureMaps | None = None,
+    transforms: Transforms | None = None,
+    progress: bool = True,
+) -> tuple[FeatureMaps | None, Transforms | None]:
+    """Fit all layers' maps to the full cache's logits; with ``recipe.bases`` codes' bases as well.
+
     A run that was killed goes on when it is started again with the same arguments, to the same
     result bit for bit on the CPU.
 
@@ -128,13 +75,13 @@ def distill(
     tokens
         [n, N] token ids.
     config
-        Capacity, policy and rank that the maps are for.
-    maps
-        Where to start: those of `train`.
+        Capacity, policy, rank and codes that they are for.
     recipe
         The numbers.
     out
-        Folder of the run: checkpoint, log, a picture of it, and the finished maps.
+        Folder of the run: checkpoint, log, a picture of it, and what was fitted.
+    maps
+        Where to start: those of `train`; ``None`` where no layer has a state.
     transforms
         The bases of codes; needed where a layer has calibrated ones.
     progress
@@ -142,17 +89,25 @@ def distill(
 
     Returns
     -------
-    FeatureMaps
-        Those of the least validation loss, also written to `out`.
+    maps, transforms
+        Those of the least validation loss, also written to `out`; those given, where they are not
+        fitted.
 
     Raises
     ------
     ValueError
-        If config, maps and model do not fit each other, the tokens are too few or too short, `out`
-        holds a run with other settings, or the loss becomes infinite.
+        If config, maps and model do not fit each other, there is nothing to fit, the tokens are too
+        few or too short, `out` holds a run with other settings, or the loss becomes infinite.
     """
-    maps.check_against(config)
     check_transforms(config, transforms)
+    if maps is not None:
+        maps.check_against(config)
+    elif config.has_state:
+        raise ValueError("maps: got None, but the config's rank is above 0")
+    elif not recipe.bases:
+        raise ValueError("maps: got None, and recipe.bases is False: there is nothing to fit")
+    if recipe.bases and transforms is None:
+        raise ValueError("transforms: got None, expected bases to fit, as recipe.bases is True")
     if len(tokens) < recipe.validation + recipe.batch:
         raise ValueError(
             f"tokens: got {len(tokens)} sequences, "
@@ -164,7 +119,7 @@ def distill(
         policy = layer.policy
         if layer.rank and not policy.evicts:
             raise ValueError(f"policy: {policy} evicts nothing, so there is nothing to fit")
-    if tokens.shape[1] <= (least := _least(config)):
+    if tokens.shape[1] <= (least := first_changed(config, recipe)):
         raise ValueError(
             f"tokens: sequences of {tokens.shape[1]} lose nothing to a capacity of {least}; "
             "expected longer ones"
@@ -174,12 +129,12 @@ def distill(
         "config": config.to_dict(),
         **transforms_record(transforms),
         "distill": dataclasses.asdict(recipe),
-        "start": maps.digest,
+        "start": None if maps is None else maps.digest,
         "data_sha256": digest_tokens(tokens),
         "torch": torch.__version__,
     }
     claim(out, settings)
-    run = _Distillation(model, tokens, config, maps, recipe, transforms)
+    run = Distillation(model, tokens, config, recipe, maps, transforms)
     path = out / "checkpoint.safetensors"
     step = run.restore(path)
     if step:
@@ -210,164 +165,15 @@ def distill(
             f"more after step {step}; take a smaller one"
         )
     record = {
-        **maps.record,
+        **({} if maps is None else maps.record),
         "method": "per layer, then end to end",
         "distill": settings,
         "validation_loss": run.best_loss,
     }
-    best = run.maps_of(run.best)
-    fitted = FeatureMaps(best, model_id=maps.model_id, record=record)
-    fitted.save_pretrained(out)
+    fitted, bases = run.best_maps(record), run.best_transforms()
+    if fitted is not None:
+        fitted.save_pretrained(out)
+    if recipe.bases and bases is not None:
+        bases.save(out / FILE)
     save_curves(out, {"end to end": log.read()}, "validation loss, nats a token")
-    return fitted
-
-
-def _least(config: CacheConfig) -> int:
-    """The fewest slots of any head of a layer with maps: before that they change nothing."""
-    return min(min(layer.capacities) for layer in config.layers if layer.rank)
-
-
-class _Distillation:
-    """The run between two steps: parameters, optimiser, best so far."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokens: Tensor,
-        config: CacheConfig,
-        maps: FeatureMaps,
-        recipe: DistillRecipe,
-        transforms: Transforms | None = None,
-    ) -> None:
-        self.model, self.config, self.recipe = model, config, recipe
-        self.transforms = transforms
-        self.tokens = tokens
-        self.known: dict[bytes, list[Tensor]] = {}
-        self.training = tokens[: -recipe.validation]
-        self.held = tokens[-recipe.validation :]
-        self.past = _least(config)
-        self.kind = maps.kind
-        # Empty for a layer without maps.
-        self.layers = [
-            {
-                name: t.detach().clone().float().to(model.device).requires_grad_()
-                for name, t in ({} if layer is None else layer.tensors).items()
-            }
-            for layer in maps
-        ]
-        self.maps = self.maps_of(self.layers)
-        parameters = [t for layer in self.layers for t in layer.values()]
-        self.optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
-        self.parameters = parameters
-        self.best = [
-            {name: t.detach().clone() for name, t in layer.items()} for layer in self.layers
-        ]
-        self.best_loss = float("inf")
-
-    def maps_of(self, layers: list[dict[str, Tensor]]) -> list[LayerMaps | None]:
-        """The maps that some parameters are, by layer."""
-        return [LayerMaps(self.kind, tensors) if tensors else None for tensors in layers]
-
-    def _times(self, ids: Tensor) -> list[Tensor] | None:
-        """When pairs leave, for sequences that stand in `tokens`; ``None``: to be worked out."""
-        if not self.recipe.full_evictions:
-            return None
-        found = []
-        for row in ids:
-            key = row.numpy().tobytes()
-            if key not in self.known:
-                at = next(i for i, own in enumerate(self.tokens) if torch.equal(own, row))
-                self._learn(at)
-            found.append(self.known[key])
-        return [torch.stack(rows).to(self.model.device) for rows in zip(*found, strict=True)]
-
-    def _learn(self, at: int) -> None:
-        """Evictions of the sequence of that place and those around it."""
-        first = at - at % SIMULATED_AT_ONCE
-        chosen = self.tokens[first : first + SIMULATED_AT_ONCE]
-        times = times_under_full_cache(
-            self.model, self.config, chosen.to(self.model.device), transforms=self.transforms
-        )
-        for place, row in enumerate(chosen):
-            self.known[row.numpy().tobytes()] = [layer[place].cpu() for layer in times]
-
-    def step(self, step: int) -> float:
-        """One step of Adam; the loss in nats a token."""
-        recipe = self.recipe
-        per_epoch = max(1, len(self.training) // recipe.batch)
-        epoch, within = divmod(step, per_epoch)
-        order = torch.randperm(
-            len(self.training), generator=generator(recipe.seed, "distill", epoch)
-        )
-        chosen = order[within * recipe.batch : (within + 1) * recipe.batch]
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        self.optimizer.zero_grad()
-        total = 0.0
-        for part in chosen.split(recipe.micro_batch):
-            loss = self._loss(self.training[part]) * (len(part) / len(chosen))
-            gradients = torch.autograd.grad(loss, self.parameters)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
-        self.optimizer.step()
-        return total
-
-    def validate(self) -> float:
-        """The loss on the sequences kept for it; the best maps are kept."""
-        with torch.no_grad():
-            losses = [
-                float(self._loss(part)) * len(part)
-                for part in self.held.split(self.recipe.micro_batch)
-            ]
-        loss = sum(losses) / len(self.held)
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self.best = [
-                {name: t.detach().clone() for name, t in layer.items()} for layer in self.layers
-            ]
-        return loss
-
-    def _loss(self, ids: Tensor) -> Tensor:
-        times = self._times(ids)
-        ids = ids.to(self.model.device)
-        with torch.no_grad():
-            wanted = self.model(ids, use_cache=False).logits[:, self.past :].float()
-        logits = small_cache_logits(
-            self.model,
-            self.config,
-            self.maps,
-            ids,
-            recompute=self.recipe.recompute,
-            transforms=self.transforms,
-            times=times,
-        )
-        found = logits[:, self.past :].float()
-        return F.kl_div(
-            found.log_softmax(2), wanted.log_softmax(2), reduction="sum", log_target=True
-        ) / (found.shape[0] * found.shape[1])
-
-    def save(self, path: Path, step: int) -> None:
-        """Write everything that `restore` needs."""
-        tensors = dict(optimizer_tensors(self.optimizer))
-        for kind, layers in (("now", self.layers), ("best", self.best)):
-            for i, layer in enumerate(layers):
-                tensors.update({f"{kind}.{i}.{name}": t for name, t in layer.items()})
-        save_checkpoint(path, tensors, {"step": step, "best_loss": self.best_loss})
-
-    def restore(self, path: Path) -> int:
-        """The step to go on with; 0 where there is no checkpoint."""
-        found = load_checkpoint(path)
-        if found is None:
-            return 0
-        tensors, facts = found
-        with torch.no_grad():
-            for i, layer in enumerate(self.layers):
-                for name, parameter in layer.items():
-                    parameter.copy_(tensors[f"now.{i}.{name}"])
-                    self.best[i][name] = tensors[f"best.{i}.{name}"].to(parameter.device)
-        load_optimizer(self.optimizer, tensors)
-        best = facts["best_loss"]
-        self.best_loss = float("inf") if best is None else best
-        return int(facts["step"])
+    return fitted, bases

@@ -91,6 +91,66 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class DistillRecipe:
+    """How the maps of all layers, and the bases of their codes, are fitted together.
+
+    Parameters
+    ----------
+    steps
+        Steps of Adam.
+    batch
+        Sequences a step.
+    learning_rate
+        At its peak; it rises over the first twentieth of the steps and falls to zero by a cosine.
+    clip
+        Largest norm of a step's gradient.
+    validation
+        Sequences that are kept for validation, the last ones.
+    validate_every
+        Steps.
+    seed
+        Of the order.
+    micro_batch
+        Sequences that go through the model together; more are faster and take more memory.
+    recompute
+        Make attention weights again in the backward pass instead of keeping them: more time, far
+        less memory.
+    full_evictions
+        Evict as if all layers before had full caches: worked out once, where the policy's own
+        steps for every sequence anew would take most of the time.
+    bases
+        Fit the calibrated bases of codes as well, through the codes.
+    """
+
+    steps: int = 400
+    batch: int = 4
+    learning_rate: float = 1e-3
+    clip: float = 1.0
+    validation: int = 8
+    validate_every: int = 50
+    seed: int = 0
+    micro_batch: int = 1
+    recompute: bool = True
+    full_evictions: bool = False
+    bases: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "validation", "validate_every", "micro_batch"):
+            check_int(name, getattr(self, name), minimum=1)
+        check_int("seed", self.seed, minimum=0)
+        for name in ("learning_rate", "clip"):
+            check_real(name, getattr(self, name), above=0.0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, counted from 0."""
+        warmup = max(1, self.steps // 20)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 RECIPES = {
     "paper": Recipe(),
     "fast": Recipe(

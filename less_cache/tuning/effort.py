@@ -41,7 +41,7 @@ class Effort:
     rounds
         Of measuring whole caches, to put heads' losses right; 0: none.
     steps, batch
-        Of distillation, and sequences a step; 0 steps: none.
+        Of distillation, and sequences a step, from all of the text but validation's; 0 steps: none.
     """
 
     calibration: int = 24
@@ -86,6 +86,10 @@ class Effort:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
+
+    def without_distillation(self) -> dict[str, Any]:
+        """The same but for its steps and batch."""
+        return {n: x for n, x in self.to_dict().items() if n not in ("steps", "batch")}
 
 
 @torch.no_grad()
@@ -143,5 +147,6 @@ def split(tokens: Tensor, effort: Effort) -> dict[str, Tensor]:
         "measuring": spread(effort.measuring, 0.75),
         "refining": spread(effort.measuring, 0.0),
         "fitting": spread(effort.fitting, 0.5),
+        "distilling": rest,
         "validation": tokens[count - validation :],
     }

@@ -19,8 +19,9 @@ from ..evaluation.perplexity import Contestant
 from ..feature_maps import FeatureMaps
 from ..policies import Policy
 from ..quantization.transforms import Transforms
-from ..training.end_to_end import DistillRecipe, distill
+from ..training.end_to_end import distill_cache
 from ..training.per_layer import train
+from ..training.recipe import DistillRecipe
 from ..training.runs import load_checkpoint, save_checkpoint
 from .allocation import Offer, Plan
 from .bases import LayerBases, bases_of, from_tensors, to_tensors
@@ -198,29 +199,31 @@ class Stages:
         return maps
 
     def distilled(
-        self, plan: Plan, transforms: Transforms | None, maps: FeatureMaps
-    ) -> FeatureMaps:
-        """Those maps, all layers together, against the full cache's predictions."""
-        validation = min(4, max(1, len(self.text["fitting"]) // 8))
+        self, plan: Plan, transforms: Transforms | None, maps: FeatureMaps | None
+    ) -> tuple[FeatureMaps | None, Transforms | None]:
+        """Maps and bases, all layers together, against the full cache's predictions."""
+        text = self.text["distilling"]
+        validation = min(8, max(1, len(text) // 8))
         recipe = DistillRecipe(
             steps=self.effort.steps,
-            batch=min(self.effort.batch, len(self.text["fitting"]) - validation),
-            learning_rate=1e-3,
+            batch=min(self.effort.batch, len(text) - validation),
+            learning_rate=2e-3,
             validation=validation,
             validate_every=max(1, self.effort.steps // 4),
             full_evictions=True,
+            bases=transforms is not None,
         )
-        maps = distill(
+        maps, transforms = distill_cache(
             self.model,
-            self.text["fitting"],
+            text,
             config_of(self.config, plan),
-            maps,
             recipe,
-            self.own / "together",
+            self.own / f"together-{recipe.steps}-{recipe.batch}",
+            maps=maps,
             transforms=transforms,
             progress=self.progress,
         )
-        return maps.to("cpu")
+        return None if maps is None else maps.to("cpu"), transforms
 
     def judged(self, contestant: Contestant) -> Verdict:
         """What a cache makes of the text that is kept for that."""

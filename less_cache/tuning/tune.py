@@ -36,6 +36,7 @@ RANKS = (4,)
 CURVE = (0.5, 2.0)
 """Shares of the budget at which the curve has points besides the budget itself."""
 FULL = "full cache"
+TOGETHER = "trained together"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,8 @@ def tune(
         "model_id": public_name(model_id),
         "model_sha256": model_digest(model),
         "data_sha256": digest_tokens(tokens),
-        "effort": chosen.to_dict(),
+        # What is found before distillation serves any number of its steps.
+        "effort": chosen.without_distillation(),
         "policies": [policy.to_dict() for policy in policies],
         "ranks": [*ranks],
     }
@@ -185,13 +187,13 @@ def tune(
         return Contestant(name, config_of(config, of), maps, stages.transforms(of, bases))
 
     candidates = [contestant("no state", without)]
+    maps, transforms = None, stages.transforms(plan, bases)
     if any(offer.rank for offer in plan.offers):
-        transforms = stages.transforms(plan, bases)
         maps = stages.fitted(plan, transforms)
         candidates.append(contestant("state", plan, maps))
-        if chosen.steps:
-            (together,) = stages.run("distilled", [(plan, transforms, maps)])
-            candidates.append(contestant("state, maps trained together", plan, together))
+    if chosen.steps and (maps is not None or transforms is not None):
+        (together,) = stages.run("distilled", [(plan, transforms, maps)])
+        candidates.append(Contestant(TOGETHER, config_of(config, plan), *together))
     if without.capacities != apart.capacities or without.offers != apart.offers:
         candidates.append(contestant("heads measured apart", apart))
     parts = ablations(plain, without, total)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import less_cache as lc
-from less_cache.training import DistillRecipe, calibrate, distill, train
+from less_cache.integrations.transformers.teacher_forcing import small_cache_logits
+from less_cache.quantization.transforms import Transforms
+from less_cache.training import DistillRecipe, calibrate, distill, distill_cache, train
 from less_cache.training.collect import collect_layer
-from less_cache.training.end_to_end import _Distillation
+from less_cache.training.distillation import Distillation
 
 KINDS = ("hadamard", "calibrated")
 SHORT = DistillRecipe(steps=4, batch=2, validation=2, validate_every=2, learning_rate=3e-3)
@@ -56,7 +59,7 @@ def test_the_distilled_loss_is_that_of_decoding(model, tokens, config, text, kin
     model = model.double()
     config, transforms = coded(model, config, kind, text, dtype="float64")
     maps = lc.FeatureMaps.initialise(config, hidden=8)
-    run = _Distillation(model, tokens, config, maps, SHORT, transforms)
+    run = Distillation(model, tokens, config, SHORT, maps, transforms)
     ids = tokens[:2]
     with torch.no_grad():
         found = run._loss(ids)
@@ -86,6 +89,73 @@ def test_maps_for_coded_pairs_beat_the_policy_and_know_it(
         model, tokens, config, made, SHORT, tmp_path / "b", transforms=transforms, progress=False
     )
     assert fitted.record["distill"].get("transforms_sha256") == digest
+
+
+def test_bases_are_fitted_with_the_maps_or_without(model, tokens, config, text, tmp_path):
+    recipe = DistillRecipe(
+        steps=30, batch=4, validation=4, validate_every=5, learning_rate=1e-2, bases=True
+    )
+    # Of random text nothing can be learned but the text itself.
+    seen = torch.cat([tokens[:4], tokens[:4]])
+    config, transforms = coded(model, config, "calibrated", text)
+    maps = lc.FeatureMaps.initialise(config, hidden=8)
+    plain = config.replace(rank=0)
+    for name, own, start in (("maps", config, maps), ("bases", plain, None)):
+        given = {"maps": start, "transforms": transforms, "progress": False}
+        fitted, bases = distill_cache(model, seen, own, recipe, tmp_path / name, **given)
+        log = [*map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())]
+        least = min(entry["validation"] for entry in log)
+        assert least < 0.97 * log[0]["validation"]
+        assert bases.digest != transforms.digest
+        assert Transforms.load(tmp_path / name / "transforms.safetensors").digest == bases.digest
+        assert (fitted is None) == (start is None)
+        # What was fitted is what decoding gives, but for bases rounded to 16 bits: a model of random
+        # weights makes much of a little.
+        with torch.no_grad():
+            ids = seen[-4:]
+            full = model(ids, use_cache=False).logits.log_softmax(2)
+            found = small_cache_logits(model, own, fitted, ids, transforms=bases).log_softmax(2)
+        loss = (full.exp() * (full - found)).sum(2)[:, 1:].mean()
+        assert float(loss) == pytest.approx(least, rel=0.1)
+
+
+def test_a_killed_run_over_bases_goes_on_to_the_same_result(
+    model, tokens, config, text, tmp_path, monkeypatch
+):
+    config, transforms = coded(model, config, "calibrated", text)
+    recipe = dataclasses.replace(SHORT, bases=True)
+    maps = lc.FeatureMaps.initialise(config, hidden=8)
+    given = {"maps": maps, "transforms": transforms, "progress": False}
+    whole = distill_cache(model, tokens, config, recipe, tmp_path / "whole", **given)
+    original = Distillation.step
+    with monkeypatch.context() as patch:
+        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
+
+        def step(self, number):
+            if number == 3:
+                raise KeyboardInterrupt
+            return original(self, number)
+
+        patch.setattr(Distillation, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            distill_cache(model, tokens, config, recipe, tmp_path / "killed", **given)
+    again = distill_cache(model, tokens, config, recipe, tmp_path / "killed", **given)
+    assert [part.digest for part in again] == [part.digest for part in whole]
+
+
+def test_where_there_is_nothing_to_fit_it_says_so(model, tokens, config, text, tmp_path):
+    config, transforms = coded(model, config, "calibrated", text)
+    more = {"progress": False}
+    with pytest.raises(ValueError, match=r"^maps: got None, but the config's rank is above 0"):
+        distill_cache(model, tokens, config, SHORT, tmp_path, transforms=transforms, **more)
+    plain = config.replace(rank=0)
+    with pytest.raises(ValueError, match=r"^maps: got None, and recipe.bases is False"):
+        distill_cache(model, tokens, plain, SHORT, tmp_path, transforms=transforms, **more)
+    bases = dataclasses.replace(SHORT, bases=True)
+    floats = plain.replace(quantization=None)
+    with pytest.raises(ValueError, match=r"^transforms: got None, expected bases to fit"):
+        distill_cache(model, tokens, floats, bases, tmp_path, **more)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["train", "distill"])

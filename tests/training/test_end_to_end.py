@@ -12,7 +12,7 @@ from less_cache.integrations.transformers.teacher_forcing import times_under_ful
 from less_cache.teacher_forced import eviction_times
 from less_cache.training import DistillRecipe, distill
 from less_cache.training.collect import full_attention
-from less_cache.training.end_to_end import _Distillation
+from less_cache.training.distillation import Distillation
 from tests.integrations.models import build
 
 RECIPE = DistillRecipe(steps=6, batch=2, validation=2, validate_every=3, learning_rate=3e-3)
@@ -48,7 +48,7 @@ def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_result(
     model, tokens, config, start, whole, tmp_path, monkeypatch, steps
 ):
-    original = _Distillation.step
+    original = Distillation.step
     with monkeypatch.context() as patch:
         patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0, raising=True)
 
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
                 raise KeyboardInterrupt
             return original(self, number)
 
-        patch.setattr(_Distillation, "step", step)
+        patch.setattr(Distillation, "step", step)
         with pytest.raises(KeyboardInterrupt):
             distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
     resumed = distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
@@ -93,19 +93,19 @@ def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, t
     distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["validation"] < log[0]["validation"]
-    assert _Distillation(model, tokens, config, start, recipe).past == 4
+    assert Distillation(model, tokens, config, recipe, start, None).past == 4
 
 
 def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, monkeypatch):
     config = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
     start = lc.FeatureMaps.initialise(config, hidden=8)
     recipe = dataclasses.replace(RECIPE, steps=6, validate_every=2)
-    assert _Distillation(model, tokens, config, start, recipe).past == 8
+    assert Distillation(model, tokens, config, recipe, start, None).past == 8
     whole = distill(model, tokens, config, start, recipe, tmp_path / "whole", progress=False)
     assert whole.rank == (0, 4)
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert whole.record["validation_loss"] < log[0]["validation"]
-    original = _Distillation.step
+    original = Distillation.step
     with monkeypatch.context() as patch:
         patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
 
@@ -114,7 +114,7 @@ def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, m
                 raise KeyboardInterrupt
             return original(self, number)
 
-        patch.setattr(_Distillation, "step", step)
+        patch.setattr(Distillation, "step", step)
         with pytest.raises(KeyboardInterrupt):
             distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
     resumed = distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
@@ -153,7 +153,7 @@ def test_known_evictions_are_worked_out_once(model, tokens, config, start, tmp_p
         calls.append(len(given[2]))
         return times_under_full_cache(*given, **named)
 
-    monkeypatch.setattr("less_cache.training.end_to_end.times_under_full_cache", counted)
+    monkeypatch.setattr("less_cache.training.distillation.times_under_full_cache", counted)
     recipe = dataclasses.replace(RECIPE, full_evictions=True, steps=2)
     distill(model, tokens, config, start, recipe, tmp_path, progress=False)
     assert sum(calls) == len(tokens)

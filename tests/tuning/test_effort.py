@@ -14,6 +14,7 @@ def test_validation_shares_no_sequence_with_the_rest():
         "measuring": 5,
         "refining": 5,
         "fitting": 20,
+        "distilling": 41,
         "validation": 9,
     }
     kept = set(parts.pop("validation")[:, 0].tolist())

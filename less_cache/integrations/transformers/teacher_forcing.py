@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
+from ...layer_config import LayerConfig
 from ...layer_maps import LayerMaps
 from ...quantization.transforms import LayerTransforms
 from ...teacher_forced import attend_all, eviction_times, stored_pairs
 from .interception import Enough, intercepted
+
+Stored = Callable[[int, LayerConfig, Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 def small_cache_logits(
@@ -26,6 +29,7 @@ def small_cache_logits(
     recompute: bool = True,
     transforms: Sequence[LayerTransforms | None] | None = None,
     times: Sequence[Tensor] | None = None,
+    stored: Stored | None = None,
 ) -> Tensor:
     """The model's logits with a small cache, as if it had decoded token by token.
 
@@ -46,11 +50,14 @@ def small_cache_logits(
     times
         For each layer [B, Hkv, N], when pairs leave; default: what the policy makes of these very
         queries and keys.
+    stored
+        What slots give back, of a layer's index and config, keys and values; default:
+        `teacher_forced.stored_pairs`, through which no gradient flows.
 
     Returns
     -------
     Tensor
-        [B, N, vocabulary]; gradients flow into the maps.
+        [B, N, vocabulary]; gradients flow into the maps, and through `stored`.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,8 +69,8 @@ def small_cache_logits(
             else times[layer]
         )
         used = None if maps is None else maps[layer]
-        stored = stored_pairs(spec, k, v, basis)
-        return attend_all(spec, used, q, k, v, gone, stored=stored, recompute=recompute)
+        held = stored_pairs(spec, k, v, basis) if stored is None else stored(layer, spec, k, v)
+        return attend_all(spec, used, q, k, v, gone, stored=held, recompute=recompute)
 
     with intercepted(model, attend):
         return model(ids, use_cache=False).logits  # type: ignore[no-any-return]

@@ -154,6 +154,9 @@ def distill(
     value_bits: ValueBitsOption = None,
     transform: TransformOption = None,
     transforms: TransformsOption = None,
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Fit the bases of --transforms as well.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
@@ -179,9 +182,12 @@ def distill(
         seed=seed,
         micro_batch=micro_batch,
         recompute=recompute,
+        bases=bases,
     )
     check_config(capacity, policy)
     codes = read_codes(bits, key_bits, value_bits, transform, transforms)
+    if bases and codes.transforms is None:
+        raise ValueError("bases: given, but no --transforms to begin with")
     check_out(out)
     check_machine(device, dtype)
     (start,) = named_maps([maps]).values()
@@ -192,7 +198,9 @@ def distill(
         tokens = tokens_for(loaded, tokenizer, documents, config, length, sequences)
         fitted = run(loaded, tokens, config, start, recipe, out, transforms=codes.transforms)
     say(f"Validation loss: {fitted.record['validation_loss']:.4f} nats a token")
-    say(f"Maps: {out}. Next:")
+    say(f"Maps{' and bases' if bases else ''}: {out}. Next:")
+    if bases:
+        codes = dataclasses.replace(codes, options=codes.options | {"--transforms": str(out)})
     say(_judge(model, capacity, policy, codes, out))
 
 

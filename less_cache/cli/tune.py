@@ -19,6 +19,7 @@ from .options import (
     ModelOption,
     SequencesOption,
     check_out,
+    parse_layers,
 )
 from .ray_options import GpusOption, RayOption, RetriesOption, cluster
 from .telling import resumable, say
@@ -54,6 +55,12 @@ def tune(
     ] = None,
     length: LengthOption = None,
     sequences: SequencesOption = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Only measure these: 0:8, or 3. For machines that share --work; then once without."
+        ),
+    ] = None,
     ray: RayOption = None,
     gpus: GpusOption = 0.0,
     retries: RetriesOption = 3,
@@ -68,13 +75,15 @@ def tune(
     from ..integrations.transformers.model_check import check_model
     from ..policies import FullCache
     from ..training.data import read_documents
-    from ..tuning import Effort, save_report
+    from ..tuning import Effort, measure_layers, save_report
     from ..tuning import tune as run
 
     if minutes is not None:
         check_real("minutes", minutes, above=0.0)
         if steps is not None:
             raise ValueError("steps: given, and minutes too, which choose them; leave one out")
+    if layers is not None and ray is not None:
+        raise ValueError("layers: given, and ray too, which spreads all of them; leave one out")
     check_can_draw()
     check_out(out)
     on = cluster(ray, gpus, retries, device)
@@ -86,7 +95,25 @@ def tune(
         loaded, tokenizer = load_model(model, here, dtype)
         check_model(loaded)
         shapes = CacheConfig.from_model(loaded.config, capacity=1, policy=FullCache(), rank=0)
+        part = parse_layers(layers, shapes.num_layers)
         tokens = tokens_for(loaded, tokenizer, documents, shapes, length, sequences)
+        effort = None if steps is None else dataclasses.replace(Effort(), steps=steps)
+        name = model_name(model)
+        if part is not None:
+            folder = out / "work" if work is None else work
+            left = measure_layers(
+                loaded,
+                tokens,
+                folder,
+                part,
+                effort=effort,
+                minutes=minutes,
+                model_id=name,
+                device=device,
+            )
+            told = f"; still to be measured: {', '.join(map(str, left))}" if left else ""
+            say(f"Measured{told}. When no layer is left: the same command without --layers.")
+            return
         tuned = run(
             loaded,
             tokens,
@@ -94,9 +121,9 @@ def tune(
             out,
             work=work,
             context=context,
-            effort=None if steps is None else dataclasses.replace(Effort(), steps=steps),
+            effort=effort,
             minutes=minutes,
-            model_id=model_name(model),
+            model_id=name,
             licence=licence,
             on=on,
             device=device,

@@ -164,13 +164,15 @@ def distill_cache(
             f"learning_rate: got {recipe.learning_rate}, with which the loss was no number any "
             f"more after step {step}; take a smaller one"
         )
+    bases = run.best_transforms()
     record = {
         **({} if maps is None else maps.record),
         "method": "per layer, then end to end",
-        "distill": settings,
+        # The bases that the maps go with are those of the end.
+        "distill": settings | transforms_record(bases),
         "validation_loss": run.best_loss,
     }
-    fitted, bases = run.best_maps(record), run.best_transforms()
+    fitted = run.best_maps(record)
     if fitted is not None:
         fitted.save_pretrained(out)
     if recipe.bases and bases is not None:

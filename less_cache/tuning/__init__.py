@@ -2,6 +2,6 @@
 
 from .effort import Effort
 from .report import save_report
-from .tune import Tuned, tune
+from .tune import Tuned, measure_layers, tune
 
-__all__ = ["Effort", "Tuned", "save_report", "tune"]
+__all__ = ["Effort", "Tuned", "measure_layers", "save_report", "tune"]

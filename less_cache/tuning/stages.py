@@ -121,7 +121,7 @@ class Stages:
 
     def measured(self, layer: int, policies: Sequence[Policy], bases: LayerBases) -> LayerLosses:
         """What each head of a layer loses."""
-        path = self.work / "losses" / f"{layer:03d}.json"
+        path = self.losses_path(layer)
         if path.exists():
             return LayerLosses.from_dict(parse_json(str(path), path.read_bytes()))
         slots = [tried for tried in SLOTS if tried < self.length]
@@ -130,6 +130,10 @@ class Stages:
         found = measure_layer(self.replay, layer, policies, slots, bases)
         write_text(path, json_text(found.to_dict()) + "\n")
         return found
+
+    def losses_path(self, layer: int) -> Path:
+        """Where `measured` keeps a layer's."""
+        return self.work / "losses" / f"{layer:03d}.json"
 
     def with_states(
         self, layer: int, policy: Policy, ranks: Sequence[int]

@@ -132,8 +132,6 @@ def tune(
         work = work.resolve()
     check_model(model)
     config = _shapes(model, tokens, policies, ranks)
-    if effort is not None and minutes is not None:
-        raise ValueError("minutes: given, and effort too; leave one out")
     context = check_int("context", context or config.max_positions or tokens.shape[1], minimum=2)
     total = parse_budget(budget, config, context)
     if total < (least := least_bytes(config, policies, SLOTS[0])):
@@ -141,32 +139,22 @@ def tune(
             f"budget: got {budget!r}, {total:,} bytes, expected at least {least:,}: {SLOTS[0]} "
             "slots for every head"
         )
-    own = work / f"{total}-bytes"
-    split(tokens, effort or Effort())
-    chosen = _effort(model, tokens, config, effort, minutes, work, on, device)
-    settings = {
-        "model_id": public_name(model_id),
-        "model_sha256": model_digest(model),
-        "data_sha256": digest_tokens(tokens),
-        # What is found before distillation serves any number of its steps.
-        "effort": chosen.without_distillation(),
-        "policies": [policy.to_dict() for policy in policies],
-        "ranks": [*ranks],
-    }
-    claim(work, settings)
-    text = split(tokens, chosen)
-    stages = Stages(
+    stages = _stages(
         model,
+        tokens,
         config,
-        text,
-        chosen,
         work,
-        own=own,
+        work / f"{total}-bytes",
+        effort=effort,
+        minutes=minutes,
+        policies=policies,
+        ranks=ranks,
         model_id=model_id,
         progress=progress,
         on=on,
         device=device,
     )
+    chosen, text = stages.effort, stages.text
     (bases,) = stages.run("calibrated", [()])
     losses = stages.run("measured", [(i, policies, own) for i, own in enumerate(bases)], "measure")
     plain = [offers_of(config, layer, found) for layer, found in enumerate(losses)]
@@ -251,6 +239,112 @@ def tune(
     )
     recipe.save_pretrained(folder)
     return Tuned(recipe, report)
+
+
+def measure_layers(
+    model: Any,
+    tokens: Tensor,
+    work: str | Path,
+    layers: Sequence[int],
+    *,
+    effort: Effort | None = None,
+    minutes: float | None = None,
+    policies: Sequence[Policy] = POLICIES,
+    ranks: Sequence[int] = RANKS,
+    model_id: str | None = None,
+    progress: bool = True,
+    device: str | None = None,
+) -> list[int]:
+    """Measure what the heads of some layers lose, for a `tune` with the same arguments.
+
+    It is most of a tuning's work, and layers need nothing of each other: machines that share a
+    folder, but no cluster, may each measure some.
+
+    Parameters
+    ----------
+    layers
+        Which, counted from 0.
+    model, tokens, work, effort, minutes, policies, ranks, model_id, progress, device
+        As of `tune`.
+
+    Returns
+    -------
+    list of int
+        Layers that are still to be measured, here or elsewhere.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As of `tune`; if there is no such layer.
+    """
+    work = check_path("work", work)
+    check_model(model)
+    config = _shapes(model, tokens, policies, ranks)
+    for layer in layers:
+        check_int("layers", layer, minimum=0, maximum=config.num_layers - 1)
+    stages = _stages(
+        model,
+        tokens,
+        config,
+        work,
+        work,
+        effort=effort,
+        minutes=minutes,
+        policies=policies,
+        ranks=ranks,
+        model_id=model_id,
+        progress=progress,
+        on=None,
+        device=device,
+    )
+    (bases,) = stages.run("calibrated", [()])
+    stages.run("measured", [(i, policies, bases[i]) for i in layers], "measure")
+    return [i for i in range(config.num_layers) if not stages.losses_path(i).exists()]
+
+
+def _stages(
+    model: Any,
+    tokens: Tensor,
+    config: CacheConfig,
+    work: Path,
+    own: Path,
+    *,
+    effort: Effort | None,
+    minutes: float | None,
+    policies: Sequence[Policy],
+    ranks: Sequence[int],
+    model_id: str | None,
+    progress: bool,
+    on: Ray | None,
+    device: str | None,
+) -> Stages:
+    """The folder of the work, once it is this run's."""
+    if effort is not None and minutes is not None:
+        raise ValueError("minutes: given, and effort too; leave one out")
+    split(tokens, effort or Effort())
+    chosen = _effort(model, tokens, config, effort, minutes, work, on, device)
+    settings = {
+        "model_id": public_name(model_id),
+        "model_sha256": model_digest(model),
+        "data_sha256": digest_tokens(tokens),
+        # What is found before distillation serves any number of its steps.
+        "effort": chosen.without_distillation(),
+        "policies": [policy.to_dict() for policy in policies],
+        "ranks": [*ranks],
+    }
+    claim(work, settings)
+    return Stages(
+        model,
+        config,
+        split(tokens, chosen),
+        chosen,
+        work,
+        own=own,
+        model_id=model_id,
+        progress=progress,
+        on=on,
+        device=device,
+    )
 
 
 def _shapes(

@@ -178,7 +178,7 @@ def test_distill_hands_codes_on(bases, text, tmp_path, monkeypatch):
     seen = []
 
     def distill(model, tokens, config, start, recipe, out, *, transforms):
-        seen.append((config, transforms))
+        seen.append((config, transforms, recipe.bases))
         return lc.FeatureMaps(maps.layers, record={"validation_loss": 1.0})
 
     monkeypatch.setattr("less_cache.training.distill", distill)
@@ -187,7 +187,14 @@ def test_distill_hands_codes_on(bases, text, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert seen[0][0].quantization == lc.Quantization(3, 2, "calibrated")
     assert seen[0][1].key_bits == 3
+    assert not seen[0][2]
     assert f"--transforms {bases}" in result.output.strip().splitlines()[-1]
+    result = run("distill", *common, "--transforms", bases, "--bases")
+    assert seen[1][2]
+    # The bases that were fitted are judged, not those that they began as.
+    assert f"--transforms {tmp_path / 'o'}" in result.output.strip().splitlines()[-1]
+    with pytest.raises(ValueError, match=r"^bases: given, but no --transforms"):
+        run("distill", *common, "--bases")
 
 
 def test_coded_slots_are_judged_without_maps_and_maps_for_others_are_warned_of(

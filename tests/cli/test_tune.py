@@ -48,10 +48,25 @@ def test_it_writes_a_cache_and_a_report(files):
     assert "slots by KV head" in shown.output
 
 
+def test_layers_may_be_measured_on_their_own(files, tmp_path):
+    words = ["--model", files / "model", "--data", files / "text.npy", "--length", LENGTH]
+    words += ["--context", LENGTH, "--budget", "60%", "--steps", 0, "--out", tmp_path]
+    for layer, left in ((1, "still to be measured: 0."), (0, "Measured.")):
+        done = run("tune", *words, "--layers", layer)
+        assert done.exit_code == 0, done.output
+        assert left in " ".join(done.output.split())
+    assert sorted(p.name for p in (tmp_path / "work" / "losses").iterdir()) == [
+        "000.json",
+        "001.json",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--minutes", "0"], "minutes"),
+        (["--layers", "2"], "layers: got '2', expected a part of 0:2"),
+        (["--layers", "0", "--ray", "local"], "layers: given, and ray too"),
         (["--minutes", "1", "--steps", "2"], "steps: given, and minutes too"),
         (["--budget", "none"], "budget: got 'none'"),
         (["--gpus", "1"], "gpus: got 1 without --ray"),

@@ -10,6 +10,7 @@ import torch
 
 import less_cache as lc
 from less_cache.integrations.transformers.teacher_forcing import small_cache_logits
+from less_cache.provenance import bases_of
 from less_cache.quantization.transforms import Transforms
 from less_cache.training import DistillRecipe, calibrate, distill, distill_cache, train
 from less_cache.training.collect import collect_layer
@@ -109,8 +110,10 @@ def test_bases_are_fitted_with_the_maps_or_without(model, tokens, config, text, 
         assert bases.digest != transforms.digest
         assert Transforms.load(tmp_path / name / "transforms.safetensors").digest == bases.digest
         assert (fitted is None) == (start is None)
-        # What was fitted is what decoding gives, but for bases rounded to 16 bits: a model of random
-        # weights makes much of a little.
+        if fitted is not None:
+            assert bases_of(fitted) == bases.digest
+        # What was fitted is what decoding gives, but for bases rounded to 16 bits, of which a model
+        # of random weights makes much.
         with torch.no_grad():
             ids = seen[-4:]
             full = model(ids, use_cache=False).logits.log_softmax(2)

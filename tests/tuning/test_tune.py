@@ -1,5 +1,6 @@
 """The whole way, on a tiny model: what comes out fits the bytes, loads, and is found again."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,10 +10,10 @@ import less_cache as lc
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from less_cache.tuning import Effort, save_report
+from less_cache.tuning import Effort, measure_layers, save_report
 from less_cache.tuning.candidates import equal_slots, simple_caches
 from tests.integrations.models import build
-from tests.tuning.tiny import run, text
+from tests.tuning.tiny import EFFORT, run, text
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,28 @@ def test_budgets_share_what_heads_lose(tuned, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in (out / "work" / "losses").iterdir()}
     found = run(tmp_path / "less", budget="45%", work=out / "work")
     assert found.recipe.config.bytes_per_sequence("float16") <= found.report["budget"]["bytes"]
+    assert before == {p.name: p.stat().st_mtime_ns for p in (out / "work" / "losses").iterdir()}
+
+
+def test_layers_may_be_measured_apart(tuned, tmp_path):
+    found, _ = tuned
+    given = {"effort": EFFORT, "policies": [lc.SinkWindow(1)], "ranks": [1], "progress": False}
+    work = tmp_path / "work"
+    assert measure_layers(build("llama"), text(), work, [1], **given) == [0]
+    kept = (work / "losses" / "001.json").stat().st_mtime_ns
+    assert measure_layers(build("llama"), text(), work, [0, 1], **given) == []
+    again = run(tmp_path / "out", work=work)
+    assert again.recipe.digest == found.recipe.digest
+    assert (work / "losses" / "001.json").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="layers: got 2"):
+        measure_layers(build("llama"), text(), work, [2], **given)
+
+
+def test_more_steps_of_distillation_measure_nothing_anew(tuned):
+    _, out = tuned
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "work" / "losses").iterdir()}
+    found = run(out, effort=dataclasses.replace(EFFORT, steps=3))
+    assert "trained together" in {entry["name"] for entry in found.report["verdicts"]}
     assert before == {p.name: p.stat().st_mtime_ns for p in (out / "work" / "losses").iterdir()}
 
 

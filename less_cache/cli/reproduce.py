@@ -17,6 +17,14 @@ from ..feature_maps import FeatureMaps
 from .given_cache import CacheOption, read_cache
 from .loading import check_machine, load_model, model_name
 from .options import SHIPPED, DeviceOption, DtypeOption, LengthOption, ModelOption, check_out
+from .quantized import (
+    BitsOption,
+    KeyBitsOption,
+    TransformOption,
+    TransformsOption,
+    ValueBitsOption,
+    read_codes,
+)
 from .telling import resumable, say, warn
 
 TABLE_NAMES = "wikitext, pg19, c4, cnn, xsum, multinews, lm-eval"
@@ -35,6 +43,11 @@ def reproduce(
         ),
     ] = None,
     cache: CacheOption = None,
+    bits: BitsOption = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
+    transform: TransformOption = None,
+    transforms: TransformsOption = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text file or folder, or .jsonl; default: the table's, by datasets."),
@@ -70,6 +83,7 @@ def reproduce(
 
     # What needs no model is checked before one is loaded.
     given = read_cache(context, cache)
+    codes = read_codes(bits, key_bits, value_bits, transform, transforms)
     check_choice("table", table, [*paper.TABLES])
     wanted = paper.TABLES[table]
     check_out(out)
@@ -118,6 +132,8 @@ def reproduce(
             out,
             named=model_name(model),
             whole=whole,
+            quantization=codes.quantization,
+            transforms=codes.transforms,
         )
     Console().print(as_table(lines, f"{table}: {model_name(model)}"))
     say(f"Written: {out / 'table.json'}, {out / 'table.md'}")

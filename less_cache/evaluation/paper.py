@@ -166,3 +166,27 @@ def cache_for(
         rank=rank,
         **({} if dtype is None else {"dtype": dtype}),
     )
+
+
+def coded_cache(like: CacheConfig, quantization: Any) -> CacheConfig:
+    """As many coded slots as a cache of equal slots has bytes for, its own counted in 16 bits.
+
+    Parameters
+    ----------
+    like
+        From `cache_for`, rank 0.
+    quantization
+        As of `CacheConfig`.
+
+    Raises
+    ------
+    ValueError
+        If the policy cannot be had with such codes.
+    """
+    rule = like.policies[0]
+    shaped = like.replace(quantization=quantization, dtype="float16")
+    slot = sum(layer.kv_heads * layer.slot_bytes for layer in shaped.layers)
+    slots = like.bytes_per_sequence("float16") // slot
+    if isinstance(rule, H2O):
+        rule = H2O(recent=(slots - 1) // 2)
+    return like.replace(capacity=slots, policy=rule, quantization=quantization)

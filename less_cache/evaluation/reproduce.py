@@ -11,9 +11,11 @@ from typing import Any, TypeAlias
 
 from .._files import json_digest, json_text, write_text
 from ..feature_maps import FeatureMaps
-from ..provenance import slots_text
+from ..provenance import codes_text, slots_text
+from ..quantization.transforms import Transforms, check_transforms
 from ..recipe import CacheRecipe
-from ..training.runs import model_digest
+from ..training.runs import model_digest, transforms_record
+from .comparison import coded_name
 from .kept import KeptResults
 from .paper import (
     BASELINE_PLUS,
@@ -26,6 +28,7 @@ from .paper import (
     SHARES,
     Table,
     cache_for,
+    coded_cache,
 )
 from .paper_data import Article, Text
 from .perplexity import Contestant
@@ -99,7 +102,11 @@ class Protocol:
 
 
 def contestants_of(
-    model: Any, protocol: Protocol, maps: Mapping[tuple[str, float | None], FeatureMaps]
+    model: Any,
+    protocol: Protocol,
+    maps: Mapping[tuple[str, float | None], FeatureMaps],
+    quantization: Any = None,
+    transforms: Transforms | None = None,
 ) -> list[PlacedContestant]:
     """The caches of a table with their policies and shares.
 
@@ -112,11 +119,15 @@ def contestants_of(
     maps
         By policy and share; a share of ``None`` stands for all that have no maps of their own.
         Without maps there is no line for LESS.
+    quantization
+        As of `CacheConfig`: adds lines for as many coded slots as Baseline+ has bytes for.
+    transforms
+        The bases of such codes, where they are calibrated.
 
     Raises
     ------
     ValueError
-        If a share or a policy is none, or maps do not fit the model.
+        If a share or a policy is none, or maps or transforms do not fit the model.
     """
     found: list[PlacedContestant] = [("", None, Contestant(FULL))]
     for policy in protocol.policies:
@@ -127,6 +138,11 @@ def contestants_of(
             plus = cache_for(model.config, policy, share, extra=EXTRA_TOKENS, dtype=dtype)
             found.append((policy, share, Contestant(POLICY, plain)))
             found.append((policy, share, Contestant(BASELINE_PLUS, plus)))
+            if quantization is not None:
+                coded = coded_cache(plus, quantization)
+                check_transforms(coded, transforms)
+                name = coded_name(quantization)
+                found.append((policy, share, Contestant(name, coded, transforms=transforms)))
             if own is not None:
                 config = plain.replace(rank=own.rank)
                 own.check_against(config)
@@ -162,6 +178,8 @@ def reproduce(
     *,
     named: str,
     whole: Mapping[str, CacheRecipe] | None = None,
+    quantization: Any = None,
+    transforms: Transforms | None = None,
     progress: bool = True,
 ) -> list[Line]:
     """Measure a table, and write ``table.json`` and ``table.md`` into a folder.
@@ -187,6 +205,8 @@ def reproduce(
     whole
         Caches made for the model, by the name that the table uses: they are measured beside the
         full one, in place of the protocol's shares and policies.
+    quantization, transforms
+        As of `contestants_of`.
     progress
         Show bars.
 
@@ -196,7 +216,7 @@ def reproduce(
         If the folder holds another run, or nothing could be measured with such data.
     """
     if whole is None:
-        contestants = contestants_of(model, protocol, maps)
+        contestants = contestants_of(model, protocol, maps, quantization, transforms)
     else:
         contestants = whole_caches(whole, model.dtype)
     measure, facts = _measure(model, tokenizer, table, data, protocol, progress)
@@ -209,6 +229,9 @@ def reproduce(
         "maps": {f"{policy} {share}": own.digest for (policy, share), own in maps.items()},
         **facts,
     }
+    if quantization is not None:
+        settings["codes"] = codes_text(quantization)
+        settings |= transforms_record(transforms)
     if whole is not None:
         settings["caches"] = {name: recipe.digest for name, recipe in whole.items()}
     kept = KeptResults(folder, settings)

@@ -7,10 +7,10 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from less_cache import cli, reference_model
+from less_cache import Quantization, cli, reference_model
 from less_cache.cli.reproduce import maps_by_share, parse_share
 from less_cache.evaluation import reproduce as work
-from less_cache.evaluation.paper import TABLES
+from less_cache.evaluation.paper import EXTRA_TOKENS, TABLES, cache_for
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 H2O_MAPS = "h2o=less_cache/reference_model/maps/h2o-5/end-to-end"
@@ -95,6 +95,31 @@ def test_the_table_of_lm_eval(tmp_path):
     )
     perplexities = [line["values"]["less_cache_last perplexity"] for line in told["lines"]]
     assert len(set(perplexities)) == 6
+
+
+@pytest.mark.parametrize("policy", ["h2o", "lambda"])
+def test_coded_slots_have_the_bytes_of_baseline_plus(policy, text, tmp_path):
+    arguments = ["--table", "c4", "--data", text, "--out", tmp_path, "--policy", policy]
+    result = run(*arguments, "--share", "2%", "--share", "5%", "--bits", "3")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "table.json").read_text())
+    names = ["policy alone", "Baseline+", "3-bit slots", "LESS"]
+    assert [line["cache"] for line in told["lines"]] == ["full cache", *names, *names]
+    assert "3 bits" in told["codes"]
+    model, _ = reference_model.load()
+    found = work.contestants_of(model, work.Protocol(policies=(policy,)), {}, Quantization(3, 3))
+    for _, share, contestant in found:
+        if contestant.name == "3-bit slots":
+            plus = cache_for(model.config, policy, share, extra=EXTRA_TOKENS)
+            spent = contestant.config.bytes_per_sequence("float16")
+            left = plus.bytes_per_sequence("float16") - spent
+            assert 0 <= left < sum(x.kv_heads * x.slot_bytes for x in contestant.config.layers)
+            # The policy is the paper's: half of the slots for heavy hitters, or so many sinks.
+            rule, slots = contestant.config.policies[0], contestant.config.capacity
+            wanted = (slots - 1) // 2 if policy == "h2o" else 0
+            assert (rule.recent or 0) == wanted
+    values = {line["cache"]: line["values"]["token perplexity"] for line in told["lines"][:4]}
+    assert values["3-bit slots"] < values["Baseline+"]
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(text, tmp_path, monkeypatch):

@@ -419,8 +419,11 @@ def test_a_policy_of_ones_own_is_known_by_its_name(folder, monkeypatch, capsys):
 
 def test_help_lists_the_policies_and_there_is_a_version(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
-    for name in POLICIES:
-        assert name.lower() in run(monkeypatch, capsys, "train", "--help")[1]
+    shown = run(monkeypatch, capsys, "train", "--help")[1]
+    for name, policy in POLICIES.items():
+        # Other tests register some of their own.
+        if policy.__module__.startswith("less_cache."):
+            assert name.lower() in shown
     assert run(monkeypatch, capsys, "--version")[1] == f"less_cache {lc.__version__}\n"
 
 

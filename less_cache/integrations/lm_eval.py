@@ -7,6 +7,7 @@ choices of a question do, go through it once: each continues a copy of the promp
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from ..config import CacheConfig, Slots
 from ..feature_maps import FeatureMaps
 from ..policies import DEFAULT_POLICY, Policy, parse_policy
+from ..provenance import mismatches
 from ..quantization.transforms import Transforms
 from ..recipe import CacheRecipe
 from .transformers import attach
@@ -29,6 +31,8 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError(f"lm_eval: {error}; install less_cache[lm-eval]") from None
+
+logger = logging.getLogger(__name__)
 
 NAME = "less-cache"
 """What ``--model`` calls it."""
@@ -111,6 +115,8 @@ class LessCacheLM(HFLM):  # type: ignore[misc]
                 dtype=self.model.dtype,
             )
             cache = CacheRecipe(config, maps)
+            for told in [] if maps is None else mismatches(maps, config):
+                logger.warning("less_cache: maps: %s", told)
         self.attachment = attach(self.model, cache, backend=cache_backend, scoring=True)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -268,6 +268,15 @@ def test_local_tasks_on_the_shipped_model(monkeypatch, tmp_path):
 
 
 @needs_lm_eval
+def test_maps_for_another_policy_are_warned_of(caplog):
+    model, tokenizer = reference_model.load()
+    maps = str(ROOT / "less_cache/reference_model/maps/h2o-5/end-to-end")
+    judge = ours.LessCacheLM(model, tokenizer=tokenizer, capacity=52, maps=maps)
+    judge.attachment.detach()
+    assert "maps: trained for H2O" in caplog.text
+
+
+@needs_lm_eval
 def test_arguments_that_fit_nothing_are_refused():
     model = model_of("llama")
     tokenizer = numbers_tokenizer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from ...backends import BACKENDS
 from ...config import CacheConfig
 from ...feature_maps import FeatureMaps
 from ...policies import DEFAULT_POLICY, parse_policy, policy_from_dict
+from ...provenance import mismatches
 from ...quantization import Quantization
 from ...quantization.transforms import Transforms
 from ...recipe import CacheRecipe, check_parts
 from ..introspection import description, model_shapes
+
+logger = logging.getLogger(__name__)
 
 NAME = "less_cache"
 """The key in vLLM's additional configuration."""
@@ -165,6 +169,9 @@ def _by_hand(given: str, model_shapes: str) -> Parts:
     if config.has_state and maps is None:
         raise ValueError(f"maps: missing, but rank = {config.rank} needs a folder of feature maps")
     check_parts(config, maps, transforms)
+    if maps is not None:
+        for told in mismatches(maps, config, transforms=transforms):
+            logger.warning("less_cache: maps: %s", told)
     return Parts(config, maps, transforms)
 
 

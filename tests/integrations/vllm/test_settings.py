@@ -31,6 +31,13 @@ def test_the_shipped_cache(model_config):
     assert parts.transforms is None
 
 
+def test_maps_for_another_policy_are_warned_of(model_config, caplog):
+    without = {name: value for name, value in CACHE.items() if name != "policy"}
+    Settings.from_dict({**without, "capacity": "4%"}).parts(model_config, "float32")
+    assert "maps: trained for H2O" in caplog.text
+    assert "not SinkWindow" in caplog.text
+
+
 def test_files_are_read_once(model_config):
     settings = Settings.from_dict(CACHE)
     assert settings.parts(model_config, "float32") is settings.parts(model_config, "float32")

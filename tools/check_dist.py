@@ -78,7 +78,7 @@ for port in model.inputs:
     given[port.any_name] = np.full(shape, fill, port.element_type.to_dtype())
 assert np.isfinite(model(given)["logits"]).all()
 """
-SUMMARY = "\\n".join(
+SUMMARY = "\n".join(
     json.dumps({"document": f"It rained on day {n}. " * 9, "summary": "Rain."}) for n in range(4)
 )
 

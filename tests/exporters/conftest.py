@@ -4,6 +4,8 @@ from unittest import mock
 
 import pytest
 
+from less_cache.training.runs import model_digest
+
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -24,20 +26,22 @@ def coded(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def traced_once():
-    """Exports of one module's tests that differ in what is written trace a model once."""
+    """Exports of the same model and cache trace it once, which takes most of their time.
+
+    Gives what was traced: a test that needs a trace of its own clears it.
+    """
     from exporters.onnx import export
 
     trace, made = export.trace_decoder, {}
 
     def once(model, config, layers, maps, transforms, **named):
-        key = (id(model), config, id(maps), id(transforms), *sorted(named.items()))
+        parts = (None if part is None else part.digest for part in (maps, transforms))
+        key = (model_digest(model), model.config.to_json_string(), config, *parts, *named.items())
         if key not in made:
-            # What has an id must live as long as it is looked up.
-            graph = trace(model, config, layers, maps, transforms, **named)
-            made[key] = (graph, model, maps, transforms)
-        return made[key][0].clone()
+            made[key] = trace(model, config, layers, maps, transforms, **named)
+        return made[key].clone()
 
     with mock.patch.object(export, "trace_decoder", once):
-        yield
+        yield made

@@ -42,14 +42,15 @@ def test_every_way_of_running_a_file_gives_the_same(opset, tmp_path):
         for optimize in (True, False):
             for in_place in (True, False):
                 decoder = OnnxDecoder(tmp_path, threads=1, optimize=optimize, in_place=in_place)
-                worst = compare(decoder, TorchSide(model, handle), [2 * C, 3], 20)
+                worst = compare(decoder, TorchSide(model, handle), [2 * C, 3], 8)
                 assert worst < 1e-4, (optimize, in_place)
 
 
-def test_an_export_is_the_same_bytes_twice_and_tells_nothing_of_the_machine(tmp_path):
+def test_an_export_is_the_same_bytes_twice_and_tells_nothing_of_the_machine(tmp_path, traced_once):
     model = model_of("llama")
     config, maps = less(model)
     for name in ("a", "b"):
+        traced_once.clear()
         export_decoder(model, config, maps, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())

@@ -15,8 +15,6 @@ from exporters.onnx.genai import export_genai
 from less_cache.cli import app
 from tests.integrations.models import build, less
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 TEMPLATES = "additional_chat_templates"
 
 
@@ -72,9 +70,11 @@ def test_a_folder_of_something_else_is_refused_unless_forced(parts, tmp_path, wr
     write(*parts, tmp_path)
 
 
-def test_the_command_line_refuses_too(tmp_path):
+def test_the_command_line_refuses_too(parts, tmp_path_factory):
+    model, tmp_path = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("out")
+    parts[0].save_pretrained(model)
     (tmp_path / "mine").write_text("")
-    line = ["export", "onnx", "--out", str(tmp_path), "--policy", "sinkwindow", "--capacity", "52"]
+    line = ["export", "onnx", "--out", str(tmp_path), "--model", str(model), "--capacity", "8"]
     refused = CliRunner().invoke(app, line)
     assert "holds no earlier export" in str(refused.exception)
     assert CliRunner().invoke(app, [*line, "--force"]).exit_code == 0

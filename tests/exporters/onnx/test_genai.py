@@ -91,7 +91,7 @@ def test_the_folder_says_what_the_library_asks(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_layers_of_other_ranks_and_bits(tmp_path, traced_once):
+def test_layers_of_other_ranks_and_bits(tmp_path):
     model = model_of("llama")
     config, maps = less(model, capacity=[8, [7, 11]], rank=[0, 4])
     config = config.replace(quantization=[lc.Quantization(4, 3), lc.Quantization(8, 2)])

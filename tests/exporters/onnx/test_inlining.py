@@ -27,7 +27,7 @@ def parts_of(name):
 
 
 @pytest.fixture(scope="module", params=[*CASES])
-def folders(request, tmp_path_factory, traced_once):
+def folders(request, tmp_path_factory):
     """One model as it is, and inlined."""
     model, config, maps, transforms = parts_of(request.param)
     folder = tmp_path_factory.mktemp("inlined")

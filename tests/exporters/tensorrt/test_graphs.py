@@ -309,7 +309,7 @@ def test_mixtures_of_experts(tmp_path):
 def test_graphs_over_codes_do_what_the_file_does(coded, name, count):
     folder = coded(name).folder
     for plugin in (False, True):
-        compare(folder, plugin, atol=1e-4)
+        compare(folder, plugin, atol=1e-4, steps=4)
     for path in derive_graphs(folder, plugin=False):
         graph = onnx.load(path, load_external_data=False).graph
         values = (*graph.input, *graph.output)

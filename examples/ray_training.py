@@ -22,7 +22,7 @@ def main(out: Path, epochs: int = 2) -> lc.FeatureMaps | None:
     """Fit all layers, each a task; the same command goes on where this one was stopped."""
     model, tokenizer = reference_model.load()
     config = lc.CacheConfig.from_model(model.config, capacity=16, policy=lc.H2O(), rank=8)
-    documents = [document.text for document in reference_model.held_out_documents()]
+    documents = [(d.name, d.text) for d in reference_model.held_out_documents()]
     tokens = load_tokens(documents, tokenizer, length=96, vocabulary=4096, sequences=16)
     recipe = dataclasses.replace(RECIPES["fast"], epochs=epochs)
     return train(model, tokens, config, recipe, out, on=Ray("local"), progress=False)

@@ -85,11 +85,17 @@ def tokenize(
 
     Raises
     ------
-    ValueError
-        If text meets no tokenizer, or an id lies outside the vocabulary.
+    ValueError, TypeError
+        If text meets no tokenizer, an id lies outside the vocabulary, or something is no document.
     """
     found = []
-    for name, content in documents:
+    for document in documents:
+        if not isinstance(document, (tuple, list)) or len(document) != 2:
+            raise TypeError(
+                f"documents: got an entry of type {type(document).__name__}, expected pairs of a "
+                "name and a text or token ids"
+            )
+        name, content = document
         if isinstance(content, str):
             if tokenizer is None:
                 raise ValueError(

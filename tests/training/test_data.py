@@ -106,6 +106,11 @@ def test_numbers_that_count_nothing_are_refused(numbers, message):
         cut(torch.arange(20), **{"length": 4, "vocabulary": 20, **numbers})
 
 
+def test_what_is_no_document_is_told():
+    with pytest.raises(TypeError, match="documents: got an entry of type str, expected pairs"):
+        load_tokens(["a text"], None, length=4, vocabulary=9)
+
+
 def test_a_dataset_that_cannot_be_had_is_told(monkeypatch):
     def load_dataset(*given, **named):
         raise ConnectionError("no network\nand much more")

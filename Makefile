@@ -9,7 +9,7 @@ TENSORRT_ROOT ?=
 AOT_ARGUMENTS ?=
 EXTRAS ?=
 # Of `make vllm`: which tests; vLLM's CPU build needs Python 3.11 or later.
-VLLM_TESTS ?= tests/integrations/vllm tests/test_distributed.py tests/training/test_on_ray.py tests/tuning/test_on_ray.py
+VLLM_TESTS ?= tests/integrations/vllm tests/test_distributed.py tests/training/test_on_ray.py tests/tuning/test_on_ray.py tests/examples/test_ray_training.py
 # Of `make gpu`: such as --only kernels.
 GPU_ARGUMENTS ?=
 

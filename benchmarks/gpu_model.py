@@ -241,20 +241,22 @@ class Step:
 
     def _first(self) -> Kernel:
         """Kernel A, whose longest programs look for victims and map their keys."""
-        tile = 16 if self.batch <= 16 else 32
-        slots = {16: 128, 32: 32}[tile]
+        tile = 1 if not self.rank else 16 if self.batch <= 16 else 32
+        slots, instructions = SCAN[tile]
         query_heads = self.kv_heads * self.group
         units = self.kv_heads + (query_heads if self.rank else 0)
-        scan = Loop(math.ceil(self.capacity / slots), 60, 1, 0 if self.before else 2)
+        turns = math.ceil(self.capacity / slots)
+        scan = Loop(turns, instructions, 1, 0 if self.before else 2)
         loops = (Loop(1, 150, 3), scan)
         moved = self.heads * self.capacity * 8.0
         if self.rank:
             maps = Loop(8, BEFORE_MAPS, 1) if self.before else Loop(4, AFTER_MAPS, 1, 1)
             loops = (*loops, maps, Loop(1, 300, 2))
             moved += 2.0 * units * 512 * (128 + self.rank)
-        return Kernel(
-            units * math.ceil(self.batch / tile), 8, 2 if self.before else 1, loops, moved
-        )
+        programs = units * math.ceil(self.batch / tile)
+        # By registers: 40 of a thread without maps.
+        warps, resident = (8, 2 if self.before else 1) if self.rank else (4, 12)
+        return Kernel(programs, warps, resident, loops, moved)
 
     def seconds(self, card: Card) -> float:
         """All of them in a CUDA graph."""
@@ -274,6 +276,10 @@ BEFORE_SLOTS, AFTER_SLOTS = 292, 308
 
 BEFORE_MAPS, AFTER_MAPS = 1212, 643
 """The same for 64, and for 128, hidden numbers of 32 sequences in `select_and_map`."""
+
+SCAN = {1: (256, 167), 16: (128, 408), 32: (32, 261)}
+"""By the sequences of its tile, the slots of a turn of `select_and_map`'s scan for victims, and its
+instructions of a warp. Without maps a program has one sequence, and four warps."""
 
 SHAPES = {"llama-2-7b": (32, 1), "llama-3-8b": (8, 4)}
 

@@ -208,19 +208,21 @@ class Stages:
         """Maps and bases, all layers together, against the full cache's predictions."""
         text = self.text["distilling"]
         validation = min(8, max(1, len(text) // 8))
+        config = config_of(self.config, plan)
         recipe = DistillRecipe(
             steps=self.effort.steps,
             batch=min(self.effort.batch, len(text) - validation),
             learning_rate=2e-3,
             validation=validation,
             validate_every=max(1, self.effort.steps // 4),
-            full_evictions=True,
+            # Where no score gains anything, evictions cost nothing to find.
+            full_evictions=any(policy.gains for policy in config.policies),
             bases=transforms is not None,
         )
         maps, transforms = distill_cache(
             self.model,
             text,
-            config_of(self.config, plan),
+            config,
             recipe,
             self.own / f"together-{recipe.steps}-{recipe.batch}",
             maps=maps,

@@ -136,11 +136,11 @@ def serve(
             process.wait(60)
 
 
-def held(log: Path) -> float:
-    """How many requests of the longest kind fit, as vLLM tells it."""
+def held(log: Path) -> float | None:
+    """How many requests of the longest kind fit, as vLLM tells it; `None`: its log is silent."""
     told = r"Maximum concurrency for [\d,]+ tokens per request: ([\d.,]+)x"
     found = re.search(told, log.read_text())
-    return float(found[1].replace(",", "")) if found else float("nan")
+    return float(found[1].replace(",", "")) if found else None
 
 
 def measure(address: str, model: Path, load: Load, seed: int, folder: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from ..teacher_forced import stored_pairs
 from .collect import SIMULATED_AT_ONCE
 from .learned_bases import LearnedBases
 from .recipe import DistillRecipe, generator
-from .runs import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from .runs import best_of, restore_fit, save_fit
 
 
 class Distillation:
@@ -190,24 +190,15 @@ class Distillation:
 
     def save(self, path: Path, step: int) -> None:
         """Write everything that `restore` needs."""
-        tensors = dict(optimizer_tensors(self.optimizer))
-        for kind, held in (("now", self.parameters), ("best", self.best)):
-            tensors |= {f"{kind}.{name}": t for name, t in held.items()}
-        save_checkpoint(path, tensors, {"step": step, "best_loss": self.best_loss})
+        facts = {"step": step, "best_loss": self.best_loss}
+        save_fit(path, self.parameters, self.best, self.optimizer, facts)
 
     def restore(self, path: Path) -> int:
         """The step to go on with; 0 where there is no checkpoint."""
-        found = load_checkpoint(path)
-        if found is None:
+        facts = restore_fit(path, self.parameters, self.best, self.optimizer)
+        if facts is None:
             return 0
-        tensors, facts = found
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"now.{name}"])
-                self.best[name] = tensors[f"best.{name}"].to(parameter.device)
-        load_optimizer(self.optimizer, tensors)
-        best = facts["best_loss"]
-        self.best_loss = float("inf") if best is None else best
+        self.best_loss = best_of(facts["best_loss"])
         return int(facts["step"])
 
 

@@ -19,7 +19,7 @@ from ..layer_config import LayerConfig
 from ..layer_maps import LayerMaps, tensor_shapes, untrained_layer
 from .collect import LayerData
 from .recipe import Recipe, generator
-from .runs import Log, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from .runs import Log, best_of, restore_fit, save_fit
 
 SAVE_EVERY_SECONDS = 60.0
 VALIDATION_ROWS = 128
@@ -259,26 +259,14 @@ class _Fit:
 
     def save(self, path: Path, step: int) -> None:
         """Write everything that `restore` needs."""
-        tensors = {
-            **{f"now.{name}": t for name, t in self.tensors.items()},
-            **{f"best.{name}": t for name, t in self.best.items()},
-            **optimizer_tensors(self.optimizer),
-        }
         done = step >= self.recipe.epochs * self.steps_per_epoch or self.finished
         facts = {"step": step, "best_error": self.best_error, "stale": self.stale, "done": done}
-        save_checkpoint(path, tensors, facts)
+        save_fit(path, self.tensors, self.best, self.optimizer, facts)
 
     def restore(self, path: Path) -> int:
         """The step to go on with; 0 where there is no checkpoint."""
-        found = load_checkpoint(path)
-        if found is None:
+        facts = restore_fit(path, self.tensors, self.best, self.optimizer)
+        if facts is None:
             return 0
-        tensors, facts = found
-        with torch.no_grad():
-            for name, parameter in self.tensors.items():
-                parameter.copy_(tensors[f"now.{name}"])
-                self.best[name] = tensors[f"best.{name}"]
-        load_optimizer(self.optimizer, tensors)
-        best, self.stale = facts["best_error"], facts["stale"]
-        self.best_error = float("inf") if best is None else best
+        self.best_error, self.stale = best_of(facts["best_error"]), facts["stale"]
         return int(facts["step"])

@@ -140,6 +140,44 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 
+def save_fit(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    best: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a fit between two steps: parameters, the best so far, the optimiser, and facts."""
+    tensors = optimizer_tensors(optimizer)
+    for kind, held in (("now", parameters), ("best", best)):
+        tensors |= {f"{kind}.{name}": t for name, t in held.items()}
+    save_checkpoint(path, tensors, facts)
+
+
+def restore_fit(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    best: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any] | None:
+    """Put back what `save_fit` wrote; its facts, or ``None`` where there is nothing."""
+    found = load_checkpoint(path)
+    if found is None:
+        return None
+    tensors, facts = found
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"now.{name}"])
+            best[name] = tensors[f"best.{name}"].to(parameter.device)
+    load_optimizer(optimizer, tensors)
+    return facts
+
+
+def best_of(value: float | None) -> float:
+    """The least error so far, as a file holds it: infinity is no JSON."""
+    return float("inf") if value is None else value
+
+
 class Log:
     """A JSON-lines file; lines past a resumed step are dropped first.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -33,3 +35,27 @@ def recipe():
     return Recipe(
         kind="exp", hidden=8, epochs=3, rows=16, learning_rate=3e-3, schedule="cosine", dropout=0.2
     )
+
+
+@pytest.fixture
+def dies_after(monkeypatch):
+    """The run in the block ends before one more step of a fit, each step so far in a checkpoint."""
+
+    @contextmanager
+    def dying(module, fit, steps):
+        original, done = fit.step, 0
+
+        def step(self, number):
+            nonlocal done
+            if done == steps:
+                raise KeyboardInterrupt
+            done += 1
+            return original(self, number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "SAVE_EVERY_SECONDS", -1.0)
+            patch.setattr(fit, "step", step)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return dying

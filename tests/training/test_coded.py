@@ -12,7 +12,14 @@ import less_cache as lc
 from less_cache.integrations.transformers.teacher_forcing import small_cache_logits
 from less_cache.provenance import bases_of
 from less_cache.quantization.transforms import Transforms
-from less_cache.training import DistillRecipe, calibrate, distill, distill_cache, train
+from less_cache.training import (
+    DistillRecipe,
+    calibrate,
+    distill,
+    distill_cache,
+    end_to_end,
+    train,
+)
 from less_cache.training.collect import collect_layer
 from less_cache.training.distillation import Distillation
 
@@ -123,25 +130,15 @@ def test_bases_are_fitted_with_the_maps_or_without(model, tokens, config, text, 
 
 
 def test_a_killed_run_over_bases_goes_on_to_the_same_result(
-    model, tokens, config, text, tmp_path, monkeypatch
+    model, tokens, config, text, tmp_path, dies_after
 ):
     config, transforms = coded(model, config, "calibrated", text)
     recipe = dataclasses.replace(SHORT, bases=True)
     maps = lc.FeatureMaps.initialise(config, hidden=8)
     given = {"maps": maps, "transforms": transforms, "progress": False}
     whole = distill_cache(model, tokens, config, recipe, tmp_path / "whole", **given)
-    original = Distillation.step
-    with monkeypatch.context() as patch:
-        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
-
-        def step(self, number):
-            if number == 3:
-                raise KeyboardInterrupt
-            return original(self, number)
-
-        patch.setattr(Distillation, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            distill_cache(model, tokens, config, recipe, tmp_path / "killed", **given)
+    with dies_after(end_to_end, Distillation, 3):
+        distill_cache(model, tokens, config, recipe, tmp_path / "killed", **given)
     again = distill_cache(model, tokens, config, recipe, tmp_path / "killed", **given)
     assert [part.digest for part in again] == [part.digest for part in whole]
 

@@ -10,7 +10,7 @@ import less_cache as lc
 from less_cache.integrations.transformers.interception import intercepted
 from less_cache.integrations.transformers.teacher_forcing import times_under_full_cache
 from less_cache.teacher_forced import eviction_times
-from less_cache.training import DistillRecipe, distill
+from less_cache.training import DistillRecipe, distill, end_to_end
 from less_cache.training.collect import full_attention
 from less_cache.training.distillation import Distillation
 from tests.integrations.models import build
@@ -46,20 +46,10 @@ def test_loss_falls_and_the_model_stays(model, tokens, config, start, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_killed_run_goes_on_to_the_same_result(
-    model, tokens, config, start, whole, tmp_path, monkeypatch, steps
+    model, tokens, config, start, whole, tmp_path, dies_after, steps
 ):
-    original = Distillation.step
-    with monkeypatch.context() as patch:
-        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0, raising=True)
-
-        def step(self, number):
-            if number == steps:
-                raise KeyboardInterrupt
-            return original(self, number)
-
-        patch.setattr(Distillation, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
+    with dies_after(end_to_end, Distillation, steps):
+        distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
     resumed = distill(model, tokens, config, start, RECIPE, tmp_path / "killed", progress=False)
     maps, folder = whole
     assert resumed.digest == maps.digest
@@ -96,7 +86,7 @@ def test_capacities_may_differ_by_layer_and_head(model, tokens, config, start, t
     assert Distillation(model, tokens, config, recipe, start, None).past == 4
 
 
-def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, monkeypatch):
+def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, dies_after):
     config = config.replace(rank=[0, 4], policy=[lc.FullCache(), lc.H2O()], capacity=[64, 8])
     start = lc.FeatureMaps.initialise(config, hidden=8)
     recipe = dataclasses.replace(RECIPE, steps=6, validate_every=2)
@@ -105,18 +95,8 @@ def test_layers_of_rank_0_have_nothing_to_fit(model, tokens, config, tmp_path, m
     assert whole.rank == (0, 4)
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert whole.record["validation_loss"] < log[0]["validation"]
-    original = Distillation.step
-    with monkeypatch.context() as patch:
-        patch.setattr("less_cache.training.end_to_end.SAVE_EVERY_SECONDS", -1.0)
-
-        def step(self, number):
-            if number == 3:
-                raise KeyboardInterrupt
-            return original(self, number)
-
-        patch.setattr(Distillation, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
+    with dies_after(end_to_end, Distillation, 3):
+        distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
     resumed = distill(model, tokens, config, start, recipe, tmp_path / "killed", progress=False)
     assert resumed.digest == whole.digest
 

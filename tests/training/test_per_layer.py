@@ -32,21 +32,6 @@ def whole(tokens, config, recipe, tmp_path_factory):
     return train(build("llama"), tokens, config, recipe, folder, progress=False), folder
 
 
-def killed_after(monkeypatch, steps):
-    """Let the process die after so many steps, with a checkpoint of each."""
-    monkeypatch.setattr(fitting, "SAVE_EVERY_SECONDS", -1.0)
-    original, count = fitting._Fit.step, 0
-
-    def step(self, number):
-        nonlocal count
-        count += 1
-        if count > steps:
-            raise KeyboardInterrupt
-        return original(self, number)
-
-    monkeypatch.setattr(fitting._Fit, "step", step)
-
-
 def test_maps_beat_the_policy_and_are_saved(model, tokens, config, recipe, tmp_path):
     longer = dataclasses.replace(recipe, epochs=40, dropout=0.0)
     maps = train(model, tokens, config, longer, tmp_path, model_id="tiny", progress=False)
@@ -61,12 +46,10 @@ def test_maps_beat_the_policy_and_are_saved(model, tokens, config, recipe, tmp_p
 
 @pytest.mark.parametrize("steps", [1, 5, 13])
 def test_a_killed_run_goes_on_to_the_same_result(
-    model, tokens, config, recipe, whole, tmp_path, monkeypatch, steps
+    model, tokens, config, recipe, whole, tmp_path, dies_after, steps
 ):
-    with monkeypatch.context() as patch:
-        killed_after(patch, steps)
-        with pytest.raises(KeyboardInterrupt):
-            train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
+    with dies_after(fitting, fitting._Fit, steps):
+        train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
     resumed = train(model, tokens, config, recipe, tmp_path / "killed", progress=False)
     maps, folder = whole
     assert same(maps, resumed)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -74,6 +75,22 @@ def test_layers_may_be_measured_apart(tuned, tmp_path):
     assert (work / "losses" / "001.json").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="layers: got 2"):
         measure_layers(build("llama"), text(), work, [2], **given)
+
+
+def test_machines_that_begin_together_take_the_effort_of_the_first(tmp_path, monkeypatch):
+    chosen = []
+
+    def slower(*_):
+        chosen.append(dataclasses.replace(EFFORT, fitting=5))
+        (tmp_path / "effort.json").write_text(json.dumps(EFFORT.to_dict()))
+        return chosen[-1]
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules[measure_layers.__module__], "effort_within", slower)
+    measure_layers(build("llama"), text(), tmp_path, [1], minutes=1, progress=False)
+    assert chosen != [EFFORT]
+    assert json.loads((tmp_path / "effort.json").read_text()) == EFFORT.to_dict()
+    assert json.loads((tmp_path / "run.json").read_text())["effort"]["fitting"] == EFFORT.fitting
 
 
 def test_more_steps_of_distillation_measure_nothing_anew(tuned):

@@ -33,7 +33,7 @@ ARRAYS = (
     "key_scales",
     "value_scales",
 )
-"""What a layer's cache consists of, in this order; the last three only for some configs."""
+"""What a layer's cache consists of, in this order; scores and the last three not always."""
 
 PAIRS = ("keys", "values", "key_scales", "value_scales")
 """Those that hold pairs; the scales only of coded ones."""
@@ -64,14 +64,14 @@ class LayerArrays:
     keys, values
         [P, N, D], keys after the rotary embedding; or codes, [P, N, bytes] uint8, as
         `LayerConfig.key_layout` and `value_layout` say.
-    scores
-        [P, N], what the policy holds of each pair.
     positions
         [P, N] int32, each pair's place in its sequence, counted without padding; -1: empty.
     H
         [P, Hkv, R, D], Σ ψ(k)ᵀ v over what was evicted.
     z
         [P, Hkv, R], Σ ψ(k) over what was evicted.
+    scores
+        [P, N], what the policy holds of each pair; ``None`` where a coded pair's position tells it.
     history
         [P, N] int64, bits that `Scissorhands` keeps; ``None`` for other policies.
     key_scales, value_scales
@@ -80,10 +80,10 @@ class LayerArrays:
 
     keys: Array
     values: Array
-    scores: Array
     positions: Array
     H: Array
     z: Array
+    scores: Array | None = None
     history: Array | None = None
     key_scales: Array | None = None
     value_scales: Array | None = None
@@ -135,13 +135,12 @@ class LayerArrays:
         return LayerArrays(
             keys=dense(self.keys),
             values=dense(self.values),
-            scores=dense(self.scores),
             positions=dense(self.positions),
             H=self.H[:, run.kv_heads],
             z=self.z[:, run.kv_heads],
             **{
                 name: dense(array)
-                for name in ("history", "key_scales", "value_scales")
+                for name in ("scores", "history", "key_scales", "value_scales")
                 if (array := getattr(self, name)) is not None
             },
         )
@@ -162,6 +161,8 @@ def array_shapes(layer: LayerConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         "H": ((layer.kv_heads, layer.rank, layer.head_dim), layer.state_dtype),
         "z": ((layer.kv_heads, layer.rank), layer.state_dtype),
     }
+    if not layer.keeps_scores:
+        del shapes["scores"]
     if layer.policy.history_window:
         shapes["history"] = ((layer.slots,), "int64")
     if layer.key_layout is not None and layer.value_layout is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .dtypes import DTYPE_BYTES
-from .policies import Policy
+from .policies import Gain, Policy, Start
 from .quantization import CodeLayout, Quantization, code_layout
 
 POSITION_BYTES = 4
@@ -155,6 +155,12 @@ class LayerConfig:
         return "float64" if self.dtype == "float64" else "float32"
 
     @cached_property
+    def keeps_scores(self) -> bool:
+        """Whether slots hold scores: coded ones do not where a position tells its pair's."""
+        told = self.policy.gains is Gain.NONE and self.policy.starts in (Start.ZERO, Start.POSITION)
+        return self.quantization is None or not told
+
+    @cached_property
     def key_layout(self) -> CodeLayout | None:
         """How a stored key's codes lie; ``None`` where keys are stored as they are."""
         q = self.quantization
@@ -173,7 +179,8 @@ class LayerConfig:
         pair = 2 * self.head_dim * DTYPE_BYTES[self.dtype]
         if self.key_layout is not None and self.value_layout is not None:
             pair = self.key_layout.nbytes + self.value_layout.nbytes + 2 * SCALE_BYTES
-        return pair + DTYPE_BYTES[self.score_dtype] + POSITION_BYTES + history
+        score = DTYPE_BYTES[self.score_dtype] if self.keeps_scores else 0
+        return pair + score + POSITION_BYTES + history
 
     @property
     def low_rank_bytes(self) -> int:

@@ -343,7 +343,7 @@ def state_names(layer: LayerConfig) -> tuple[str, ...]:
 
     Without a low-rank state there is no H and no z; a history only where the policy keeps one.
     """
-    names = ["keys", "values", "scores", "positions"]
+    names = ["keys", "values", *(["scores"] if layer.keeps_scores else []), "positions"]
     if layer.policy.history_window:
         names.append("history")
     if layer.quantization is not None:
@@ -388,7 +388,7 @@ def make_arrays(layer: LayerConfig, tensors: Sequence[Tensor]) -> LayerArrays:
     held: dict[str, Any] = dict(zip(state_names(layer), tensors, strict=True))
     if not layer.rank:
         wide = getattr(torch, layer.state_dtype)
-        heads = (held["scores"].shape[0], layer.kv_heads)
+        heads = (held["positions"].shape[0], layer.kv_heads)
         held["H"] = held["keys"].new_zeros((*heads, 0, layer.head_dim), dtype=wide)
         held["z"] = held["keys"].new_zeros((*heads, 0), dtype=wide)
     return LayerArrays(**held)

@@ -138,8 +138,8 @@ def _as_outer(
     basis = layer_transforms(layer, transforms)
     if basis is None or layer.key_layout is None or layer.value_layout is None:
         return arrays.keys, arrays.values, arrays.H.clone()
-    wide = arrays.scores.dtype
-    basis = basis.to(arrays.scores.device, wide)
+    wide = getattr(torch, layer.score_dtype)
+    basis = basis.to(arrays.positions.device, wide)
     stored = arrays.named()
     keys, values = codes.decode_pairs(layer.key_layout, layer.value_layout, stored, wide)
     H = arrays.H.to(wide) @ basis.value_out

@@ -73,7 +73,8 @@ def chunk_body(
     # 2. Attend over the pairs kept and the new ones.
     last = b("Add", b.unsqueeze(given["length"], 1), b("Sub", ranks, b.constant(1, "int32")))
     new_positions = b.unsqueeze(b("Where", tokens, last, b.constant(EMPTY, "int32")), 1)
-    first = initial_scores(b, layer, k, new_positions)
+    if config.keeps_scores:
+        first = initial_scores(b, layer, k, new_positions)
     new_positions = b("Expand", new_positions, b.ints(1, config.kv_heads, 1))
     # Their own step reads new pairs as they came, not as they are stored.
     read = [b("Concat", *x, axis=2) for x in zip(as_read(b, layer, state), (k, v), strict=True)]
@@ -91,7 +92,7 @@ def chunk_body(
     if policy.gains is Gain.HISTORY:
         state["history"] = _history(b, layer, union, q, ranks, incoming)
         state["scores"] = popcount(b, layer, state["history"])
-    else:
+    elif config.keeps_scores:
         scores = b("Concat", state["scores"], first, axis=2)
         if gained is not None:
             if policy.decay != 1:
@@ -219,7 +220,10 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
     capacity = b.ints(config.capacity)
     empty = b("Less", positions, b.constant(0, "int32"))
     kept = protected(b, layer, positions, total)
-    ranked = b("Where", kept, b.constant(np.inf, layer.wide), state["scores"])
+    scores = state.get("scores")
+    if scores is None:
+        scores = initial_scores(b, layer, state["keys"], positions, spread=False)
+    ranked = b("Where", kept, b.constant(np.inf, layer.wide), scores)
     ranked = b("Where", empty, b.constant(-np.inf, layer.wide), ranked)
     by_age = _order(b, positions, span)
     by_score = _order(b, b.take(ranked, by_age), span)
@@ -242,7 +246,9 @@ def _keep(b: Builder, layer: Layer, state: Values, maps: Values, total: Value) -
         blank = b.constant(0, pair_dtype(layer, name))
         taken = b.take(state[name], staying, size or None)
         held[name] = b("Where", empty4 if size else empty, blank, taken)
-    held["scores"] = b("Where", empty, b.constant(0, layer.wide), b.take(state["scores"], staying))
+    if config.keeps_scores:
+        kept = b.take(state["scores"], staying)
+        held["scores"] = b("Where", empty, b.constant(0, layer.wide), kept)
     if "history" in state:
         bits = b.take(state["history"], staying)
         held["history"] = b("Where", empty, b.constant(0, "int64"), bits)

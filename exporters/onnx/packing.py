@@ -2,9 +2,9 @@
 
 ``past_key_values.{i}.recurrent_state`` [B, Hkv, 2 C, D], keys above values, in the model's dtype;
 or [B, Hkv, C, bytes] uint8, the codes of a key and a value side by side.
-``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores, positions + 1, the history in three
-parts, the scales of codes, H, z, and last the length. So zeros are an empty state. Positions are
-exact up to 2^24.
+``past_key_values.{i}.conv_state`` [B, Hkv, N], float32: scores where slots keep them, positions
++ 1, the history in three parts, the scales of codes, H, z, and last the length. So zeros are an
+empty state. Positions are exact up to 2^24.
 
 The library expects the tensors of all layers to have the same shape: smaller ones, smaller heads of
 a layer, and pairs of fewer bytes are filled up with zeros. Past and present may share memory: a
@@ -98,7 +98,8 @@ def hide_padding(model: ir.Model, pad_token: int) -> None:
 def _columns(layer: Layer) -> dict[str, int]:
     """How many columns of ``conv_state`` each array takes, in order."""
     config = layer.config
-    sizes = {"scores": config.capacity, "positions": config.capacity}
+    sizes = {"scores": config.capacity} if config.keeps_scores else {}
+    sizes["positions"] = config.capacity
     if config.policy.history_window:
         sizes["history"] = HISTORY_PARTS * config.capacity
     if config.quantization is not None:
@@ -201,10 +202,10 @@ def _packed(
 ) -> tuple[Value, Value]:
     """``conv_state`` and ``recurrent_state`` of the heads of `layer`."""
     config = layer.config
-    columns = {
-        "scores": present["scores"],
-        "positions": b.cast(b("Add", present["positions"], b.constant(1, "int32")), "float32"),
-    }
+    later = b("Add", present["positions"], b.constant(1, "int32"))
+    columns = {"positions": b.cast(later, "float32")}
+    if "scores" in present:
+        columns["scores"] = present["scores"]
     if "history" in present:
         parts, rest = [], present["history"]
         whole = b.constant(2**PART_BITS, "int64")

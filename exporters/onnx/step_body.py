@@ -66,7 +66,7 @@ def step_body(b: Builder, layer: Layer, given: Values) -> list[Value]:
         pair = b("Squeeze", b("Where", has, new[name], old[name]), b.ints(2))
         state[name] = b("ScatterND", state[name], row, pair)
     state["positions"] = b.put(state["positions"], slot, b("Where", incoming, seen, old_position))
-    if policy.starts is not Start.ZERO or policy.gains is not Gain.NONE:
+    if config.keeps_scores and (policy.starts is not Start.ZERO or policy.gains is not Gain.NONE):
         first = initial_scores(b, layer, given["k"], seen, spread=False)
         old_score = b.take(state["scores"], slot)
         state["scores"] = b.put(state["scores"], slot, b("Where", incoming, first, old_score))

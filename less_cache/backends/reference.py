@@ -360,10 +360,16 @@ def _read(
         for name in PAIRS
         if getattr(arrays, name) is not None
     }
+    keys, values = _as_read(xp, layer, stored, wide)
+    if arrays.scores is None:
+        scores = layer.policy.initial_scores(xp, keys, positions)
+    else:
+        scores = arrays.scores[row, slots]
     return Head(
-        *_as_read(xp, layer, stored, wide),
+        keys,
+        values,
         stored,
-        arrays.scores[row, slots],
+        scores,
         positions,
         history,
         H,

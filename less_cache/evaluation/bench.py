@@ -268,7 +268,8 @@ def _fill(state: CacheState, length: int) -> None:
         for scales in (layer.key_scales, layer.value_scales):
             if scales is not None:
                 scales.fill_(0.5)
-        layer.scores.uniform_()
+        if layer.scores is not None:
+            layer.scores.uniform_()
         for head, capacity in enumerate(spec.capacities):
             newest = torch.arange(length - capacity, length)
             layer.positions[:, spec.head_slots(head)] = newest.to(layer.positions)

@@ -92,12 +92,15 @@ def attend(
     out.masked_fill_(~mask.view(batch, 1, new_tokens, 1), 0)
 
     # 3. Scores.
-    first = initial_scores(layer, k, new_positions, slots.wide)
     total = lengths + incoming
-    scores = torch.cat([slots.scores, first], 2)
+    if slots.scores is None:
+        scores = initial_scores(layer, keys, positions, slots.wide)
+    else:
+        first = initial_scores(layer, k, new_positions, slots.wide)
+        scores = torch.cat([slots.scores, first], 2)
     history = None
     if slots.history is not None:
-        history = torch.cat([slots.history, torch.zeros_like(first, dtype=torch.int64)], 2)
+        history = torch.cat([slots.history, torch.zeros_like(new_positions, dtype=torch.int64)], 2)
     if layer.policy.gains is Gain.HISTORY and history is not None:
         history = _history(layer, history, q, keys, positions, ranks, incoming, slots.wide)
         scores = popcount(history).to(slots.wide)
@@ -119,7 +122,8 @@ def attend(
     kept = positions.gather(2, staying)
     empty = kept == EMPTY
     slots.replace(union, staying, empty)
-    slots.scores.copy_(scores.gather(2, staying).masked_fill_(empty, 0))
+    if slots.scores is not None:
+        slots.scores.copy_(scores.gather(2, staying).masked_fill_(empty, 0))
     slots.positions.copy_(kept)
     if slots.history is not None and history is not None:
         slots.history.copy_(history.gather(2, staying).masked_fill_(empty, 0))

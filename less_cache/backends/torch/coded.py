@@ -30,7 +30,7 @@ def attend_unpacked(
     """`attend_pairs` over codes, of heads of equal capacity or of any."""
     if layer.key_layout is None or layer.value_layout is None:
         raise AssertionError("there are no codes")
-    wide, device = slots.wide, slots.scores.device
+    wide, device = slots.wide, slots.positions.device
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     stored = slots.chosen_pairs()
     keys = fields_of(layer.key_layout, wide, device)

@@ -52,6 +52,8 @@ def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
         return positions.argmin(2, keepdim=True)
     if layer.policy.starts is Start.POSITION:
         return _ranked_by_position(layer, positions, lengths).argmin(2, keepdim=True)
+    if slots.scores is None:
+        raise AssertionError("such scores are stored")
     protected = protected_pairs(layer, positions, lengths)
     ranked = slots.scores.masked_fill(protected, INFINITY)
     least = ranked.amin(2, keepdim=True)

@@ -36,7 +36,7 @@ class RunSlots:
         All rows of the pool, [P, heads, C, ...]; views of the layer's arrays.
     rows
         [B] int64, which of them the call is about; ``None``: all, in order.
-    scores, positions, history, H, z
+    positions, scores, history, H, z
         Of those rows, [B, heads, ...]: views of `stored` where `rows` is ``None``, else copies,
         which `close` puts back.
     whole, runs
@@ -46,10 +46,10 @@ class RunSlots:
     layer: LayerConfig
     stored: LayerArrays
     rows: Tensor | None
-    scores: Tensor
     positions: Tensor
     H: Tensor
     z: Tensor
+    scores: Tensor | None
     history: Tensor | None
     whole: LayerArrays | None = None
     runs: tuple[Run, ...] = ()
@@ -57,7 +57,7 @@ class RunSlots:
     @property
     def wide(self) -> torch.dtype:
         """The dtype of computing."""
-        return self.scores.dtype
+        return getattr(torch, self.layer.score_dtype)
 
     def turned(self, new: Tensor) -> Tensor:
         """One pair a head [B, heads, 1, ...] as pairs of the heads in `stored`, or back."""
@@ -67,7 +67,7 @@ class RunSlots:
     def first(self) -> Tensor:
         """[heads], where each head's slots begin in slots that are as those of one head."""
         capacities = tuple(c for run in self.runs for c in run.layer.capacities)
-        return _firsts(capacities, self.scores.device)
+        return _firsts(capacities, self.positions.device)
 
     def each_head(self) -> Iterator[tuple[int, slice]]:
         """Where heads lie in slots that are as those of one head."""
@@ -86,7 +86,13 @@ class RunSlots:
             for name in ("scores", "positions", "history")
             if (array := getattr(self, name)) is not None
         }
-        own = {"history": None, **small, "H": self.H[:, run.kv_heads], "z": self.z[:, run.kv_heads]}
+        own = {
+            "scores": None,
+            "history": None,
+            **small,
+            "H": self.H[:, run.kv_heads],
+            "z": self.z[:, run.kv_heads],
+        }
         return RunSlots(run.layer, self.whole.of_run(run), self.rows, **own)
 
     def close(self) -> None:
@@ -231,7 +237,7 @@ class RunSlots:
 
     @functools.cached_property
     def _row_numbers(self) -> list[int] | range:
-        return range(self.scores.shape[0]) if self.rows is None else self.rows.tolist()
+        return range(self.positions.shape[0]) if self.rows is None else self.rows.tolist()
 
     def _chosen(self, stored: Tensor) -> Tensor:
         return stored if self.rows is None else stored.index_select(0, self.rows)

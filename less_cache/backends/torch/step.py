@@ -75,8 +75,9 @@ def attend(
 
     # 4, before 2: the pair goes in first, so that a query sees itself like any other pair.
     positions = lengths.view(batch, 1, 1).expand(batch, kv_heads, 1)
-    first = initial_scores(layer, k, positions, slots.wide)
-    _write_slot(slots.scores, slot, slots.turned(first), incoming)
+    if slots.scores is not None:
+        first = initial_scores(layer, k, positions, slots.wide)
+        _write_slot(slots.scores, slot, slots.turned(first), incoming)
     _write_slot(slots.positions, slot, slots.turned(positions), incoming)
     if slots.history is not None:
         _write_slot(slots.history, slot, torch.zeros_like(slot), incoming)
@@ -107,6 +108,8 @@ def _update_scores(
 ) -> None:
     """Give the scores what one query's probabilities earn, which lie as the scores do."""
     policy = layer.policy
+    if slots.scores is None:
+        return
     if policy.gains is Gain.SUM:
         faded = slots.scores if policy.decay == 1 else slots.scores * policy.decay
         _write(slots.scores, faded + probabilities.sum(2), incoming)

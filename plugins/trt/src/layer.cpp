@@ -114,7 +114,11 @@ void check(const Layer& layer) {
 }
 
 std::vector<std::string> state_names(const Attributes& attributes) {
-    std::vector<std::string> names{"keys", "values", "scores", "positions"};
+    std::vector<std::string> names{"keys", "values"};
+    if (attributes.keeps_scores()) {
+        names.emplace_back("scores");
+    }
+    names.emplace_back("positions");
     if (attributes.window > 0) {
         names.emplace_back("history");
     }

@@ -68,6 +68,10 @@ struct Attributes {
 
     /// Whether pairs are stored as codes.
     [[nodiscard]] bool coded() const { return transform != Transform::kNone; }
+    /// Whether slots hold scores: coded ones do not where a position tells its pair's.
+    [[nodiscard]] bool keeps_scores() const {
+        return !coded() || gain != Gain::kNone || start == Start::kKeyNorm;
+    }
     /// Whether queries bring a shift, and ψ a bias: the basis has means, and a low-rank state
     /// must know.
     [[nodiscard]] bool shifted() const { return transform == Transform::kCalibrated && rank > 0; }

@@ -187,7 +187,10 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     if layout.kind is not None:
         found.pass_on("RANK", "i32", layout.rank_multiple)
     if name == "select_and_map":
-        _fix_score(found, _like_in_selection(layout.score))
+        score = _like_in_selection(layout.score)
+        _fix_score(found, score)
+        if score[1] is Gain.NONE:
+            _drop(found, "scores")
         _drop_unread_maps(found, layout)
         if layout.kind is not None:
             found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
@@ -203,6 +206,8 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
         _drop(found, "H", "z", "shift")
     if layout.score[1] is not Gain.HISTORY:
         _drop(found, "history")
+    if not layout.example.keeps_scores:
+        _drop(found, "scores")
     if layout.score[1] is Gain.NONE:
         _drop(found, "logits")
     if name == "attend":

@@ -159,7 +159,8 @@ def forget(
         others = (slots < capacity) & (slots != slot)
         empty = tl.full([BLOCK_S], -1, tl.int32).to(positions.dtype.element_ty)
         tl.store(positions + slots, empty, mask=others)
-        tl.store(scores + slots, tl.zeros([BLOCK_S], tl.float32), mask=others)
+        if scores is not None:
+            tl.store(scores + slots, tl.zeros([BLOCK_S], tl.float32), mask=others)
 
 
 @triton.jit
@@ -254,7 +255,8 @@ def conclude(
     if key_scales is not None:
         key_scales += row * key_scales_row_stride + first
         value_scales += row * value_scales_row_stride + first
-    scores += row * scores_row_stride + first
+    if scores is not None:
+        scores += row * scores_row_stride + first
     positions += row * positions_row_stride + first
     head = sequence * KV_HEADS + kv_head
     query_heads = head * GROUP + g
@@ -305,7 +307,9 @@ def conclude(
     store_pair(values, value_scales, slot, v, new_value, VALUE_CODES, HEAD_DIM, BLOCK_D)
     start_score = initial_score(seen, wide_key, START)
     if GAIN == GAIN_NONE:
-        tl.store(scores + slot, start_score)
+        # Where positions tell them, coded pairs have none.
+        if scores is not None:
+            tl.store(scores + slot, start_score)
     else:
         if GAIN == GAIN_HISTORY:
             history += row * history_row_stride + first

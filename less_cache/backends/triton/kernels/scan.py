@@ -125,7 +125,9 @@ def scan(
     at = head * capacity + slots
     position = tl.load(positions + at, mask=inside, other=-1).to(tl.int32)
     position = tl.where(inside, position, LAST_POSITION)
-    score = tl.load(scores + at, mask=inside, other=0.0)
+    score = tl.zeros([BLOCK_C], tl.float32)
+    if scores is not None:
+        score = tl.load(scores + at, mask=inside, other=0.0)
     bits = tl.zeros([BLOCK_C], tl.int64)
     if GAIN == GAIN_HISTORY:
         bits = tl.load(history + at, mask=inside, other=0)

@@ -157,8 +157,10 @@ def select_and_map(
         if rows is not None:
             row = tl.load(rows + sequences, mask=real, other=0).to(tl.int64)
         first, count = head_slots(heads, unit, capacity)
+        if scores is not None:
+            scores += row * scores_row_stride + first
         slot = victims(
-            scores + row * scores_row_stride + first,
+            scores,
             positions + row * positions_row_stride + first,
             seen,
             real,

@@ -42,6 +42,10 @@ MAX_TOKENS = 2**31 - 128
 """The most tokens that a sequence may have: positions are 32-bit numbers, and this, the largest
 that float32 holds exactly, comes after every one of them."""
 
+MAX_SHORT_TOKENS = 2**15
+"""The same where positions are 16-bit numbers. Backends take the largest, too, for one that comes
+after all others; the pair that has it is the last, and no other comes to evict it."""
+
 MOST_ROWS = 2**31 - 1
 """Rows are counted with 32 bits."""
 
@@ -65,7 +69,8 @@ class LayerArrays:
         [P, N, D], keys after the rotary embedding; or codes, [P, N, bytes] uint8, as
         `LayerConfig.key_layout` and `value_layout` say.
     positions
-        [P, N] int32, each pair's place in its sequence, counted without padding; -1: empty.
+        [P, N] int32 or int16, as `LayerConfig.position_dtype` says: each pair's place in its
+        sequence, counted without padding; -1: empty.
     H
         [P, Hkv, R, D], Σ ψ(k)ᵀ v over what was evicted.
     z
@@ -157,7 +162,7 @@ def array_shapes(layer: LayerConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         "keys": ((layer.slots, layer.head_dim), layer.dtype),
         "values": ((layer.slots, layer.head_dim), layer.dtype),
         "scores": ((layer.slots,), layer.score_dtype),
-        "positions": ((layer.slots,), "int32"),
+        "positions": ((layer.slots,), layer.position_dtype),
         "H": ((layer.kv_heads, layer.rank, layer.head_dim), layer.state_dtype),
         "z": ((layer.kv_heads, layer.rank), layer.state_dtype),
     }

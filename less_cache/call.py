@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_dense
-from .arrays import MAX_TOKENS, Array, LayerArrays, array_shapes
+from .arrays import MAX_SHORT_TOKENS, MAX_TOKENS, Array, LayerArrays, array_shapes
 from .layer_config import LayerConfig
 from .policies import Gain
 
@@ -249,7 +249,8 @@ def most_tokens(layer: LayerConfig) -> int:
     """How many tokens a sequence may have in all."""
     if not layer.policy.evicts:
         return min(layer.capacities)
-    return MOST_SUMMED if _sums_for_ever(layer) else MAX_TOKENS
+    most = MAX_SHORT_TOKENS if layer.position_dtype == "int16" else MAX_TOKENS
+    return min(most, MOST_SUMMED) if _sums_for_ever(layer) else most
 
 
 def no_room(layer: LayerConfig) -> str:
@@ -257,6 +258,11 @@ def no_room(layer: LayerConfig) -> str:
     most = most_tokens(layer)
     if not layer.policy.evicts:
         return f"{type(layer.policy).__name__} holds at most capacity = {most}"
+    if layer.position_dtype == "int16":
+        return (
+            f"a sequence has at most {most}: positions of coded slots are 16-bit numbers where "
+            "max_positions allows it; a larger max_positions makes them 32-bit numbers"
+        )
     if _sums_for_ever(layer):
         return (
             f"{layer.policy} sums in float32, and sums may stop growing beyond {most}; DecayedH2O "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ._checks import check_int, check_real
-from .arrays import Page, page_of
+from .arrays import MAX_SHORT_TOKENS, MAX_TOKENS, Page, page_of
 from .dtypes import DTYPE_BYTES, default_state_dtype, dtype_name, state_dtype_name
 from .layer_config import LayerConfig
 from .policies import Policy, Start, check_registered, policy_from_dict
@@ -52,7 +52,8 @@ class CacheConfig:
     hidden
         Hidden size of the feature maps; ``None`` takes whatever the maps have.
     max_positions
-        The model's longest sequence; needed only where `capacity` is a share.
+        The model's longest sequence; needed only where `capacity` is a share. Up to 32,768, coded
+        slots have positions of 16 bits, and no sequence may be longer than that.
     scale
         Factor on q·k before the softmax. Default: 1 / sqrt(head_dim).
     softcap
@@ -431,6 +432,7 @@ def kv_shard(query_heads: int, kv_heads: int, rank: int, world: int) -> slice:
 def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
     num_layers, kv_heads = asked["num_layers"], asked["kv_heads"]
     dtype, scale = asked["dtype"], asked["scale"]
+    short = (asked["max_positions"] or MAX_TOKENS) <= MAX_SHORT_TOKENS
     layers = []
     capacities = _per_layer("capacity", asked["capacity"], num_layers)
     policies = _per_layer("policy", asked["policy"], num_layers)
@@ -458,6 +460,7 @@ def _resolve_layers(asked: dict[str, Any]) -> list[LayerConfig]:
                 dtype=dtype,
                 state_dtype=asked["state_dtype"] or default_state_dtype(dtype),
                 quantization=codes[index],
+                position_dtype="int16" if codes[index] is not None and short else "int32",
             )
         )
     return layers

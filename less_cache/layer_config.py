@@ -10,7 +10,7 @@ from .dtypes import DTYPE_BYTES
 from .policies import Gain, Policy, Start
 from .quantization import CodeLayout, Quantization, code_layout
 
-POSITION_BYTES = 4
+POSITION_BYTES = {"int32": 4, "int16": 2}
 LENGTH_BYTES = 4
 HISTORY_BYTES = 8
 SCALE_BYTES = 2
@@ -68,6 +68,8 @@ class LayerConfig:
         Of each KV head. They differ in `recent` alone, which follows the capacity.
     rank, scale, softcap, dtype, state_dtype, quantization
         As of `CacheConfig`.
+    position_dtype
+        ``"int16"`` of coded slots where a sequence has no more tokens than that can count.
     """
 
     query_heads: int
@@ -81,6 +83,7 @@ class LayerConfig:
     dtype: str
     state_dtype: str
     quantization: Quantization | None = None
+    position_dtype: str = "int32"
 
     @cached_property
     def group(self) -> int:
@@ -180,7 +183,7 @@ class LayerConfig:
         if self.key_layout is not None and self.value_layout is not None:
             pair = self.key_layout.nbytes + self.value_layout.nbytes + 2 * SCALE_BYTES
         score = DTYPE_BYTES[self.score_dtype] if self.keeps_scores else 0
-        return pair + score + POSITION_BYTES + history
+        return pair + score + POSITION_BYTES[self.position_dtype] + history
 
     @property
     def low_rank_bytes(self) -> int:

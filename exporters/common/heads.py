@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from less_cache.config import CacheConfig
 from less_cache.layer_config import LayerConfig, Run
+
+
+def exported_layer(config: CacheConfig, index: int) -> LayerConfig:
+    """A layer as exported files have it: TensorRT has no integers of 16 bits for positions."""
+    return dataclasses.replace(config.layer(index), position_dtype="int32")
 
 
 def run_name(index: int, layer: LayerConfig, run: Run) -> str:

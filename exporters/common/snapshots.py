@@ -78,7 +78,11 @@ def read_arrays(manifest: Manifest, path: Path) -> dict[str, Tensor]:
         layer = LayerState(**held)
         arrays["length"] = layer.length
         arrays.update(_dense(index, config, layer))
-    return {name: array.contiguous() for name, array in arrays.items()}
+    # What is an array of 16 bits here has 32 in an exported model.
+    return {
+        name: (array.int() if name.endswith(".positions") else array).contiguous()
+        for name, array in arrays.items()
+    }
 
 
 def _dense(index: int, config: LayerConfig, layer: LayerState) -> dict[str, Tensor]:

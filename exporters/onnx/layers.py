@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporters.common.heads import exported_layer
 from less_cache.config import CacheConfig
 from less_cache.integrations.introspection import full_attention_layers
 from less_cache.integrations.transformers.falcon import check_falcon
@@ -50,7 +51,7 @@ def model_layers(model: Any, config: CacheConfig, kind: str | None) -> list[Mode
     layers = []
     for i in range(model.config.num_hidden_layers):
         if i in full:
-            own = config.layer(full.index(i))
+            own = exported_layer(config, full.index(i))
             layers.append(ModelLayer(i, own, kind if own.rank else None))
         else:
             window = int(model.config.sliding_window)

@@ -9,6 +9,7 @@ import onnx
 from onnxscript import ir
 from onnxscript.ir.passes import common as common_passes
 
+from exporters.common.heads import exported_layer
 from exporters.common.manifest import MODEL, Manifest, read_manifest
 from exporters.onnx.blocks import attend_at_once
 from exporters.onnx.building import KINDS, Builder, Value
@@ -95,7 +96,7 @@ def layers_of(manifest: Manifest) -> list[ModelLayer]:
             window = entry["window"]
             layers.append(ModelLayer(index, sliding_layer(manifest.config, window), None, window))
         else:
-            config = manifest.config.layer(full.index(index))
+            config = exported_layer(manifest.config, full.index(index))
             layers.append(ModelLayer(index, config, entry["maps"]))
     return layers
 

@@ -29,7 +29,8 @@ def eviction_times(
     whole = policy.starts is Start.POSITION and not policy.custom and mask is None
     if whole and prompt == 1:
         return window_times(layer, k)
-    sparse = dataclasses.replace(layer, rank=0, dtype=str(k.dtype).removeprefix("torch."))
+    dtype = str(k.dtype).removeprefix("torch.")
+    sparse = dataclasses.replace(layer, rank=0, dtype=dtype, position_dtype="int32")
     arrays = empty_arrays(sparse, batch, device=k.device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if mask is None else mask
     # The column of each token, by its position; what is not there is the spare column.

@@ -345,7 +345,7 @@ def _read(
 ) -> Head:
     """What a head holds, in order of position; nothing where the row is `empty`."""
     slots = layer.head_slots(head)
-    positions = arrays.positions[row, slots]
+    positions = xp.astype(arrays.positions[row, slots], xp.int32)
     H, z = (xp.astype(array[row, head], wide) for array in (arrays.H, arrays.z))
     if empty:
         positions = xp.full_like(positions, EMPTY)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import less_cache as lc
-from less_cache.arrays import EMPTY, MAX_TOKENS
+from less_cache.arrays import EMPTY, MAX_SHORT_TOKENS, MAX_TOKENS
 from tests.conformance.cases import Runner, each_case
 from tests.helpers import random_inputs, random_maps
 
@@ -21,7 +21,7 @@ def move(layer, policy, offset):
     layer.positions[far] += offset
     layer.length += offset
     layer.tokens_bound += offset
-    if isinstance(policy, lc.SinkWindow):
+    if isinstance(policy, lc.SinkWindow) and layer.scores is not None:
         layer.scores[...] = layer.positions
         layer.scores[layer.positions == EMPTY] = 0
 
@@ -46,6 +46,32 @@ def test_a_sequence_goes_on_as_it_would_near_its_start(start, policy, case):
         expected[expected >= policy.sinks] += start
         assert np.sort(moved.positions.tolist(), 1).tolist() == np.sort(expected, 1).tolist()
         assert moved.length.tolist() == [n + start for n in layer.length.tolist()]
+
+
+@each_case(lambda case: case.wide)
+@pytest.mark.parametrize("policy", [*POLICIES, lc.H2O()], ids=str)
+def test_positions_of_16_bits_do_as_those_of_32_to_the_last_token(policy, case):
+    codes = {"rank": 2, "quantization": lc.Quantization(3, 3)}
+    wide = lc.CacheConfig(1, 4, 2, 4, C, policy, max_positions=MAX_SHORT_TOKENS + 1, **codes)
+    short = wide.replace(max_positions=MAX_SHORT_TOKENS)
+    assert wide.layer(0).slot_bytes - short.layer(0).slot_bytes == 2
+    maps = random_maps(short)
+    runners = [Runner(case, config, maps, 2) for config in (short, wide)]
+    rng = np.random.default_rng(0)
+    prefix = random_inputs(short, 2, PREFIX, rng)
+    for runner in runners:
+        runner.attend(*prefix)
+        move(runner.state.layers[0], policy, MAX_SHORT_TOKENS - PREFIX - sum(TOKENS))
+    layer, other = (runner.state.layers[0] for runner in runners)
+    assert [str(x.positions.dtype)[-5:] for x in (layer, other)] == ["int16", "int32"]
+    for count in TOKENS:
+        inputs = random_inputs(short, 2, count, rng)
+        np.testing.assert_array_equal(*(runner.attend(*inputs) for runner in runners))
+        assert layer.positions.tolist() == other.positions.tolist()
+    last = random_inputs(short, 2, 1, rng)
+    with pytest.raises(ValueError, match=r"at most 32768: .*a larger max_positions makes them 32"):
+        runners[0].attend(*last)
+    runners[1].attend(*last)
 
 
 @each_case(lambda case: case.dtype != "float64")

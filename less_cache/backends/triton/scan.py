@@ -160,7 +160,7 @@ def _scan_run(
 def _sparse(layer: LayerConfig, k: Tensor) -> LayerConfig:
     """The layer without a low-rank state, which no eviction depends on."""
     dtype = str(k.dtype).removeprefix("torch.")
-    return dataclasses.replace(layer, rank=0, dtype=dtype)
+    return dataclasses.replace(layer, rank=0, dtype=dtype, position_dtype="int32")
 
 
 def _take_prompt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT / "plugins" / "trt" / "build", ROOT / "build")
 
 
+@functools.cache
 def built(name: str) -> Path:
     """The newest file of that name in the build folders; skips the test without one."""
     found = [path for folder in FOLDERS for path in folder.glob(f"**/{name}")]

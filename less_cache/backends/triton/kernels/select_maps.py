@@ -157,10 +157,11 @@ def select_and_map(
         if rows is not None:
             row = tl.load(rows + sequences, mask=real, other=0).to(tl.int64)
         first, count = head_slots(heads, unit, capacity)
+        held_scores = scores
         if scores is not None:
-            scores += row * scores_row_stride + first
+            held_scores += row * scores_row_stride + first
         slot = victims(
-            scores,
+            held_scores,
             positions + row * positions_row_stride + first,
             seen,
             real,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ....arrays import MAX_SHORT_TOKENS
 from ....config import CacheConfig
 from ....policies import (
     H2O,
@@ -85,6 +86,8 @@ class Variant:
             softcap=self.softcap,
             dtype=self.dtype,
             quantization=self.codes,
+            # Coded slots have positions of 16 bits then.
+            max_positions=MAX_SHORT_TOKENS,
         )
 
 
@@ -103,7 +106,8 @@ def launches_of(variant: Variant) -> None:
     for run in layer.runs:
         columns = run.layer.capacity + CHUNK
         keys = meta_tokens(layer, variant.batch, run.heads, columns)
-        positions = torch.empty(keys.shape[:3], dtype=torch.int32, device="meta")
+        kind = getattr(torch, layer.position_dtype)
+        positions = torch.empty(keys.shape[:3], dtype=kind, device="meta")
         q = meta_tokens(layer, variant.batch, run.layer.query_heads, CHUNK)
         own = None if maps is None else maps.heads(run.query_heads, run.kv_heads)
         held = open_run(run, arrays, None, None)

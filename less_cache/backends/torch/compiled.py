@@ -8,7 +8,7 @@ unpacked pair several times.
 from __future__ import annotations
 
 import functools
-import math
+import operator
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,71 +88,83 @@ def _attend(
 def _products(layout: CodeLayout, q: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """q·k = s (q·code - q·center) of queries [B, H, G, D]: [B, H, G, C]."""
     total = torch.zeros_like(scales, dtype=q.dtype).unsqueeze(2)
-    for run in _runs(layout):
-        own = q[..., run.first : run.first + run.channels]
-        pieces = _pieces(run, codes)
-        size = pieces[0].shape[4]
-        spread = torch.nn.functional.pad(own, (0, len(pieces) * size - run.channels))
-        spread = spread.unflatten(3, (len(pieces), size)).unsqueeze(3)
-        summed = sum(piece.to(q.dtype) * spread[..., i, :] for i, piece in enumerate(pieces))
-        total = total + summed.sum(4) - (run.center * own.sum(3)).unsqueeze(3)
+    for stretch in _stretches(layout):
+        weights = _weights(stretch, q).unsqueeze(3)
+        fields = _fields(stretch, codes)
+        products = [x.to(q.dtype) * weights[..., i, :] for i, x in enumerate(fields)]
+        total = total + functools.reduce(operator.add, products).sum(4)
+        for plane in stretch.planes:
+            if not plane.shift:
+                total = total - (_center(layout, plane) * _own(plane, q).sum(3)).unsqueeze(3)
     return total * scales.unsqueeze(2).to(q.dtype)
 
 
 def _mix(layout: CodeLayout, weights: Tensor, codes: Tensor) -> Tensor:
     """Σ w (code - center) of weights [B, H, G, C]: [B, H, G, D]."""
     everything = weights.sum(3, keepdim=True)
-    mixed = []
-    for run in _runs(layout):
+    mixed: dict[int, Tensor] = {}
+    for stretch in _stretches(layout):
         sums = [
-            (piece.to(weights.dtype) * weights.unsqueeze(4)).sum(3) for piece in _pieces(run, codes)
+            (field.to(weights.dtype) * weights.unsqueeze(4)).sum(3)
+            for field in _fields(stretch, codes)
         ]
-        mixed.append(torch.cat(sums, 3)[..., : run.channels] - run.center * everything)
-    return torch.nn.functional.pad(torch.cat(mixed, 3), (0, len(layout.bits) - layout.stored))
+        for plane in stretch.planes:
+            begin = plane.offset - stretch.planes[0].offset
+            own = [x[..., begin : begin + plane.nbytes] for x in sums]
+            parts = plane.width // stretch.width
+            whole = [
+                sum(own[first + i] * 2 ** (stretch.width * i) for i in range(parts))
+                for first in range(0, len(own), parts)
+            ]
+            found = torch.cat(whole, 3)[..., : plane.channels]
+            if plane.shift:
+                mixed[plane.first] = mixed[plane.first] + found * 2**plane.shift
+            else:
+                mixed[plane.first] = found - _center(layout, plane) * everything
+    stored = torch.cat([*mixed.values()], 3)
+    return torch.nn.functional.pad(stored, (0, len(layout.bits) - layout.stored))
 
 
-class _Run(NamedTuple):
-    """Channels side by side that have the same number of bits, and the code that stands for 0."""
+class _Stretch(NamedTuple):
+    """Bytes side by side that are taken apart together, so many bits at a time."""
 
-    first: int
-    channels: int
-    center: float
     planes: tuple[Plane, ...]
+    width: int
 
 
-def _runs(layout: CodeLayout) -> list[_Run]:
-    found: dict[int, list[Plane]] = {}
-    for plane in layout.planes:
-        found.setdefault(plane.first, []).append(plane)
-    return [
-        _Run(first, planes[0].channels, (2 ** layout.bits[first] - 1) / 2, tuple(planes))
-        for first, planes in found.items()
-    ]
+def _stretches(layout: CodeLayout) -> list[_Stretch]:
+    """A plane each; but several short ones would leave most of a vector empty, and are one."""
+    if len(layout.planes) <= 2:
+        return [_Stretch((plane,), plane.width) for plane in layout.planes]
+    return [_Stretch(layout.planes, min(plane.width for plane in layout.planes))]
 
 
-def _pieces(run: _Run, codes: Tensor) -> list[Tensor]:
-    """The run's codes [B, H, 1, C, n], n channels after n channels; the last may have some over.
-
-    Where a code lies in two planes, a field of the wider one is cut into as many pieces as the
-    narrower one's bytes fit into its own.
-    """
-    parts = [
-        (codes[..., plane.offset : plane.offset + plane.nbytes].unsqueeze(2), plane)
-        for plane in run.planes
-    ]
-    if len(parts) == 1:
-        (low, plane) = parts[0]
-        return [_field(low, i * plane.nbytes, plane, plane.nbytes) for i in range(8 // plane.width)]
-    size = math.gcd(*(plane.nbytes for plane in run.planes))
-    (low, below), (high, above) = parts
-    return [
-        _field(low, start, below, size) | _field(high, start, above, size) << above.shift
-        for start in range(0, run.channels, size)
-    ]
+def _fields(stretch: _Stretch, codes: Tensor) -> list[Tensor]:
+    """The stretch's bits of each width in turn, [B, H, 1, C, nbytes] each."""
+    first, last = stretch.planes[0], stretch.planes[-1]
+    packed = codes[..., first.offset : last.offset + last.nbytes].unsqueeze(2)
+    mask = 2**stretch.width - 1
+    return [(packed >> shift) & mask for shift in range(0, 8, stretch.width)]
 
 
-def _field(packed: Tensor, start: int, plane: Plane, size: int) -> Tensor:
-    """A plane's bits of `size` channels from `start` on, which lie in one field."""
-    byte = start % plane.nbytes
-    shift = start // plane.nbytes * plane.width
-    return (packed[..., byte : byte + size] >> shift) & (2**plane.width - 1)
+def _weights(stretch: _Stretch, q: Tensor) -> Tensor:
+    """What each of `_fields` counts for in q·code: [B, H, G, fields, nbytes]."""
+    rows = []
+    for shift in range(0, 8, stretch.width):
+        parts = []
+        for plane in stretch.planes:
+            field, bit = divmod(shift, plane.width)
+            own = _own(plane, q)[..., field * plane.nbytes : (field + 1) * plane.nbytes]
+            own = torch.nn.functional.pad(own, (0, plane.nbytes - own.shape[3]))
+            parts.append(own * 2 ** (plane.shift + bit))
+        rows.append(torch.cat(parts, 3))
+    return torch.stack(rows, 3)
+
+
+def _own(plane: Plane, q: Tensor) -> Tensor:
+    return q[..., plane.first : plane.first + plane.channels]
+
+
+def _center(layout: CodeLayout, plane: Plane) -> float:
+    """The code that stands for 0, no number of NumPy's, which would be traced as an array."""
+    return (2 ** layout.bits[plane.first] - 1) / 2

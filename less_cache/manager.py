@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ._checks import check_choice, check_device, check_int, check_memory
-from .arrays import MOST_ROWS, Array
+from .arrays import MAX_SHORT_TOKENS, MOST_ROWS, Array
 from .backends import BACKENDS, best_backend, get_backend
-from .call import check_room, check_tokens, checked_mask
+from .call import check_room, check_tokens, checked_mask, no_room
 from .config import CacheConfig
 from .dtypes import dtype_name
 from .feature_maps import FeatureMaps
@@ -209,8 +209,9 @@ class CacheManager:
         ------
         ValueError, TypeError
             If anything above is not so, or a sequence would come to more tokens than its policy
-            takes in all (`FullCache` as many as its slots, `H2O` 2^24 in float32, others
-            `MAX_TOKENS`); the state is untouched then. A compiled call looks at `FullCache` alone.
+            takes in all (`FullCache` as many as its slots, `H2O` 2^24 in float32, coded slots with
+            positions of 16 bits `MAX_SHORT_TOKENS`, others `MAX_TOKENS`); the state is untouched
+            then. A compiled call looks at `FullCache` and positions of 16 bits alone.
         RuntimeError
             If another call on the same state has not ended: a state belongs to one thread at a
             time. Threads may share a manager, each with a state of its own. A compiled call does
@@ -319,11 +320,11 @@ def _check_room(plan: StepPlan, state: LayerState, mask: Array | None, new_token
     """
     limit = plan.most_tokens
     if not isinstance(state.length, np.ndarray) and torch.compiler.is_compiling():
-        if not plan.layer.policy.evicts:
+        if not plan.layer.policy.evicts or limit <= MAX_SHORT_TOKENS:
             incoming = new_tokens if mask is None else mask.sum(1)
             torch._assert_async(
                 ((state.length + incoming) <= limit).all(),
-                f"FullCache: more tokens than capacity = {limit}",
+                f"k: more tokens than {limit}: {no_room(plan.layer)}",
             )
         # Nobody counts while compiled: the next call that is not has to ask the device.
         return limit

@@ -256,9 +256,9 @@ def step(
         [B, Hkv, S, D]; or packed: [T, Hkv, D].
     lengths
         [B] int32 or int64, tokens seen before these. A row of length 0 counts as empty whatever
-        bytes it holds. With the new ones they must not pass `MAX_TOKENS`, beyond which positions
-        of 32 bits would wrap (2^24 for `H2O`'s sums in float32): a CPU looks, on a GPU it is the
-        caller's to see to.
+        bytes it holds. With the new ones they must not pass `StepPlan.most_tokens`, beyond which
+        positions of 32 bits, or 16, would wrap (2^24 for `H2O`'s sums in float32): a CPU looks, on
+        a GPU it is the caller's to see to.
     rows
         [B] int32 or int64: sequence i lives in row ``rows[i]`` of the arrays. ``None``: in row i.
         Padded calls may name one spare row many times; what it holds then is anything. The numbers

@@ -146,8 +146,29 @@ def test_a_full_cache_that_was_filled_while_compiled_still_refuses_the_next_toke
     for _ in range(3):
         step(*one)
     before = bits_of(state)
-    with pytest.raises(RuntimeError, match="FullCache: more tokens than capacity = 6"):
+    with pytest.raises(RuntimeError, match="more tokens than 6: FullCache holds at most"):
         step(*one)
     with pytest.raises(ValueError, match=r"^k: 7 tokens in all"):
         manager.attend(state, 0, *one)
+    assert bits_of(state) == before
+
+
+def test_positions_of_16_bits_do_not_wrap_while_compiled():
+    codes = {"quantization": lc.Quantization(3, 3), "max_positions": 2**15}
+    config = small_config(policy=lc.SinkWindow(), capacity=8, rank=0, num_layers=1, **codes)
+    manager = lc.CacheManager(config, backend="torch")
+    state = manager.init(2)
+    manager.attend(state, 0, *torch_inputs(config, 2, 12))
+    held = state.layers[0]
+    held.positions[held.positions >= 4] += 2**15 - 13
+    held.length += 2**15 - 13
+    step = torch.compile(
+        lambda q, k, v: manager.attend(state, 0, q, k, v), fullgraph=True, backend="aot_eager"
+    )
+    one = torch_inputs(config, 2, 1)
+    step(*one)
+    assert held.positions.max() == 2**15 - 1
+    before = bits_of(state)
+    with pytest.raises(RuntimeError, match=r"more tokens than 32768: .* 16-bit numbers"):
+        step(*one)
     assert bits_of(state) == before

@@ -1,5 +1,6 @@
 // Which kernels a step launches, and with what.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -134,6 +135,23 @@ TEST(sizes_out_of_range_are_refused) {
     CHECK_CONTAINS(refused([](auto& l) { l.sizes.state_dtype = Dtype::kInt64; }), "H's dtype");
     CHECK_CONTAINS(refused([](auto& l) { l.attributes.capacity = 40'000'000; }),
                    "at most 33554431");
+}
+
+TEST(coded_slots_whose_positions_tell_the_score_keep_none) {
+    const auto keeps = [](Layer layer, Start start, Gain gain) {
+        layer.attributes.start = start;
+        layer.attributes.gain = gain;
+        const auto names = state_names(layer.attributes);
+        return std::find(names.begin(), names.end(), "scores") != names.end();
+    };
+    const Layer plain = layer_of(8, 4, 64);
+    const Layer coded = coded_layer_of(8, 4, 64);
+    for (const Start start : {Start::kZero, Start::kPosition}) {
+        CHECK(keeps(plain, start, Gain::kNone));
+        CHECK(!keeps(coded, start, Gain::kNone));
+        CHECK(keeps(coded, start, Gain::kSum));
+    }
+    CHECK(keeps(coded, Start::kKeyNorm, Gain::kNone));
 }
 
 TEST(tensors_are_the_nodes) {

@@ -20,9 +20,11 @@ LEADERBOARD_ARGUMENTS ?=
 
 venv: .venv/installed
 
+# --no-compile: of thousands of files of transformers a few are ever imported.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	  --editable '.[dev]'
 	touch $@
 
 demo: venv

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .dtypes import DTYPE_BYTES
-from .policies import Gain, Policy, Start
+from .policies import Policy
 from .quantization import CodeLayout, Quantization, code_layout
 
 POSITION_BYTES = {"int32": 4, "int16": 2}
@@ -160,8 +160,7 @@ class LayerConfig:
     @cached_property
     def keeps_scores(self) -> bool:
         """Whether slots hold scores: coded ones do not where a position tells its pair's."""
-        told = self.policy.gains is Gain.NONE and self.policy.starts in (Start.ZERO, Start.POSITION)
-        return self.quantization is None or not told
+        return self.quantization is None or not self.policy.by_age
 
     @cached_property
     def key_layout(self) -> CodeLayout | None:

@@ -19,6 +19,17 @@ class MostSeen(lc.Policy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Oldest(lc.Policy):
+    """The oldest pair leaves, as all scores are alike."""
+
+    recent: int | None = 1
+    gains = lc.policies.Gain.NONE
+
+    def update(self, xp, scores, history, probabilities, visible):
+        return scores, history
+
+
+@dataclasses.dataclass(frozen=True)
 class MostSeenOneByOne(lc.Policy):
     """The same rule, which takes one head of one sequence at a time."""
 

@@ -10,7 +10,7 @@ from less_cache import ops
 from less_cache.arrays import EMPTY, MAX_TOKENS, array_shapes
 from less_cache.layer_config import LayerConfig
 from less_cache.layer_maps import EXPONENT_LIMIT
-from less_cache.policies import Gain, Start
+from less_cache.policies import Start
 
 from . import codes
 from .building import Builder, Value
@@ -149,8 +149,7 @@ def choose_slot(b: Builder, layer: Layer, state: Values, seen: Value) -> Value:
     kept = protected(b, layer, positions, seen)
     last = b.constant(LATER, "int32")
     empty = b.constant(EMPTY, "int32")
-    if policy.starts is Start.POSITION and policy.gains is Gain.NONE:
-        # The score is the position itself.
+    if policy.by_age:
         held = b("Greater", positions, empty)
         return b("ArgMin", b("Where", b("And", kept, held), last, positions), axis=2)
     infinity = b.constant(np.inf, layer.wide)

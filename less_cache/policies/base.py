@@ -106,6 +106,11 @@ class Policy:
         return self.starts is Start.GIVEN or self.gains is Gain.GIVEN
 
     @property
+    def by_age(self) -> bool:
+        """Whether scores only say which pair is older: positions tell them, for good."""
+        return self.gains is Gain.NONE and self.starts in (Start.ZERO, Start.POSITION)
+
+    @property
     def decay(self) -> float:
         """Factor on a `Gain.SUM` score at each new query, in [0, 1]."""
         return 1.0

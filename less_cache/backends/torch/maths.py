@@ -37,7 +37,7 @@ def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
     Where the slots of all heads are as those of one, [B, 1, heads].
     """
     if slots.runs:
-        windows = layer.policy.starts is Start.POSITION and layer.policy.evicts
+        windows = layer.policy.by_age and layer.policy.evicts
         if windows and len({policy.protected_recent for policy in layer.policies}) == 1:
             ranked = _ranked_by_position(layer, slots.positions, lengths)[:, 0]
             found = [
@@ -50,10 +50,8 @@ def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
     positions = slots.positions
     if not layer.policy.evicts:
         return positions.argmin(2, keepdim=True)
-    if layer.policy.starts is Start.POSITION:
+    if slots.scores is None or layer.policy.by_age:
         return _ranked_by_position(layer, positions, lengths).argmin(2, keepdim=True)
-    if slots.scores is None:
-        raise AssertionError("such scores are stored")
     protected = protected_pairs(layer, positions, lengths)
     ranked = slots.scores.masked_fill(protected, INFINITY)
     least = ranked.amin(2, keepdim=True)
@@ -64,7 +62,7 @@ def choose_slot(layer: LayerConfig, slots: RunSlots, lengths: Tensor) -> Tensor:
 
 
 def _ranked_by_position(layer: LayerConfig, positions: Tensor, lengths: Tensor) -> Tensor:
-    """What a window takes the least of: the score is the position itself, so there are no ties."""
+    """What leaves by age takes the least of: there are no ties."""
     held = positions != EMPTY
     protected = protected_pairs(layer, positions, lengths) & held
     return positions.masked_fill(protected, torch.iinfo(positions.dtype).max)

@@ -10,6 +10,7 @@ from exporters.onnx import parts
 from less_cache.arrays import array_shapes
 from tests.exporters.onnx.single_layer import OnnxLayers
 from tests.helpers import POLICIES, held_by, policy_id, random_maps
+from tests.policies import Oldest
 from tests.quantization.fitted import coded_config, fitted, some_tokens
 
 CHUNKS = (9, *(1,) * 7, 6, 1, 1)
@@ -100,7 +101,9 @@ def test_every_width_and_both_transforms(bits, kind):
     follow(coded_config(lc.H2O(), bits, kind, dtype="float32"), seed=sum(bits))
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != lc.H2O()], ids=policy_id)
+@pytest.mark.parametrize(
+    "policy", [*(p for p in POLICIES if p != lc.H2O()), Oldest()], ids=policy_id
+)
 def test_every_policy(policy):
     kind = "hadamard" if isinstance(policy, lc.KeyNorm) else "calibrated"
     follow(coded_config(policy, (3, 4), kind, dtype="float32"))

@@ -146,7 +146,7 @@ def test_a_full_cache_that_was_filled_while_compiled_still_refuses_the_next_toke
     for _ in range(3):
         step(*one)
     before = bits_of(state)
-    with pytest.raises(RuntimeError, match="more tokens than 6: FullCache holds at most"):
+    with pytest.raises(RuntimeError, match="FullCache holds at most capacity = 6"):
         step(*one)
     with pytest.raises(ValueError, match=r"^k: 7 tokens in all"):
         manager.attend(state, 0, *one)

@@ -29,18 +29,19 @@ def invoke(main, *arguments):
 def test_decode_compares_with_full_caches(tmp_path):
     genai = find_spec("onnxruntime_genai") is not None
     files = [f"--json={tmp_path / 'd.json'}", f"--png={tmp_path / 'd.png'}"]
-    contexts = ["--contexts=16,32", "--full-up-to=16"]
+    contexts = ["--contexts=16,32,64", "--full-up-to=32"]
     invoke(onnx_decode.main, *SIZES, *contexts, *files, "--genai" if genai else "--no-genai")
     report = json.loads((tmp_path / "d.json").read_text())
-    short, long = report["results"]
-    assert [row["context"] for row in report["results"]] == [16, 32]
+    short, middle, long = report["results"]
+    assert [row["context"] for row in report["results"]] == [16, 32, 64]
     assert short["less_bytes"] == long["less_bytes"]
+    assert short["full_bytes"] < middle["full_bytes"]
     assert "full" not in long
-    medians = [short[name]["median_ms"] for name in ("full", "genai") if name in short]
-    assert short["faster_than_best_full"] == pytest.approx(
-        min(medians) / short["less"]["median_ms"]
+    medians = [middle[name]["median_ms"] for name in ("full", "genai") if name in middle]
+    assert middle["faster_than_best_full"] == pytest.approx(
+        min(medians) / middle["less"]["median_ms"]
     )
-    assert ("genai" in short) == (report["genai"] == "built")
+    assert ("genai" in middle) == (report["genai"] == "built")
     assert genai or report["genai"] == "not asked for"
     assert (tmp_path / "d.png").stat().st_size > 1000
 

@@ -88,7 +88,7 @@ def test_machines_that_begin_together_take_the_effort_of_the_first(tmp_path, mon
     # The package has a function of the module's name.
     monkeypatch.setattr(sys.modules[measure_layers.__module__], "effort_within", slower)
     measure_layers(build("llama"), text(), tmp_path, [1], minutes=1, progress=False)
-    assert chosen != [EFFORT]
+    assert len(chosen) == 1
     assert json.loads((tmp_path / "effort.json").read_text()) == EFFORT.to_dict()
     assert json.loads((tmp_path / "run.json").read_text())["effort"]["fitting"] == EFFORT.fitting
 

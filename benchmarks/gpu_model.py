@@ -227,7 +227,7 @@ class Step:
         read = heads * self.capacity * (512 + 4 + 4 * self.group)
         rest = heads * self.capacity * (8 + 4 * self.group)
         rest += heads * (self.rank * 129 * 8 + 128 * 2 * (6 + 2 * self.group))
-        found = {"select_and_map": self._first()}
+        found = self._first()
         if splits == 1:
             loops = (Loop(1, 100, 3), over_slots, *ends)
             return found | {"attend": Kernel(heads, 4, 4, loops, read + rest)}
@@ -239,24 +239,37 @@ class Step:
         )
         return found
 
-    def _first(self) -> Kernel:
-        """Kernel A, whose longest programs look for victims and map their keys."""
-        tile = 1 if not self.rank else 16 if self.batch <= 16 else 32
-        slots, instructions = SCAN[tile]
-        query_heads = self.kv_heads * self.group
-        units = self.kv_heads + (query_heads if self.rank else 0)
-        turns = math.ceil(self.capacity / slots)
-        scan = Loop(turns, instructions, 1, 0 if self.before else 2)
+    def _first(self) -> dict[str, Kernel]:
+        """Kernel A, whose longest programs look for victims and map their keys; or two kernels."""
+        if not self.rank:
+            return {"select": self._scan()}
+        if self.before or self.capacity <= MOST_SCANNED:
+            return {"select_and_map": self._maps(scans=True)}
+        return {"select": self._scan(), "map": self._maps(scans=False)}
+
+    def _scan(self) -> Kernel:
+        """What only chooses victims: one sequence a program."""
+        slots, instructions = SCAN[1]
+        scan = Loop(math.ceil(self.capacity / slots), instructions, 1, 0 if self.before else 2)
+        # By registers: 56 of a thread.
         loops = (Loop(1, 150, 3), scan)
-        moved = self.heads * self.capacity * 8.0
-        if self.rank:
-            maps = Loop(8, BEFORE_MAPS, 1) if self.before else Loop(4, AFTER_MAPS, 1, 1)
-            loops = (*loops, maps, Loop(1, 300, 2))
-            moved += 2.0 * units * 512 * (128 + self.rank)
-        programs = units * math.ceil(self.batch / tile)
-        # By registers: 40 of a thread without maps.
-        warps, resident = (8, 2 if self.before else 1) if self.rank else (4, 12)
-        return Kernel(programs, warps, resident, loops, moved)
+        return Kernel(self.heads, 4, 9, loops, self.heads * self.capacity * 8.0)
+
+    def _maps(self, *, scans: bool) -> Kernel:
+        """What applies the maps, and chooses victims if it `scans`."""
+        tile = 16 if self.batch <= 16 else 32
+        units = self.kv_heads * (1 + self.group)
+        maps = Loop(8, BEFORE_MAPS, 1) if self.before else Loop(4, AFTER_MAPS, 1, 1)
+        loops: tuple[Loop, ...] = (Loop(1, 150, 3), maps, Loop(1, 300, 2))
+        moved = 2.0 * units * 512 * (128 + self.rank)
+        if scans:
+            slots, instructions = SCAN[tile]
+            turns = math.ceil(self.capacity / slots)
+            loops = (*loops, Loop(turns, instructions, 1, 0 if self.before else 2))
+            moved += self.heads * self.capacity * 8.0
+        # By the memory that they share.
+        resident = 1 if scans and not self.before else 2
+        return Kernel(units * math.ceil(self.batch / tile), 8, resident, loops, moved)
 
     def seconds(self, card: Card) -> float:
         """All of them in a CUDA graph."""
@@ -271,15 +284,21 @@ class Step:
         return slots + state + 2.0 * units * 512 * (128 + self.rank)
 
 
-BEFORE_SLOTS, AFTER_SLOTS = 292, 308
+BEFORE_SLOTS, AFTER_SLOTS = 292, 311
 """Instructions of a warp for 32 slots in `attend`."""
 
 BEFORE_MAPS, AFTER_MAPS = 1212, 643
 """The same for 64, and for 128, hidden numbers of 32 sequences in `select_and_map`."""
 
-SCAN = {1: (256, 167), 16: (128, 408), 32: (32, 261)}
-"""By the sequences of its tile, the slots of a turn of `select_and_map`'s scan for victims, and its
-instructions of a warp. Without maps a program has one sequence, and four warps."""
+MOST_SCANNED = 512
+"""Slots of a head up to which one kernel looks for victims and applies the maps."""
+
+SCAN = {1: (512, 270), 16: (128, 408), 32: (32, 261)}
+"""By the sequences of its tile, the slots of a turn of kernel A's scan for victims, and its
+instructions of a warp. What only chooses victims has one sequence a program, and four warps."""
+
+FIRST = ("select", "map", "select_and_map")
+"""Kernel A, in one launch or in two."""
 
 SHAPES = {"llama-2-7b": (32, 1), "llama-3-8b": (8, 4)}
 
@@ -296,7 +315,7 @@ def predictions(card: Card) -> list[str]:
         old, new = (Step(batch, *shape, capacity, 8, before=x) for x in (True, False))
         sparse = dataclasses.replace(new, rank=0)
         times = {kernel: one.seconds(card) for kernel, one in new.kernels(card).items()}
-        first = times.pop("select_and_map")
+        first = sum(times.pop(name, 0.0) for name in FIRST)
         kernel = new.kernels(card)["attend"]
         limits = kernel.parts(card)
         limit = max(limits, key=lambda part: limits[part])

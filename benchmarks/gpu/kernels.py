@@ -59,10 +59,21 @@ def bytes_of(layer: LayerConfig, batch: int) -> dict[str, int]:
     pairs = slots * (2 * layer.head_dim * size + 4 + 4 * layer.group)
     scores = slots * (8 + 4 * layer.group)
     return {
+        "select": slots * 8,
+        "map": heads * layer.head_dim * size,
         "select_and_map": slots * 8 + heads * layer.head_dim * size,
         "attend": pairs + scores + state + tokens,
         "conclude_split": scores + state + tokens,
     }
+
+
+def name_of(one: Launch) -> str:
+    """What a launch does, as `bytes_of` has it."""
+    name = str(one.kernel.__name__)
+    if name != "select_and_map":
+        return name
+    maps = bool(one.constants["KIND"])
+    return name if maps and one.constants["SELECTS"] else "map" if maps else "select"
 
 
 def launched(one: Launch, device: Any) -> None:
@@ -91,7 +102,7 @@ def measured(
     for one in (one for step in steps for one in step):
         # Each kernel finds what those before it leave.
         launched(one, device)
-    for place, kernel in enumerate(one.kernel.__name__ for one in steps[0]):
+    for place, kernel in enumerate(name_of(one) for one in steps[0]):
         for variant, changes in VARIANTS.items():
             own = [dataclasses.replace(step[place], **changes) for step in steps]
             row = {"shape": shape, "B": batch, "C": capacity, "kernel": kernel, "with": variant}

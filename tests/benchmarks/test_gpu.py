@@ -126,9 +126,12 @@ def test_each_kernel_is_launched_apart_with_what_it_needs():
     from benchmarks.gpu import kernels
 
     device = torch.device(DEVICE)
+    longer = kernels.layer_of(4, 2, 16, 600, dtype="float32", hidden=8)
+    (one,) = kernels.launches_of(*longer, 2, device, 1)
+    assert [kernels.name_of(launch) for launch in one[:3]] == ["select", "map", "attend"]
     layer, maps = kernels.layer_of(4, 2, 16, 300, dtype="float32", hidden=8)
     steps = kernels.launches_of(layer, maps, 2, device, 2)
-    names = [one.kernel.__name__ for one in steps[0]]
+    names = [kernels.name_of(one) for one in steps[0]]
     assert names[:2] == ["select_and_map", "attend"]
     assert set(names) <= set(kernels.bytes_of(layer, 2))
     for one in (one for step in steps for one in step):

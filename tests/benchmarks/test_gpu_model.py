@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks import gpu_model
 from benchmarks.gpu_model import CARDS, Kernel, Loop, Step
-from less_cache.backends.triton import decode
+from less_cache.backends.triton.aot.on_meta import meta_maps, meta_step
+from less_cache.backends.triton.launch import recording
+from less_cache.backends.triton.tiles import tiles
 from tests.backends.triton.oracle import config
 
 H200 = CARDS["H200"]
@@ -27,13 +29,20 @@ def test_published_times_come_out_with_the_error_that_the_docs_tell():
 @pytest.mark.parametrize("capacity", [205, 819, 8192])
 def test_it_shares_heads_out_as_the_library_does(batch, capacity):
     layer = config(kv_heads=8, group=4, head_dim=128, capacity=capacity, dtype="float16").layer(0)
-    tile = decode.tiles(layer, batch, H200.multiprocessors)
+    tile = tiles(layer, batch, H200.multiprocessors)
     kernels = Step(batch, 8, 4, capacity, 8).kernels(H200)
     assert kernels["attend"].programs == batch * 8 * tile.splits
     assert kernels["attend"].warps == tile.warps
     assert ("conclude_split" in kernels) == (tile.splits > 1)
     turns = kernels["attend"].loops[1].turns
     assert turns == math.ceil(math.ceil(capacity / tile.slots) / tile.splits)
+    with recording() as launches:
+        maps = meta_maps(layer, "exp", 512)
+        meta_step(layer, batch, maps, masked=False, splits=tile.splits)
+    names = [one.kernel.__name__ for one in launches]
+    assert ["select_and_map" if name in gpu_model.FIRST else name for name in kernels] == names
+    for kernel, one in zip(kernels.values(), launches, strict=True):
+        assert (kernel.programs, kernel.warps) == (math.prod(one.grid), one.warps)
 
 
 def test_what_costs_time_costs_time():

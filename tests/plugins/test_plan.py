@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from less_cache.backends.triton import launch as launching
 from less_cache.backends.triton.aot.on_meta import has_means, meta_maps, meta_step
+from less_cache.backends.triton.aot.records import ANY
 from less_cache.backends.triton.aot.variants import Variant
 from less_cache.backends.triton.launch import Launch, recording
 from less_cache.backends.triton.plans import KINDS
@@ -96,8 +97,11 @@ def launches(variant: Variant, splits: int | None = None) -> list[Launch]:
 def parameters(launch: Launch) -> str:
     """The arguments that a kernel compiled ahead of time would take."""
     names = []
+    maps = launch.constants.get("KIND", ANY) != 0
     for name in launch.kernel.arg_names:
         value = launch.arguments.get(name)
+        if name in ("HIDDEN", "RANK") and not maps:
+            continue
         if name.endswith("_scales_row_stride"):
             codes = launch.constants["KEY_CODES"] or launch.constants.get("VALUE_CODES")
             if codes:
@@ -135,11 +139,12 @@ def record(variant: Variant, launch: Launch, splits: int) -> str:
             "head_dim": variant.head_dim,
             "block_d": constants["BLOCK_D"],
             "scores": 1 << score_bit(variant.policy),
-            "kind": -1,
+            "kind": constants["KIND"] if selects else ANY,
             "group": 0,
             "block_g": 0 if selects else constants["BLOCK_G"],
             "block_r": -1,
             "block_b": constants.get("BLOCK_B", 0),
+            "selects": int(constants["SELECTS"]) if selects else ANY,
             "softcap": -1.0,
             "split": int(splits > 1) if name == "attend" else -1,
             "hidden_multiple": 1,
@@ -216,7 +221,8 @@ def test_the_plugin_launches_what_the_backend_does(monkeypatch, multiprocessors)
             for launch in launches(variant, splits):
                 # A capacity of few tiles cannot be shared at all.
                 shared = launch.grid[-1] if launch.kernel.__name__ == "attend" else splits
-                table[launch.kernel.__name__, shared > 1] = record(variant, launch, shared)
+                key = (launch.kernel.__name__, launch.constants.get("SELECTS"), shared > 1)
+                table[key] = record(variant, launch, shared)
         [(found, last)] = planned([*table.values(), layer_line(variant, multiprocessors)])
         assert last.startswith("end"), (variant, last)
         assert len(found) == len(wanted), variant
@@ -226,7 +232,7 @@ def test_the_plugin_launches_what_the_backend_does(monkeypatch, multiprocessors)
             assert (int(x), int(y), int(warps)) == (*grid, launch.warps), (variant, name)
             check_arguments(variant, launch, arguments)
         answers.append(len(found))
-    assert {2, 3} == set(answers) or multiprocessors == 1
+    assert {2, 3, 4} == set(answers) or multiprocessors == 1
 
 
 @pytest.mark.parametrize("codes", [None, CALIBRATED])
@@ -297,4 +303,4 @@ def test_every_kernel_that_was_compiled_can_be_launched():
         wanted = [layer_line(variant, 132, arch, 232448) for variant in variants]
         for variant, (found, last) in zip(variants, planned([*lines, *wanted]), strict=True):
             assert last.startswith("end"), (variant, last)
-            assert len(found) == (3 if variant.batch == 1 else 2)
+            assert len(found) == 2 + (variant.rank > 0) + (variant.batch == 1)

@@ -20,7 +20,7 @@ from ...layer_maps import LayerMaps
 from ..torch import chunk as torch_chunk
 from ..torch.slots import RunSlots, open_run
 from .kernels.chunk import attend_chunk, sum_columns
-from .launch import block, contiguous_heads, dot_type, launch
+from .launch import ALL_REGISTERS, block, contiguous_heads, dot_type, launch
 
 STAGES = 3
 """Turns of a loop, of which two have their loads under way while one is computed."""
@@ -144,6 +144,7 @@ def attention(
         device=q.device,
         warps=warps,
         stages=STAGES,
+        registers=ALL_REGISTERS if layer.dtype == "float32" else None,
     )
     gained = torch.zeros(positions.shape, dtype=torch.float32, device=q.device)
     if weight is not None:

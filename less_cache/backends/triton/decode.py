@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...arrays import ARRAYS, LayerArrays
@@ -19,64 +18,10 @@ from ...layer_config import LayerConfig
 from ...layer_maps import LayerMaps
 from . import launch as launching
 from .heads import head_table
-from .launch import block, contiguous_heads
-from .plans import WEIGHTS, StepLaunches, Tiles
+from .launch import contiguous_heads
+from .plans import WEIGHTS, StepLaunches, row_strides
 from .ready import all_aligned
-
-TILE_BYTES = 8192
-"""Of keys, and of values, that one program reads at a time."""
-
-CODED_TILE_BYTES = {2: 16384, 4: 8192}
-"""The same of codes once they are unpacked, by the bytes of a number: too few to spill."""
-
-BLOCKS_A_SPLIT = 4
-"""Blocks of slots below which sharing them out costs more than it gains."""
-
-PROGRAMS_A_PROCESSOR = 4
-"""Programs of kernel B that a multiprocessor has room for, and that heads are shared out for."""
-
-MOST_SPLITS = 16
-"""Programs a head: what they leave is merged one after another."""
-
-
-def tiles(layer: LayerConfig, batch: int, multiprocessors: int, splits: int | None = None) -> Tiles:
-    """Tile sizes and the number of programs that share one head's slots.
-
-    Parameters
-    ----------
-    layer
-        Shapes and dtype.
-    batch
-        B.
-    multiprocessors
-        Of the device: `PROGRAMS_A_PROCESSOR` for each are wanted.
-    splits
-        Programs a head, instead of as many as the device wants.
-    """
-    group, head_dim = block(layer.group), block(layer.head_dim)
-    # Small tiles and many programs a multiprocessor: more reads are under way at any time.
-    itemsize = getattr(torch, layer.dtype).itemsize
-    tile_bytes = TILE_BYTES if layer.key_layout is None else CODED_TILE_BYTES[itemsize]
-    slots = tile_bytes // (head_dim * itemsize)
-    if layer.key_layout is not None and group > 16:
-        # The more queries, the more logits of each slot there are besides.
-        slots //= group // 8
-    slots = max(16, slots)
-    blocks = triton.cdiv(max(layer.capacities), slots)
-    most = 4096 if layer.key_layout is None else 2048
-    large = group * head_dim > most or layer.rank > 16 or layer.dtype == "float32"
-    if splits is None:
-        wanted = PROGRAMS_A_PROCESSOR * multiprocessors // max(1, batch * layer.kv_heads)
-        splits = max(1, min(wanted, blocks // BLOCKS_A_SPLIT, MOST_SPLITS))
-    return Tiles(
-        group=group,
-        head_dim=head_dim,
-        rank=block(layer.rank),
-        slots=slots,
-        # As many as have a block to read in the largest head.
-        splits=triton.cdiv(blocks, triton.cdiv(blocks, min(splits, blocks))),
-        warps=8 if large else 4,
-    )
+from .tiles import tiles
 
 
 def step(
@@ -112,7 +57,7 @@ def step(
     weights: Mapping[str, Tensor] = {} if maps is None else maps.tensors
     stored = [getattr(arrays, name) for name in ARRAYS]
     count = launching.processors(device)
-    row_strides = [None if array is None else array.stride(0) for array in stored]
+    strides = [None if array is None else array.stride(0) for array in stored]
     key = (
         # The plan keeps the layer, and no other object has its number until then.
         id(layer),
@@ -122,7 +67,7 @@ def step(
         splits,
         *((x.dtype, x.stride()) for x in (q, k, v)),
         q.shape[0],
-        *row_strides,
+        *strides,
         lengths.dtype,
         None if rows is None else rows.dtype,
         None if mask is None else mask.stride(0),
@@ -132,9 +77,10 @@ def step(
     if plan is None:
         if len(_PLANS) >= MOST_PLANS:
             _PLANS.clear()
-        strides = dict(zip(ARRAYS, row_strides, strict=True))
-        tile = tiles(layer, q.shape[0], count, splits)
-        plan = StepLaunches(layer, maps, q, k, v, mask, strides, tile)
+        by_name = dict(zip(ARRAYS, strides, strict=True))
+        _, aligned = row_strides(layer, by_name)
+        tile = tiles(layer, q.shape[0], count, splits, aligned=aligned)
+        plan = StepLaunches(layer, maps, q, k, v, mask, by_name, tile)
         _PLANS[key] = plan
     given: dict[str, Tensor | None] = {name: weights.get(name) for name in WEIGHTS}
     given.update(zip(ARRAYS, stored, strict=True))

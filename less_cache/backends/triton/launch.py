@@ -19,6 +19,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 UNKNOWN_PROCESSORS = 132
 """Multiprocessors where there is no device to ask: an H100's and H200's."""
 
+ALL_REGISTERS = 255
+"""As many as there are: where the assembler, left alone, would spill some."""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from .kernels.attend import attend, conclude_split
 from .kernels.maths import EXP, NO_MAPS, PAPER
 from .kernels.planes import codes_text
 from .kernels.select_maps import select_and_map
-from .launch import block, current, dot_type
+from .launch import ALL_REGISTERS, block, current, dot_type
 from .ready import ReadyLaunch
+from .tiles import Tiles
 
 KINDS = {"paper": PAPER.value, "exp": EXP.value}
 
@@ -36,14 +36,17 @@ WEIGHTS = (
 )
 """Tensors of the maps that kernel A reads, where there are such."""
 
-ALL_REGISTERS = 255
-"""As many as there are: where the assembler, left alone, would spill some."""
-
 STAGES = 3
 """Turns of a loop, of which two have their loads under way while one is computed."""
 
-SLOTS_A_TILE = {1: 256, 16: 128, 32: 32}
+SLOTS_A_TILE = {1: 512, 16: 128, 32: 32}
 """Slots that kernel A looks at at a time, by the sequences of a program: none too many to spill."""
+
+MOST_SCANNED = 512
+"""Slots of a head up to which the programs that map its victims look for them, too.
+
+They have many sequences each, and few slots at a time. One more launch costs less than more slots.
+"""
 
 SCORES_A_THREAD = 2
 """Slots whose scores a thread of kernel B updates at a time."""
@@ -69,18 +72,6 @@ FROM_ARRAYS = (
     "z",
 )
 """Arrays that kernel B reads, and changes."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How much of what one program of kernel B holds at a time."""
-
-    group: int
-    head_dim: int
-    rank: int
-    slots: int
-    splits: int
-    warps: int
 
 
 class StepLaunches:
@@ -132,7 +123,7 @@ class StepLaunches:
             self.scratch["part_numerator"] = ((*parts, tile.head_dim), wide)
         strides, aligned = row_strides(layer, array_strides)
         strides |= {"q_row_stride": q.stride(0), "q_head_stride": q.stride(1)}
-        self.launches = [_select_and_map(layer, maps, q, strides, aligned)]
+        self.launches = _select_and_map(layer, maps, q, strides, aligned)
         numbers = {
             "capacity": layer.capacities[0],
             "splits": tile.splits,
@@ -163,6 +154,7 @@ class StepLaunches:
             **shared,
             "SPLIT": split,
             "BLOCK_C": tile.slots,
+            "AHEAD": tile.ahead,
             "DOT": products_type(layer),
         }
         programs = batch * layer.kv_heads
@@ -267,7 +259,26 @@ def _select_and_map(
     q: Tensor,
     strides: Mapping[str, int],
     aligned: bool,
+) -> list[ReadyLaunch]:
+    """Kernel A, once or twice."""
+    if maps is None or max(layer.capacities) <= MOST_SCANNED:
+        return [_first_kernel(layer, maps, q, strides, aligned, selects=True)]
+    return [
+        _first_kernel(layer, None, q, strides, aligned, selects=True),
+        _first_kernel(layer, maps, q, strides, aligned, selects=False),
+    ]
+
+
+def _first_kernel(
+    layer: LayerConfig,
+    maps: LayerMaps | None,
+    q: Tensor,
+    strides: Mapping[str, int],
+    aligned: bool,
+    *,
+    selects: bool,
 ) -> ReadyLaunch:
+    """Kernel A that chooses victims, applies maps, or both."""
     batch = q.shape[0]
     own = ("q_row_stride", "q_head_stride", *(f"{name}_row_stride" for name in SELECTS_FROM))
     numbers = {
@@ -280,29 +291,30 @@ def _select_and_map(
     sequences = 1 if maps is None else 16 if batch <= 16 else 32
     dtype = q.dtype if maps is None else maps.tensors["phi_w1"].dtype
     # A row of the first product is a hidden number: with as many as eight warps have, none repeats
-    # another's; wider heads would take too much shared memory.
-    most_hidden = 32 if dtype.itemsize == 4 else 128 if layer.head_dim <= 128 else 64
+    # another's; wider heads would take too much shared memory, higher ranks too many registers.
+    wide = layer.head_dim > 128 or layer.rank > 32
+    most_hidden = 32 if dtype.itemsize == 4 else 64 if wide else 128
     constants = {
-        "START": int(layer.policy.starts),
-        "GAIN": int(layer.policy.gains),
+        "SELECTS": selects,
+        # Whoever finds the victims chosen is one kernel for all policies.
+        "START": int(layer.policy.starts) if selects else 0,
+        "GAIN": int(layer.policy.gains) if selects else 0,
         "KIND": NO_MAPS.value if maps is None else KINDS[maps.kind],
         "QUERY_HEADS": layer.query_heads,
         "KV_HEADS": layer.kv_heads,
         "KEY_CODES": codes_text(layer.key_layout),
         "HEAD_DIM": layer.head_dim,
         "HIDDEN": 0 if maps is None else maps.hidden,
-        "RANK": layer.rank,
+        "RANK": layer.rank if maps is not None else 0,
         "ALIGNED": aligned,
         "BLOCK_B": sequences,
         "BLOCK_C": SLOTS_A_TILE[sequences],
         "BLOCK_D": block(layer.head_dim),
         "BLOCK_H": most_hidden if maps is None else min(most_hidden, block(maps.hidden)),
-        "BLOCK_R": block(layer.rank),
+        "BLOCK_R": block(layer.rank if maps is not None else 0),
         "DOT": dot_type(dtype),
     }
     units = layer.kv_heads + (layer.query_heads if maps is not None else 0)
-    # By what the compiler reports: the fewest registers without spilling any.
-    few = maps is None or (dtype.itemsize == 4 and layer.rank <= 32)
     return ReadyLaunch(
         select_and_map,
         (units, triton.cdiv(batch, sequences)),
@@ -312,7 +324,7 @@ def _select_and_map(
         ),
         numbers,
         constants,
-        warps=4 if few else 8,
+        warps=4 if maps is None else 8,
         stages=STAGES,
-        registers=None if layer.key_layout is None else ALL_REGISTERS,
+        registers=ALL_REGISTERS if layer.key_layout is not None or dtype.itemsize == 4 else None,
     )

@@ -14,7 +14,7 @@ from ...layer_config import LayerConfig
 from ...quantization import codes
 from . import chunk
 from .kernels.scan import scan
-from .launch import block, check_device, contiguous_heads, launch
+from .launch import ALL_REGISTERS, block, check_device, contiguous_heads, launch
 from .plans import policy_constants
 
 LARGEST_CAPACITY = 4096
@@ -153,7 +153,15 @@ def _scan_run(
         "BLOCK_D": block(head_dim),
         "CHUNK": min(block(head_dim), LARGEST_CHUNK, TILE_REGISTERS * 32 * warps // slots),
     }
-    launch(scan, (batch * kv_heads,), arguments, constants, device=k.device, warps=warps)
+    launch(
+        scan,
+        (batch * kv_heads,),
+        arguments,
+        constants,
+        device=k.device,
+        warps=warps,
+        registers=ALL_REGISTERS,
+    )
     return times
 
 

@@ -89,12 +89,19 @@ std::string architectures(const std::vector<const KernelRecord*>& records) {
     return line;
 }
 
+/// Whether a kernel does what is wanted, for whatever layer.
+bool does(const KernelRecord& record, const Want& want) {
+    return std::strcmp(record.kernel, want.kernel) == 0 &&
+           (want.selects == -1 || record.selects == want.selects) &&
+           want.maps == (record.kind != 0);
+}
+
 /// The shapes that a kernel was compiled for, one item each; long lists are cut.
-std::string shapes(KernelTable table, std::string_view kernel) {
+std::string shapes(KernelTable table, const Want& want) {
     constexpr std::size_t kMost = 24;
     std::set<std::string> lines;
     for (const auto& record : table) {
-        if (kernel != record.kernel) {
+        if (!does(record, want)) {
             continue;
         }
         std::string line = *record.dtype == '\0' ? "any dtype" : record.dtype;
@@ -153,11 +160,11 @@ std::int32_t padded(std::int32_t size) {
 bool serves(const KernelRecord& record, const Layer& layer, const Want& want) {
     const Attributes& attributes = layer.attributes;
     const auto kind = static_cast<std::int32_t>(attributes.maps);
-    return std::strcmp(record.kernel, want.kernel) == 0 && serves_dtypes(record, layer) &&
+    return does(record, want) && serves_dtypes(record, layer) &&
            serves_codes(record, layer) && serves_heads(record, layer, want) &&
            serves_rank(record, attributes, layer.sizes.hidden) &&
            serves_score(record, attributes.start, attributes.gain) &&
-           (record.kind == -1 || record.kind == kind) && record.block_b <= want.block_b &&
+           (record.kind <= 0 || record.kind == kind) && record.block_b <= want.block_b &&
            (record.softcap < 0.0F || record.softcap == attributes.softcap) &&
            (want.split == -1 || record.split == want.split);
 }
@@ -204,7 +211,7 @@ const KernelRecord& choose_kernel(KernelTable table, const Layer& layer, const D
                       ", of ", least_shared, " bytes or more");
     }
     throw Refusal(ErrorKind::kInvalidConfig, want.kernel, ": not compiled for ", describe(layer),
-                  "; there is: ", shapes(table, want.kernel));
+                  "; there is: ", shapes(table, want));
 }
 
 }  // namespace less_cache

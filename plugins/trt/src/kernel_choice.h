@@ -28,6 +28,10 @@ struct Want {
     /// Of "conclude_split": the padded group and head size that "attend" wrote its parts in.
     std::int32_t block_g = 0;
     std::int32_t block_d = 0;
+    /// Of "select_and_map": whether it chooses the victims, 1 or 0; -1 for the other kernels.
+    std::int32_t selects = -1;
+    /// Of "select_and_map": whether it applies feature maps; true for the other kernels.
+    bool maps = true;
 };
 
 /// The power of two, at least 16, that holds `size`: how kernels pad.

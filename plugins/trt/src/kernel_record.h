@@ -35,6 +35,8 @@ struct KernelRecord {
     std::int32_t block_r;
     /// Sequences that one program takes (select_and_map), else 0.
     std::int32_t block_b;
+    /// Of select_and_map: 1: it chooses the victims; 0: it finds them chosen; else -1.
+    std::int32_t selects;
     /// The soft cap compiled in, 0 for none; -1 serves any.
     float softcap;
     /// 1: programs share a head's slots (attend); 0: one program a head; -1: neither.

@@ -22,6 +22,9 @@ constexpr std::int64_t kProgramsAProcessor = 4;
 /// Programs a head: what they leave is merged one after another.
 constexpr std::int64_t kMostSplits = 16;
 
+/// Slots of a head up to which the programs that map its victims look for them, too.
+constexpr std::int32_t kMostScanned = 512;
+
 /// Of each array in the workspace: what TensorRT gives its own buffers.
 constexpr std::size_t kAlignment = 256;
 
@@ -38,6 +41,30 @@ std::int64_t splits_of(const Layer& layer, const Device& device, std::int64_t ba
     const std::int64_t splits =
         std::max<std::int64_t>(1, std::min({wanted, blocks / kBlocksASplit, kMostSplits}));
     return divided_up(blocks, divided_up(blocks, std::min(splits, blocks)));
+}
+
+/// Kernel A: what chooses victims, and what applies the maps unless that does so, too.
+struct Selection {
+    const KernelRecord* select = nullptr;
+    const KernelRecord* map = nullptr;
+};
+
+Selection choose_selection(KernelTable table, const Layer& layer, const Device& device,
+                           std::int32_t batch) {
+    const auto first = [&](std::int32_t block_b, std::int32_t selects, bool maps) {
+        Want want{"select_and_map", -1, block_b};
+        want.selects = selects;
+        want.maps = maps;
+        return &choose_kernel(table, layer, device, want);
+    };
+    if (layer.attributes.maps == MapKind::kNone) {
+        return {first(1, 1, false), nullptr};
+    }
+    const std::int32_t tile = batch <= 16 ? 16 : 32;
+    if (layer.attributes.capacity <= kMostScanned) {
+        return {first(tile, 1, true), nullptr};
+    }
+    return {first(1, 1, false), first(tile, 0, true)};
 }
 
 /// Kernel B and what follows it.
@@ -168,9 +195,7 @@ Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std:
     if (batch == 0) {
         return plan;
     }
-    const bool mapped = layer.attributes.maps != MapKind::kNone;
-    const std::int32_t tile = !mapped ? 1 : batch <= 16 ? 16 : 32;
-    const auto& select = choose_kernel(table, layer, device, {"select_and_map", -1, tile});
+    const Selection selection = choose_selection(table, layer, device, batch);
     const Attention attention = choose_attention(table, layer, device, batch);
     plan.splits = static_cast<std::int32_t>(attention.splits);
 
@@ -180,8 +205,14 @@ Plan plan_step(KernelTable table, const Layer& layer, const Device& device, std:
 
     const Sizes& sizes = layer.sizes;
     const std::int64_t heads = std::int64_t{batch} * sizes.kv_heads;
-    const std::int64_t units = std::int64_t{sizes.kv_heads} + (mapped ? sizes.query_heads : 0);
-    plan.launches.push_back(launch(names, select, units, divided_up(batch, select.block_b)));
+    for (const KernelRecord* first : {selection.select, selection.map}) {
+        if (first == nullptr) {
+            continue;
+        }
+        const std::int64_t mapped = first->kind == 0 ? 0 : sizes.query_heads;
+        const std::int64_t tiles = divided_up(batch, first->block_b);
+        plan.launches.push_back(launch(names, *first, sizes.kv_heads + mapped, tiles));
+    }
     plan.launches.push_back(launch(names, *attention.attend, heads, attention.splits));
     if (attention.conclude != nullptr) {
         plan.launches.push_back(launch(names, *attention.conclude, heads, 1));

@@ -252,10 +252,9 @@ TEST(configuring_refuses_what_no_kernel_serves) {
     wide.sizes.head_dim = 96;
     CHECK_CONTAINS(configured(wide, 1, 8), "head size 96");
     CHECK_CONTAINS(configured(wide, 1, 8),
-                   "there is: any dtype, any head size, without maps, scores 0+0 1+0 2+0 0+1 1+1 "
-                   "2+1 0+2 1+2 2+2; float16, "
-                   "head size 64, "
-                   "rank up to 16 by 4s");
+                   "there is: float16, head size 64, rank up to 16 by 4s, maps \"exp\" of hidden "
+                   "size by 16s, codes of 3 bits, calibrated, scores 0+0 1+0 2+0 0+1 1+1 2+1 0+2 "
+                   "1+2 2+2; float16, head size 64, rank up to 16 by 4s, ");
     Layer bfloat = exp_layer();
     bfloat.sizes.dtype = Dtype::kBFloat16;
     CHECK_CONTAINS(configured(bfloat, 1, 8), "not compiled for bfloat16");

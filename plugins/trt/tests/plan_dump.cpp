@@ -33,7 +33,8 @@ void read_record(TabLine& line, less_cache::testing::SyntheticKernels& kernels) 
     record.block_d = line.integer();
     record.scores = static_cast<std::uint32_t>(line.integer());
     for (std::int32_t* field :
-         {&record.kind, &record.group, &record.block_g, &record.block_r, &record.block_b}) {
+         {&record.kind, &record.group, &record.block_g, &record.block_r, &record.block_b,
+          &record.selects}) {
         *field = line.integer();
     }
     record.softcap = line.real();

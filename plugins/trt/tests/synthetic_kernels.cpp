@@ -7,7 +7,7 @@ namespace {
 
 constexpr std::int32_t kRankBlock = 16;
 
-std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split,
+std::string parameters_of(const std::string& kernel, std::int32_t kind, bool split, bool selects,
                           const SyntheticCodes& codes) {
     const std::string scales = codes.none() ? "" : "key_scales:ptr value_scales:ptr ";
     const std::string scale_strides =
@@ -16,16 +16,17 @@ std::string parameters_of(const std::string& kernel, std::int32_t kind, bool spl
     if (kernel == "select_and_map") {
         std::string line = kind == 0 ? "" : "q:ptr keys:ptr ";
         line += kind == 0 || codes.none() ? "" : "key_scales:ptr ";
-        line += "lengths:ptr scores:ptr positions:ptr ";
+        line += selects ? "lengths:ptr scores:ptr positions:ptr " : "lengths:ptr ";
         line += kind == 0 ? "" : "phi_w1:ptr phi_w2:ptr psi_w1:ptr psi_w2:ptr ";
         line += kind == 1 ? "psi_w3:ptr psi_s1:ptr psi_s2:ptr " : kind == 2 ? "psi_b:ptr " : "";
         line += kind != 0 && codes.means() ? "psi_b1:ptr " : "";
         line += "slot_out:ptr ";
         line += kind == 0 ? "" : "phi_out:ptr psi_out:ptr ";
-        line += "batch:i32 capacity:i32 sinks:i32 recent:i32";
+        line += selects ? "batch:i32 capacity:i32 sinks:i32 recent:i32" : "batch:i32 capacity:i32";
         line += kind == 0 ? "" : strides + " keys_row_stride:i64";
         line += kind == 0 || codes.none() ? "" : " key_scales_row_stride:i64";
-        line += " scores_row_stride:i64 positions_row_stride:i64 QUERY_HEADS:i32 KV_HEADS:i32";
+        line += selects ? " scores_row_stride:i64 positions_row_stride:i64" : "";
+        line += " QUERY_HEADS:i32 KV_HEADS:i32";
         return line + (kind == 0 ? "" : " HIDDEN:i32 RANK:i32");
     }
     if (split) {
@@ -68,6 +69,7 @@ KernelRecord blank(const char* kernel) {
     record.scores = 511;
     record.kind = -1;
     record.block_r = -1;
+    record.selects = -1;
     record.softcap = -1.0F;
     record.split = -1;
     record.hidden_multiple = 1;
@@ -105,35 +107,42 @@ void SyntheticKernels::add_layout(const std::string& dtype, std::int32_t head_di
         const std::string kernel = record.kernel;
         record.arch = arch;
         record.ptx = ptx;
-        const bool selects = kernel == "select_and_map";
-        const bool simple = selects && kind == 0;
+        const bool first = kernel == "select_and_map";
+        const bool simple = first && record.kind == 0;
         record.key_bits = simple ? "" : codes.key_bits;
-        record.value_bits = selects ? "" : codes.value_bits;
+        record.value_bits = first ? "" : codes.value_bits;
         record.transform = simple ? -1 : codes.transform;
         record.key_bytes = simple ? 0 : codes.key_bytes;
-        record.value_bytes = selects ? 0 : codes.value_bytes;
+        record.value_bytes = first ? 0 : codes.value_bytes;
         if (low_rank) {
             record.block_r = kind == 0 ? 0 : kRankBlock;
             record.rank_multiple = kind == 0 ? 1 : 4;
         }
         const std::string symbol = kernel + suffix;
-        const std::string parameters = parameters_of(kernel, kind, record.split == 1, codes);
+        const std::string parameters = parameters_of(
+            kernel, first ? record.kind : kind, record.split == 1, record.selects == 1, codes);
         record.symbol = symbol.c_str();
         record.parameters = parameters.c_str();
         add(record);
     };
-    for (const std::int32_t tile : kind == 0 ? std::vector{1} : std::vector{16, 32}) {
-        KernelRecord select = blank("select_and_map");
-        select.kind = kind;
-        select.block_b = tile;
-        select.warps = 8;
-        if (kind != 0) {
-            select.dtype = dtype.c_str();
-            select.head_dim = head_dim;
-            select.block_d = padded;
-            select.hidden_multiple = 16;
+    KernelRecord select = blank("select_and_map");
+    select.kind = 0;
+    select.block_b = 1;
+    select.selects = 1;
+    select.warps = 8;
+    add_one(select, false, "");
+    for (const std::int32_t tile : kind == 0 ? std::vector<std::int32_t>{} : std::vector{16, 32}) {
+        for (const std::int32_t selects : {1, 0}) {
+            KernelRecord map = select;
+            map.kind = kind;
+            map.block_b = tile;
+            map.selects = selects;
+            map.dtype = dtype.c_str();
+            map.head_dim = head_dim;
+            map.block_d = padded;
+            map.hidden_multiple = 16;
+            add_one(map, true, selects == 1 ? "" : "_mapping");
         }
-        add_one(select, kind != 0, "");
     }
     for (const std::int32_t split : {0, 1}) {
         for (const std::int32_t group : {1, 0}) {

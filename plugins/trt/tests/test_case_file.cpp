@@ -57,6 +57,8 @@ TEST(wrong_numbers_are_seen) {
 TEST(integers_codes_and_scales_are_compared_exactly) {
     CaseFile one = small_case();
     one.state_tolerance = 0.5;
+    // Positions alone would tell the scores, and there would be none.
+    one.layer.attributes.gain = less_cache::Gain::kSum;
     one.layer.attributes.key_bits = one.layer.attributes.value_bits = "8";
     one.layer.attributes.transform = less_cache::Transform::kHadamard;
     one.layer.sizes.key_bytes = one.layer.sizes.value_bytes = 1;

@@ -214,6 +214,32 @@ TEST(a_step_is_two_launches) {
     CHECK_EQUAL(argument(attend, "SCALE").bits, std::uint64_t{bits});
 }
 
+TEST(many_slots_are_looked_through_in_a_launch_of_their_own) {
+    const auto kernels = usual_kernels();
+    const Plan one = plan_step(kernels.table(), layer_of(32, 8, 512), kGpu, 64);
+    CHECK_EQUAL(one.launches.size(), 2U);
+    const Plan two = plan_step(kernels.table(), layer_of(32, 8, 513), kGpu, 64);
+    CHECK_EQUAL(two.launches.size(), 3U);
+    const auto& select = two.launches[0];
+    CHECK_EQUAL(select.record->kind, 0);
+    CHECK_EQUAL(select.grid_x, 8U);
+    CHECK_EQUAL(select.grid_y, 64U);
+    CHECK_EQUAL(number(select, "recent"), 3);
+    const auto& map = two.launches[1];
+    CHECK_EQUAL(std::string(map.record->kernel), "select_and_map");
+    CHECK_EQUAL(map.record->selects, 0);
+    CHECK_EQUAL(map.grid_x, 40U);
+    CHECK_EQUAL(map.grid_y, 2U);
+    CHECK_EQUAL(argument(select, "slot_out").bits, argument(map, "slot_out").bits);
+    // Without maps there is one thing to do.
+    Layer layer = layer_of(32, 8, 513);
+    layer.attributes.rank = 0;
+    layer.attributes.maps = MapKind::kNone;
+    SyntheticKernels sparse;
+    sparse.add_layout("float16", 64, 0, 90);
+    CHECK_EQUAL(plan_step(sparse.table(), layer, kGpu, 64).launches.size(), 2U);
+}
+
 TEST(kernels_get_the_outputs_for_the_state) {
     const auto kernels = usual_kernels();
     const Plan plan = plan_step(kernels.table(), layer_of(8, 8, 64), kGpu, 1);
@@ -282,8 +308,8 @@ TEST(the_workspace_has_room_for_every_array) {
     const Layer layer = layer_of(32, 8, 4096);
     const Plan plan = plan_step(kernels.table(), layer, kGpu, 2);
     CHECK(plan.splits > 1);
-    CHECK_EQUAL(plan.launches.size(), 3U);
-    const auto& conclude = plan.launches[2];
+    CHECK_EQUAL(plan.launches.size(), 4U);
+    const auto& conclude = plan.launches[3];
     const std::int64_t heads = 16;
     const std::int64_t parts = heads * plan.splits * 16;
     const std::pair<const char*, std::int64_t> sizes[] = {{"slots", heads * 4},
@@ -303,8 +329,8 @@ TEST(the_workspace_has_room_for_every_array) {
     }
     CHECK(static_cast<std::int64_t>(plan.workspace_bytes) >= end);
     CHECK_EQUAL(number(conclude, "splits"), plan.splits);
-    CHECK_EQUAL(plan.launches[1].grid_y, static_cast<std::uint32_t>(plan.splits));
-    CHECK_EQUAL(number(plan.launches[1], "splits"), plan.splits);
+    CHECK_EQUAL(plan.launches[2].grid_y, static_cast<std::uint32_t>(plan.splits));
+    CHECK_EQUAL(number(plan.launches[2], "splits"), plan.splits);
 }
 
 TEST(one_workspace_suffices_for_every_smaller_batch) {
@@ -488,8 +514,8 @@ TEST(parts_are_concluded_in_the_blocks_they_were_written_in) {
         }
     }
     const Plan plan = plan_step(kernels.table(), layer_of(8, 8, 8192), kGpu, 1);
-    CHECK_EQUAL(plan.launches.size(), 3U);
-    CHECK_EQUAL(plan.launches[2].record->block_g, plan.launches[1].record->block_g);
+    CHECK_EQUAL(plan.launches.size(), 4U);
+    CHECK_EQUAL(plan.launches[3].record->block_g, plan.launches[2].record->block_g);
 }
 
 TEST(grids_beyond_what_a_gpu_takes_are_refused) {

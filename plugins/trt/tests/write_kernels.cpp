@@ -34,7 +34,8 @@ int main(int count, char** arguments) {
               << (record.ptx ? "true" : "false") << ", " << record.head_dim << ", "
               << record.block_d << ", " << record.scores << ", " << record.kind << ", "
               << record.group << ", " << record.block_g << ", " << record.block_r << ", "
-              << record.block_b << ", " << real(record.softcap) << ", " << record.split << ", "
+              << record.block_b << ", " << record.selects << ", " << real(record.softcap) << ", "
+              << record.split << ", "
               << record.hidden_multiple << ", " << record.rank_multiple << ", " << record.block_c
               << ", " << quoted(record.key_bits) << ", " << quoted(record.value_bits) << ", "
               << record.transform << ", " << record.key_bytes << ", " << record.value_bytes << ", "

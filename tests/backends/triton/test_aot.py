@@ -46,16 +46,21 @@ def records(compiled):
 
 @pytest.mark.timeout(300)
 def test_each_kernel_is_there_as_machine_code_and_as_ptx(records):
-    found = {(r["kernel"], r["split"], r["block_b"], r["block_r"], r["ptx"]) for r in records}
+    found = {
+        (r["kernel"], r["split"], r["block_b"], r["block_r"], r["selects"], r["ptx"])
+        for r in records
+    }
     wanted = {
-        ("select_and_map", -1, 16, 16),
-        ("select_and_map", -1, 32, 16),
-        ("select_and_map", -1, 1, -1),
-        ("attend", 0, 0, 16),
-        ("attend", 0, 0, 0),
-        ("attend", 1, 0, -1),
-        ("conclude_split", -1, 0, 16),
-        ("conclude_split", -1, 0, 0),
+        ("select_and_map", -1, 16, 16, 1),
+        ("select_and_map", -1, 32, 16, 1),
+        ("select_and_map", -1, 16, 16, 0),
+        ("select_and_map", -1, 32, 16, 0),
+        ("select_and_map", -1, 1, -1, 1),
+        ("attend", 0, 0, 16, -1),
+        ("attend", 0, 0, 0, -1),
+        ("attend", 1, 0, -1, -1),
+        ("conclude_split", -1, 0, 16, -1),
+        ("conclude_split", -1, 0, 0, -1),
     }
     assert found == {(*key, ptx) for key in wanted for ptx in (False, True)}
     assert {r["rank_multiple"] for r in records} == {1, 4}
@@ -161,7 +166,7 @@ def test_no_size_is_compiled_in(tmp_path):
     script = """
 from less_cache.backends.triton.aot import layouts, records
 known = {"HAS_MASK", "START", "GAIN", "KIND", "HEAD_DIM", "SOFTCAP", "SPLIT", "SINGLE", "DOT"}
-known |= {"KEY_CODES", "VALUE_CODES"}
+known |= {"KEY_CODES", "VALUE_CODES", "SELECTS"}
 chosen = [*layouts.every_layout(), *layouts.coded_layouts()]
 for layout in chosen:
     for wanted in records.launches(layout):
@@ -256,7 +261,11 @@ def test_kernels_over_codes_say_which_and_take_scales(tmp_path):
     result = run(["-c", CODED, str(folder)], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(records) == 5
+    assert len(records) == 8
+    (chooses,) = (record for record in records if record["kind"] == 0)
+    assert (chooses["key_bits"], chooses["key_bytes"], chooses["block_b"]) == ("", 0, 1)
+    assert "key_scales" not in chooses["parameters"]
+    records.remove(chooses)
     for record in records:
         selects = record["kernel"] == "select_and_map"
         assert (record["key_bits"], record["value_bits"]) == ("4", "" if selects else "2")

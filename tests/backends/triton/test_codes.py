@@ -1,6 +1,7 @@
 """Coded slots in a decode step: splits, pools full of anything, guards, scans, narrow numbers."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import less_cache as lc
 from less_cache.arrays import empty_arrays
-from less_cache.backends.triton import decode
+from less_cache.backends.triton import decode, tiles
 from less_cache.backends.triton.kernels.planes import Assembly, codes_text, read_text
 from less_cache.quantization import code_layout
 from less_cache.quantization.codes import unpack
@@ -108,13 +109,43 @@ def test_steps_over_any_bytes_are_those_of_torch(policy, monkeypatch):
 )
 def test_shared_slots(kind, bits, head_dim, monkeypatch):
     # 16 slots a tile; of three programs the last has none.
-    monkeypatch.setattr(decode, "CODED_TILE_BYTES", {4: 16 * 4 * head_dim})
-    tiles = decode.tiles
-    monkeypatch.setattr(
-        decode, "tiles", lambda layer, batch, count, splits: tiles(layer, batch, count, 3)
-    )
+    monkeypatch.setattr(tiles, "CODED_TILE_BYTES", {4: 16 * 4 * head_dim})
+    shared = functools.partial(tiles.tiles, splits=3)
+    monkeypatch.setattr(decode, "tiles", lambda *args, aligned: shared(*args[:3], aligned=aligned))
     config = coded(lc.H2O(), bits, kind, head_dim=head_dim, capacity=70)
     check_steps(config, monkeypatch, batch=1, first=69, steps=3)
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_who_loads_codes_ahead_changes_nothing(compiler, monkeypatch):
+    # Five tiles of 16 slots, the last of them not full.
+    monkeypatch.setattr(tiles, "CODED_TILE_BYTES", {4: 16 * 4 * 16})
+    monkeypatch.setattr(tiles, "asynchronous", lambda *_: compiler)
+    check_steps(coded(lc.H2O(), capacity=70), monkeypatch, batch=1, first=68, steps=4)
+
+
+def test_small_or_crooked_tiles_are_loaded_ahead():
+    def ahead(bits=(3, 3), kind="hadamard", aligned=True, **changes):
+        given = {"head_dim": 128, "dtype": "float16", "capacity": 500, **changes}
+        layer = coded(lc.H2O(), bits, kind, **given).layer(0)
+        tile = tiles.tiles(layer, 64, 132, aligned=aligned)
+        return tile.ahead, tile.slots
+
+    assert ahead() == (False, 64)
+    assert ahead((4, 4), "calibrated") == (False, 64)
+    # 20 bytes of low bits, and then 10.
+    assert ahead(head_dim=80) == (True, 32)
+    assert ahead(aligned=False) == (True, 32)
+    # 512 bytes for 256 threads.
+    assert ahead(dtype="float32") == (True, 16)
+    plain = coded(lc.H2O(), head_dim=80, quantization=None, dtype="float16").layer(0)
+    assert not tiles.tiles(plain, 64, 132, aligned=False).ahead
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "calibrated"])
+def test_victims_chosen_in_a_launch_of_their_own(kind, monkeypatch):
+    monkeypatch.setattr("less_cache.backends.triton.plans.MOST_SCANNED", 0)
+    check_steps(coded(lc.H2O(), kind=kind, capacity=4), monkeypatch)
 
 
 @pytest.mark.parametrize(

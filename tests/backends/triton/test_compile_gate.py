@@ -36,6 +36,7 @@ def test_kernels_compile_and_spill_no_registers(capability, tmp_path):
         assert kernel["spilled_bytes"] == 0, kernel
         if kernel["kernel"] in ("attend", "attend_chunk", "sum_columns"):
             assert kernel["under_way"] >= 1, kernel
+            assert kernel["waited_for"] == 0, kernel
 
 
 def test_the_gate_sees_a_kernel_that_spills_or_waits(tmp_path):
@@ -52,11 +53,21 @@ spilling = dataclasses.replace(wanted, constants=constants, warps=4, registers=N
 print(compile_gate.problems(compile_gate.compile_launch(spilling, 90), 128))
 waiting = dataclasses.replace(wanted, stages=2)
 print(compile_gate.problems(compile_gate.compile_launch(waiting, 90), 128))
+coded = variants.Variant(codes=variants.Quantization(3, 3), head_dim=80)
+with recording() as launches:
+    variants.launches_of(coded)
+wanted = next(w for w in launches if w.kernel.__name__ == "attend")
+left = dataclasses.replace(wanted, constants=wanted.constants | {"AHEAD": False})
+for launch in (wanted, left):
+    print(compile_gate.problems(compile_gate.compile_launch(launch, 90), 80))
 """
     result = run(["-c", script], tmp_path)
-    spilled, waited, *_ = [*result.stdout.splitlines(), "", ""]
+    spilled, waited, ahead, left, *_ = [*result.stdout.splitlines(), *4 * [""]]
     assert "registers spilled" in spilled, result.stdout + result.stderr
     assert waited == "['no load is under way while the loop computes']"
+    assert ahead == "[]"
+    # Positions and scales still come a turn ahead; 20 bytes of low bits and 10 of high ones do not.
+    assert left == "['each turn waits for 4 loads of its own']"
 
 
 def test_the_package_works_without_triton(tmp_path):

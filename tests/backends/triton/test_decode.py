@@ -9,7 +9,8 @@ import torch
 import less_cache as lc
 from less_cache.arrays import EMPTY, empty_arrays
 from less_cache.backends import triton as backend
-from less_cache.backends.triton import decode, launch, plans
+from less_cache.backends.triton import decode, launch, plans, tiles
+from less_cache.backends.triton.aot.on_meta import meta_maps, meta_step
 from less_cache.backends.triton.launch import recording
 from tests.backends.triton.guards import Guards
 from tests.backends.triton.oracle import DEVICE, Pair, config
@@ -51,9 +52,20 @@ CASES = {
 }
 
 
+def chosen_first(monkeypatch):
+    """Let victims be chosen in a launch of their own, however few the slots are."""
+    monkeypatch.setattr(plans, "MOST_SCANNED", 0)
+    monkeypatch.setattr(decode, "_PLANS", {})
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_the_references_and_stay_in_their_buffers(name, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True], ids=["", "victims first"])
+def test_steps_are_the_references_and_stay_in_their_buffers(name, apart, monkeypatch):
     cache, kind, splits, masked = CASES[name]
+    if apart:
+        if not cache.rank:
+            pytest.skip("without maps there is one launch")
+        chosen_first(monkeypatch)
     pair = Pair(cache, batch=2, kind=kind)
     most = max(pair.layer.capacities)
     guards = Guards()
@@ -129,20 +141,33 @@ def test_a_step_is_two_launches_or_three_and_looks_at_no_data(batch, launches, m
     assert [wanted.kernel for wanted in recorded] == expected[:launches]
 
 
+@pytest.mark.parametrize(("capacity", "launches"), [(512, 1), (513, 2)])
+def test_victims_among_many_slots_are_chosen_first(capacity, launches):
+    cache = config(kv_heads=2, group=2, head_dim=64, capacity=[[40, capacity]], dtype="float16")
+    layer = cache.layer(0)
+    with recording() as recorded:
+        meta_step(layer, 20, meta_maps(layer, "exp", 32), masked=False)
+    first = [one for one in recorded if one.kernel is plans.select_and_map]
+    assert len(first) == launches
+    # One sequence a program where it only chooses; where it maps, 32 share the maps' weights.
+    assert [one.grid for one in first] == [(2, 20), (2 + 4, 1)][-launches:]
+    assert first[-1].constants["SELECTS"] == (launches == 1)
+
+
 @pytest.mark.parametrize("processors", [1, 108, 132])
 @pytest.mark.parametrize("capacity", [16, 100, 205, 819, 8192])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_splits_cover_every_slot_and_none_is_idle(processors, capacity, batch):
     layer = config(kv_heads=8, head_dim=128, capacity=capacity, dtype="float16").layer(0)
-    tile = decode.tiles(layer, batch, processors)
+    tile = tiles.tiles(layer, batch, processors)
     # As the kernel counts.
     span = math.ceil(math.ceil(capacity / tile.slots) / tile.splits) * tile.slots
     assert (tile.splits - 1) * span < capacity <= tile.splits * span
-    programs = decode.PROGRAMS_A_PROCESSOR * processors
+    programs = tiles.PROGRAMS_A_PROCESSOR * processors
     assert tile.splits == 1 or tile.splits * batch * 8 <= programs
     if batch == 1 and capacity == 8192 and processors > 1:
         # 256 tiles: no fewer programs than what is merged at the end allows.
-        assert tile.splits == decode.MOST_SPLITS
+        assert tile.splits == tiles.MOST_SPLITS
 
 
 @pytest.mark.gpu

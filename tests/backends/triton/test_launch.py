@@ -167,8 +167,9 @@ def test_nothing_is_compiled_anew_while_tokens_come_batches_change_or_pages_move
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines() == [
         "steps 1",
-        # Two tiles of kernel A; heads shared out among programs, or not.
-        "batches ['attend', 'attend', 'conclude_split', 'select_and_map', 'select_and_map']",
+        # Victims chosen, and two tiles of maps; heads shared out among programs, or not.
+        "batches ['attend', 'attend', 'conclude_split', 'select_and_map', 'select_and_map', "
+        "'select_and_map']",
         "capacities True",
         "by head 1",
         "pages 1",

@@ -34,7 +34,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PTX_ARCHITECTURE = 80
 """What Triton compiles for 90 and later runs on nothing else, neither code nor PTX."""
 
-FORMAT = 3
+FORMAT = 4
 ALIGNMENT = 64
 """Each image begins at a multiple of so many bytes."""
 

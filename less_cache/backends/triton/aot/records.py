@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import triton
@@ -11,8 +12,9 @@ from ....layer_maps import LAST_LAYERS
 from ....policies import Gain, Start
 from ....quantization import TRANSFORMS
 from ....quantization.settings import spelled_bits
+from ..kernels.maths import NO_MAPS
 from ..launch import Launch, recording
-from ..plans import KINDS
+from ..plans import MOST_SCANNED
 from .compiling import Signature, compile_kernel, signature
 from .layouts import Layout, Score
 from .on_meta import meta_maps, meta_step
@@ -36,6 +38,12 @@ SCORES: tuple[Score, ...] = tuple(
 
 BATCHES = (16, 32)
 """One for each tile of sequences that kernel A has."""
+
+MAPS_ARRAYS = {"phi_w1", "phi_w2", "psi_w1", "psi_w2", "psi_b1", "phi_out", "psi_out"}
+"""What the maps of every kind read and write."""
+
+LAST_ARRAYS = {name for names in LAST_LAYERS.values() for name in names}
+"""What those of one kind read."""
 
 ANY = -1
 
@@ -64,6 +72,8 @@ class Record:
         0: for rank 0; else for ranks up to it; -1: any.
     block_b
         Sequences a program (kernel A).
+    selects
+        Of ``"select_and_map"``: whether it chooses the victims, or finds them chosen; else -1.
     softcap
         The one compiled in, 0: none; -1: any.
     split
@@ -100,6 +110,7 @@ class Record:
     block_g: int
     block_r: int
     block_b: int
+    selects: int
     softcap: float
     split: int
     hidden_multiple: int
@@ -156,17 +167,21 @@ def compile_layout(layout: Layout, arch: int, with_code: bool, with_ptx: bool) -
 
 
 def launches(layout: Layout) -> list[Launch]:
-    """What decode steps of `layout` launch: for few and many sequences, slots shared or not."""
-    layer = layout.example
-    maps = meta_maps(layer, layout.kind, HIDDEN_MULTIPLE)
-    found: list[Launch] = []
-    for batch, splits in zip(BATCHES, (1, 2), strict=True):
-        with recording() as recorded:
-            meta_step(layer, batch, maps, masked=True, splits=splits)
-        # Without maps kernel A has one tile, whatever the batch.
-        again = splits > 1 and maps is None
-        found += [w for w in recorded if not (again and w.kernel.__name__ == "select_and_map")]
-    return found
+    """What decode steps of `layout` launch, each kernel once.
+
+    For few and many sequences, few and many slots, slots shared or not.
+    """
+    few = layout.example
+    many = replace(few, capacities=(2 * MOST_SCANNED,) * few.kv_heads)
+    maps = meta_maps(few, layout.kind, HIDDEN_MULTIPLE)
+    found: dict[str, Launch] = {}
+    for layer in (few, many):
+        for batch, splits in zip(BATCHES, (1, 2), strict=True):
+            with recording() as recorded:
+                meta_step(layer, batch, maps, masked=True, splits=splits)
+            for wanted in recorded:
+                found.setdefault(f"{wanted.kernel.__name__} {wanted.constants}", wanted)
+    return list(found.values())
 
 
 def generalised(wanted: Launch, layout: Layout) -> Signature:
@@ -184,19 +199,11 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     _strided(found, layout)
     if layout.codes is None:
         _drop(found, "key_scales", "value_scales")
+    if name == "select_and_map":
+        _generalise_selection(found, wanted, layout)
+        return found
     if layout.kind is not None:
         found.pass_on("RANK", "i32", layout.rank_multiple)
-    if name == "select_and_map":
-        score = _like_in_selection(layout.score)
-        _fix_score(found, score)
-        if score[1] is Gain.NONE:
-            _drop(found, "scores")
-        _drop_unread_maps(found, layout)
-        if layout.kind is not None:
-            found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
-            # Sizes take registers, too: with wider tiles heads of 128 spilled some.
-            found.fix("BLOCK_H", 32)
-        return found
     found.pass_on("mask", "*i32", 16)
     found.fix("mask_stride", 1)
     found.pass_on("SCALE", "fp32")
@@ -228,6 +235,28 @@ def generalised(wanted: Launch, layout: Layout) -> Signature:
     return found
 
 
+def _generalise_selection(found: Signature, wanted: Launch, layout: Layout) -> None:
+    """The same of kernel A."""
+    maps = wanted.constants["KIND"] != NO_MAPS.value
+    if wanted.constants["SELECTS"]:
+        score = _like_in_selection(layout.score)
+        _fix_score(found, score)
+        if score[1] is Gain.NONE:
+            _drop(found, "scores")
+    else:
+        _drop(found, "scores", "positions")
+        for unread in ("sinks", "recent"):
+            found.fix(unread, 0)
+    if not maps:
+        _drop(found, "q", "keys", "key_scales", *MAPS_ARRAYS, *LAST_ARRAYS)
+        return
+    _drop(found, *(LAST_ARRAYS - {*LAST_LAYERS[layout.kind or ""]}))
+    found.pass_on("RANK", "i32", layout.rank_multiple)
+    found.pass_on("HIDDEN", "i32", HIDDEN_MULTIPLE)
+    # Sizes take registers, too: with wider tiles heads of 128 spilled some.
+    found.fix("BLOCK_H", 32)
+
+
 def _strided(found: Signature, layout: Layout) -> None:
     """Strides between rows and heads as parameters, whatever they were in the example."""
     layer = layout.example
@@ -254,18 +283,6 @@ def _drop(found: Signature, *arrays: str) -> None:
                 found.fix(stride, 0)
 
 
-def _drop_unread_maps(found: Signature, layout: Layout) -> None:
-    first = ("phi_w1", "phi_w2", "psi_w1", "psi_w2", "phi_out", "psi_out")
-    last = {name for names in LAST_LAYERS.values() for name in names}
-    if layout.kind is None:
-        unread = {*first, *last}
-        _drop(found, "q", "keys", "key_scales")
-    else:
-        unread = last - {*LAST_LAYERS[layout.kind]}
-    for name in unread:
-        found.fix(name, None)
-
-
 def _fix_score(found: Signature, score: Score) -> None:
     for name, value in zip(("START", "GAIN"), score, strict=True):
         found.fix(name, int(value))
@@ -287,41 +304,45 @@ def record_of(
 ) -> Record:
     """What there is to know of a compiled kernel; `metadata` is the compiler's."""
     name, constants = wanted.kernel.__name__, wanted.constants
-    selects = name == "select_and_map"
+    first = name == "select_and_map"
     split = name == "attend" and bool(constants["SPLIT"])
-    alike = [layout.score]
-    if selects:
+    alike: Sequence[Score] = [layout.score]
+    if first and not constants["SELECTS"]:
+        alike = SCORES
+    elif first:
         alike = [s for s in SCORES if _like_in_selection(s) == _like_in_selection(layout.score)]
     elif split:
         alike = [s for s in SCORES if _like_over_slots(s) == _like_over_slots(layout.score)]
-    simple = selects and layout.kind is None
+    maps = first and constants["KIND"] != NO_MAPS.value
+    simple = first and not maps
     low_rank = not split and not simple
     key, value = layout.example.key_layout, layout.example.value_layout
     codes = layout.codes
     return Record(
         kernel=name,
         dtype="" if simple else layout.dtype,
-        state_dtype="" if selects or split or not layout.rank else layout.state_dtype,
+        state_dtype="" if first or split or not layout.rank else layout.state_dtype,
         arch=arch,
         ptx=ptx,
         head_dim=0 if simple else layout.head_dim,
         block_d=0 if simple else constants["BLOCK_D"],
         scores=sum(1 << SCORES.index(score) for score in alike),
-        kind=KINDS.get(layout.kind or "", 0) if selects else ANY,
-        group=0 if selects or layout.group > 1 else 1,
-        block_g=0 if selects else constants["BLOCK_G"],
+        kind=constants["KIND"] if first else ANY,
+        group=0 if first or layout.group > 1 else 1,
+        block_g=0 if first else constants["BLOCK_G"],
         block_r=(constants["BLOCK_R"] if layout.rank else 0) if low_rank else ANY,
-        block_b=constants["BLOCK_B"] if selects else 0,
-        softcap=float(ANY) if selects else layout.softcap or 0.0,
+        block_b=constants["BLOCK_B"] if first else 0,
+        selects=int(constants["SELECTS"]) if first else ANY,
+        softcap=float(ANY) if first else layout.softcap or 0.0,
         split=int(split) if name == "attend" else ANY,
-        hidden_multiple=HIDDEN_MULTIPLE if selects and layout.kind else 1,
+        hidden_multiple=HIDDEN_MULTIPLE if maps else 1,
         rank_multiple=layout.rank_multiple if low_rank and layout.rank else 1,
         block_c=constants["BLOCK_C"] if name == "attend" else 0,
         key_bits="" if simple else "0" if codes is None else spelled_bits(codes.key_bits),
-        value_bits="" if selects else "0" if codes is None else spelled_bits(codes.value_bits),
+        value_bits="" if first else "0" if codes is None else spelled_bits(codes.value_bits),
         transform=ANY if simple or codes is None else TRANSFORMS.index(codes.transform),
         key_bytes=0 if simple or key is None else key.nbytes,
-        value_bytes=0 if selects or value is None else value.nbytes,
+        value_bytes=0 if first or value is None else value.nbytes,
         warps=wanted.warps,
         shared_bytes=int(metadata.shared),
         symbol=metadata.name,

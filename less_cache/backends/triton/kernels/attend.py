@@ -151,6 +151,7 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    AHEAD: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Kernel B: out = (φ(q) H + Σ exp(s) v) / (φ(q) z + Σ exp(s)), s = q·k·scale.
@@ -220,6 +221,7 @@ def attend(
                 BLOCK_G,
                 BLOCK_C,
                 BLOCK_D,
+                AHEAD,
                 DOT,
             )
         else:

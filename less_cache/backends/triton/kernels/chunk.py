@@ -39,18 +39,21 @@ def attended(
 
     A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M]. All
     values are finite, so that a weight of 0 makes nothing of one that it does not see: no load
-    waits for positions.
+    waits for positions. Those the compiler may find too small to load ahead: they are, here.
     """
     d = tl.arange(0, BLOCK_D)
     # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.
     positions += head * columns_in_all
     keys += head * columns_in_all * HEAD_DIM
     values += head * columns_in_all * HEAD_DIM
+    columns = first + tl.arange(0, BLOCK_N)
+    next_position = tl.load(positions + columns, mask=columns < columns_in_all, other=-1)
     for start in tl.range(bound(first), bound(last), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         inside = columns < columns_in_all
-        position = tl.load(positions + columns, mask=inside, other=-1).to(tl.int32)
-        held = position != -1
+        held = next_position.to(tl.int32) != -1
+        ahead = columns < columns_in_all - BLOCK_N
+        next_position = tl.load(positions + BLOCK_N + columns, mask=ahead, other=-1)
         offsets = columns[:, None] * HEAD_DIM + d[None, :]
         wanted = inside[:, None]
         if HEAD_DIM != BLOCK_D:
@@ -227,6 +230,11 @@ def sum_columns(
     for member in tl.range(0, GROUP):
         query_head = head * GROUP + member
         at = batch_row * q_row_stride + (query_head % (KV_HEADS * GROUP)) * q_head_stride
+        log_sums, counts = log_mass + query_head * tokens, weight + batch_row * tokens
+        row = first + tl.arange(0, BLOCK_M)
+        # Too small for the compiler to load them ahead.
+        next_log_sum = tl.load(log_sums + row, mask=row < tokens, other=0.0)
+        next_count = tl.load(counts + row, mask=row < tokens, other=0.0)
         for start in tl.range(bound(first), bound(stop), BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
             real = row < tokens
@@ -235,10 +243,12 @@ def sum_columns(
             queries = tl.load(
                 first_row + places, mask=real[:, None] & (d[None, :] < HEAD_DIM), other=0.0
             ).to(DOT)
-            log_sum = tl.load(log_mass + query_head * tokens + row, mask=real, other=0.0)
-            counts = tl.load(weight + batch_row * tokens + row, mask=real, other=0.0)
+            log_sum, count = next_log_sum, next_count
+            ahead = row < tokens - BLOCK_M
+            next_log_sum = tl.load(log_sums + BLOCK_M + row, mask=ahead, other=0.0)
+            next_count = tl.load(counts + BLOCK_M + row, mask=ahead, other=0.0)
             s = capped(tl.dot(queries, tl.trans(key), input_precision="ieee") * SCALE, SOFTCAP)
             visible = held[None, :] & (columns[None, :] - capacity <= row[:, None])
             s = tl.where(visible, s, -INFINITY)
-            total += tl.sum(tl.exp(s - log_sum[:, None]) * counts[:, None], 0)
+            total += tl.sum(tl.exp(s - log_sum[:, None]) * count[:, None], 0)
     tl.store(gained + head * columns_in_all + columns, total, mask=inside)

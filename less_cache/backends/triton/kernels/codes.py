@@ -9,13 +9,18 @@ is that of `planes`. `stored` points at a head's first code, or at one pair's.
 import triton
 import triton.language as tl
 
-from ..launch import INTERPRETED as _INTERPRETED
+from ..launch import INTERPRETED
 from .planes import operands, pair_numbers, segment, segments, stored_channels, unpacking
 
-INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
 LARGEST_SCALE: tl.constexpr = tl.constexpr(65504.0)
 HALVES: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a float32 and taken away again, it rounds to the nearest even integer."""
+
+
+@triton.constexpr_function
+def of_16_bits(codes, i, dot):
+    """Whether a segment is unpacked as `all_fields_of_16_bits` does."""
+    return dot == tl.float16 and segment(codes, i, "halved") and not INTERPRETED
 
 
 @triton.jit
@@ -30,7 +35,7 @@ def channels_of(CODES: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def units_of(CODES: tl.constexpr, PART: tl.constexpr):
-    """What the number 1 of `load_codes` is in codes, at each place: 2^-k, k bits up in a byte."""
+    """What the number 1 of `codes_in` is in codes, at each place: 2^-k, k bits up in a byte."""
     f = tl.arange(0, segment(CODES, PART, "places")) // 4 % segment(CODES, PART, "fields")
     return 1.0 / (1 << (f * segment(CODES, PART, "low_width"))).to(tl.float32)
 
@@ -47,40 +52,33 @@ def field(lows, more, f: tl.constexpr, CODES: tl.constexpr, PART: tl.constexpr, 
 
 
 @triton.jit
-def high_bits(at, near, f: tl.constexpr, CODES: tl.constexpr, PART: tl.constexpr):
-    """The high plane's bytes of field f, shifted so that its bits are the lowest."""
-    channel = f * segment(CODES, PART, "low_bytes") + tl.arange(
-        0, segment(CODES, PART, "padded_bytes")
-    )
-    byte = segment(CODES, PART, "high_offset") + channel % segment(CODES, PART, "high_bytes")
-    shift = channel // segment(CODES, PART, "high_bytes") * segment(CODES, PART, "high_width")
-    return tl.load(at + byte[None, :], mask=near, other=0) >> shift.to(tl.uint8)[None, :]
-
-
-@triton.jit
-def all_fields(at, lows, near, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
-    """Every field of bytes of the low plane as numbers, a tuple of tensors like `lows`."""
-    found = ()
+def all_fields(found, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
+    """Every field of `load_bytes` as numbers, a tuple of tensors like its first."""
+    numbers = ()
     for f in tl.static_range(segment(CODES, PART, "fields")):
-        more = lows
+        more = found[0]
         if segment(CODES, PART, "high_width") > 0:
-            more = high_bits(at, near, f, CODES, PART)
-        found = found + (field(lows, more, f, CODES, PART, DOT),)
-    return found
+            channel = f * segment(CODES, PART, "low_bytes") + tl.arange(
+                0, segment(CODES, PART, "padded_bytes")
+            )
+            shift = channel // segment(CODES, PART, "high_bytes")
+            more = (
+                found[1 + f] >> (shift * segment(CODES, PART, "high_width")).to(tl.uint8)[None, :]
+            )
+        numbers = numbers + (field(found[0], more, f, CODES, PART, DOT),)
+    return numbers
 
 
 @triton.jit
-def all_fields_of_16_bits(at, lows, near, CODES: tl.constexpr, PART: tl.constexpr):
+def all_fields_of_16_bits(found, CODES: tl.constexpr, PART: tl.constexpr):
     """The same in float16, four bytes at a time. A high plane must be half of the low one."""
     if segment(CODES, PART, "high_width") > 0:
         byte = tl.arange(0, segment(CODES, PART, "padded_bytes"))
-        own = segment(CODES, PART, "high_offset") + byte % segment(CODES, PART, "high_bytes")
-        highs = tl.load(at + own[None, :], mask=near, other=0)
         # One load has the high bits of all fields: of the run's second half, one width further up.
         second = tl.where(byte < segment(CODES, PART, "high_bytes"), 0, 255).to(tl.uint8)
-        taken = (lows, highs, second[None, :] + tl.zeros(lows.shape, tl.uint8))
+        taken = (found[0], found[1], second[None, :] + tl.zeros(found[0].shape, tl.uint8))
     else:
-        taken = (lows,)
+        taken = (found[0],)
     if segment(CODES, PART, "fields") == 4:
         return tl.inline_asm_elementwise(
             unpacking(CODES, PART),
@@ -113,10 +111,11 @@ def all_fields_of_16_bits(at, lows, near, CODES: tl.constexpr, PART: tl.constexp
 
 
 @triton.jit
-def load_codes(stored, slots, inside, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
-    """Codes [BLOCK_C, places] of one segment of pairs, in `units_of`; 0 where not `inside`.
+def load_bytes(stored, slots, inside, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
+    """Bytes [BLOCK_C, padded_bytes] of one segment of pairs: the low plane's, and the high one's.
 
-    Any bytes are codes: an empty slot's may be read, and are numbers.
+    A tuple; the high plane's once where one load has the high bits of all fields, else for each
+    field. Any bytes are codes: an empty slot's may be read, and are numbers. 0 where not `inside`.
     """
     byte = tl.arange(0, segment(CODES, PART, "padded_bytes"))
     at = stored + slots[:, None] * pair_numbers(CODES, 0)
@@ -124,23 +123,40 @@ def load_codes(stored, slots, inside, CODES: tl.constexpr, PART: tl.constexpr, D
     if segment(CODES, PART, "padded_bytes") > segment(CODES, PART, "low_bytes"):
         near = near & (byte < segment(CODES, PART, "low_bytes"))[None, :]
     lows = tl.load(at + (segment(CODES, PART, "low_offset") + byte)[None, :], mask=near, other=0)
-    if tl.float16 == DOT and segment(CODES, PART, "halved") and not INTERPRETED:
-        found = all_fields_of_16_bits(at, lows, near, CODES, PART)
+    found = (lows,)
+    if segment(CODES, PART, "high_width") > 0:
+        own = segment(CODES, PART, "high_offset")
+        if of_16_bits(CODES, PART, DOT):
+            more = own + byte % segment(CODES, PART, "high_bytes")
+            found = found + (tl.load(at + more[None, :], mask=near, other=0),)
+        else:
+            for f in tl.static_range(segment(CODES, PART, "fields")):
+                channel = f * segment(CODES, PART, "low_bytes") + byte
+                more = own + channel % segment(CODES, PART, "high_bytes")
+                found = found + (tl.load(at + more[None, :], mask=near, other=0),)
+    return found
+
+
+@triton.jit
+def codes_in(found, CODES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
+    """Codes [BLOCK_C, places] of what `load_bytes` found, in `units_of`."""
+    if of_16_bits(CODES, PART, DOT):
+        numbers = all_fields_of_16_bits(found, CODES, PART)
     else:
-        found = all_fields(at, lows, near, CODES, PART, DOT)
-    ROWS: tl.constexpr = slots.shape[0]
+        numbers = all_fields(found, CODES, PART, DOT)
+    ROWS: tl.constexpr = found[0].shape[0]
     FOURS: tl.constexpr = segment(CODES, PART, "padded_bytes") // 4
     if segment(CODES, PART, "fields") == 4:
-        even = tl.join(fours(found[0], ROWS, FOURS), fours(found[2], ROWS, FOURS))
-        odd = tl.join(fours(found[1], ROWS, FOURS), fours(found[3], ROWS, FOURS))
+        even = tl.join(fours(numbers[0], ROWS, FOURS), fours(numbers[2], ROWS, FOURS))
+        odd = tl.join(fours(numbers[1], ROWS, FOURS), fours(numbers[3], ROWS, FOURS))
         joined = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
         return tl.reshape(joined, [ROWS, segment(CODES, PART, "places")])
     elif segment(CODES, PART, "fields") == 2:
-        joined = tl.join(fours(found[0], ROWS, FOURS), fours(found[1], ROWS, FOURS))
+        joined = tl.join(fours(numbers[0], ROWS, FOURS), fours(numbers[1], ROWS, FOURS))
         joined = tl.permute(joined, (0, 1, 3, 2))
         return tl.reshape(joined, [ROWS, segment(CODES, PART, "places")])
     else:
-        return found[0]
+        return numbers[0]
 
 
 @triton.jit

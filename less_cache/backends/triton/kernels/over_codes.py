@@ -9,7 +9,7 @@ or values is formed, and codes become numbers of 16 bits exactly.
 import triton
 import triton.language as tl
 
-from .codes import channels_of, load_codes, units_of
+from .codes import channels_of, codes_in, load_bytes, units_of
 from .maths import GAIN_NONE, INFINITY, bound, capped
 from .planes import segment, segments
 
@@ -37,11 +37,22 @@ def placed_queries(q, head_stride, CODES: tl.constexpr, GROUP, BLOCK_G: tl.const
 
 
 @triton.jit
-def products(queries, stored, slots, inside, CODES: tl.constexpr, DOT: tl.constexpr):
-    """Sums q·code [BLOCK_G, BLOCK_C] over all segments."""
-    total = tl.zeros([queries[0].shape[0], slots.shape[0]], tl.float32)
+def all_bytes(stored, slots, inside, CODES: tl.constexpr, DOT: tl.constexpr):
+    """What `load_bytes` finds in each segment, a tuple of tuples."""
+    found = ()
     for i in tl.static_range(segments(CODES)):
-        codes = load_codes(stored, slots, inside, CODES, i, DOT)
+        found = found + (load_bytes(stored, slots, inside, CODES, i, DOT),)
+    return found
+
+
+@triton.jit
+def products(
+    queries, found, CODES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT
+):
+    """Sums q·code [BLOCK_G, BLOCK_C] over all segments."""
+    total = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+    for i in tl.static_range(segments(CODES)):
+        codes = codes_in(found[i], CODES, i, DOT)
         total = tl.dot(queries[i], tl.trans(codes), total, input_precision="ieee")
     return total
 
@@ -70,9 +81,14 @@ def over_codes(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """`attend.over_slots` over codes; Σ exp(s - m) v goes to `numerators` [BLOCK_G, BLOCK_D].
+
+    The compiler loads a tile's bytes two turns ahead, but nothing so small as positions and scales,
+    nor bytes of which a thread has fewer than four: those are loaded here, one turn ahead; the
+    bytes where AHEAD says so.
 
     All pointers are at their first of this head. Returns m [BLOCK_G] and mass [BLOCK_G].
     """
@@ -87,21 +103,32 @@ def over_codes(
     for i in tl.static_range(segments(VALUE_CODES)):
         sums = sums + (tl.zeros([BLOCK_G, segment(VALUE_CODES, i, "places")], tl.float32),)
     slots = first + tl.arange(0, BLOCK_C)
-    next_key_scale = tl.load(key_scales + slots, mask=slots < last, other=0.0)
-    next_value_scale = tl.load(value_scales + slots, mask=slots < last, other=0.0)
+    near = slots < last
+    next_position = tl.load(positions + slots, mask=near, other=-1)
+    next_key_scale = tl.load(key_scales + slots, mask=near, other=0.0)
+    next_value_scale = tl.load(value_scales + slots, mask=near, other=0.0)
+    if AHEAD:
+        next_keys = all_bytes(keys, slots, near, KEY_CODES, DOT)
+        next_values = all_bytes(values, slots, near, VALUE_CODES, DOT)
     for start in tl.range(bound(first), bound(last), BLOCK_C):
         slots = start + tl.arange(0, BLOCK_C)
         inside = slots < capacity
         ahead = slots < capacity - BLOCK_C
-        position = tl.load(positions + slots, mask=inside, other=-1).to(tl.int32)
-        held = (position != -1) & (slots != slot)
         # Whatever an empty slot's bytes are, they are codes; only its scales may be no numbers. So
-        # no load waits for the positions, and what is too small for the compiler to load ahead is
-        # loaded here, a tile ahead.
+        # no load waits for the positions.
+        held = (next_position.to(tl.int32) != -1) & (slots != slot)
         key_scale, value_scale = next_key_scale.to(tl.float32), next_value_scale.to(tl.float32)
+        next_position = tl.load(positions + BLOCK_C + slots, mask=ahead, other=-1)
         next_key_scale = tl.load(key_scales + BLOCK_C + slots, mask=ahead, other=0.0)
         next_value_scale = tl.load(value_scales + BLOCK_C + slots, mask=ahead, other=0.0)
-        s = products(queries, keys, slots, inside, KEY_CODES, DOT) - central[:, None]
+        if AHEAD:
+            key_bytes, value_bytes = next_keys, next_values
+            next_keys = all_bytes(keys, BLOCK_C + slots, ahead, KEY_CODES, DOT)
+            next_values = all_bytes(values, BLOCK_C + slots, ahead, VALUE_CODES, DOT)
+        else:
+            key_bytes = all_bytes(keys, slots, inside, KEY_CODES, DOT)
+            value_bytes = all_bytes(values, slots, inside, VALUE_CODES, DOT)
+        s = products(queries, key_bytes, KEY_CODES, BLOCK_G, BLOCK_C, DOT) - central[:, None]
         s = capped(s * (key_scale * SCALE)[None, :], SOFTCAP)
         s = tl.where(held[None, :], s, -INFINITY)
         if GAIN != GAIN_NONE:
@@ -120,7 +147,7 @@ def over_codes(
         level = level * fade + tl.sum(shares.to(tl.float32), 1)
         added = ()
         for i in tl.static_range(segments(VALUE_CODES)):
-            codes = load_codes(values, slots, inside, VALUE_CODES, i, DOT)
+            codes = codes_in(value_bytes[i], VALUE_CODES, i, DOT)
             total = tl.dot(shares, codes, sums[i] * fade[:, None], input_precision="ieee")
             added = added + (total,)
         sums = added

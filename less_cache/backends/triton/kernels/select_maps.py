@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
-"""Kernel A of a decode step: each head's victim, and both feature maps."""
+"""Kernel A of a decode step: each head's victim, and both feature maps; in one launch or in two."""
 
 import triton
 import triton.language as tl
@@ -117,6 +117,7 @@ def select_and_map(
     key_scales_row_stride,
     scores_row_stride,
     positions_row_stride,
+    SELECTS: tl.constexpr,
     KEY_CODES: tl.constexpr,
     START: tl.constexpr,
     GAIN: tl.constexpr,
@@ -138,7 +139,7 @@ def select_and_map(
 
     Program (unit, tile) has BLOCK_B sequences. Units below KV_HEADS choose their head's victims
     and map their keys; unit KV_HEADS + i maps query head i. A head's weights are thus read once
-    for the whole tile.
+    for the whole tile. Unless it SELECTS, the victims are those that `slot_out` has already.
 
     Shapes: q [B, Hq, D] by its strides; rows, lengths [B]; heads [Hkv, 3] as `head_slots` has it;
     keys [P, N, D], key_scales, scores, positions [P, N] by the strides of their rows; slot_out
@@ -157,23 +158,26 @@ def select_and_map(
         if rows is not None:
             row = tl.load(rows + sequences, mask=real, other=0).to(tl.int64)
         first, count = head_slots(heads, unit, capacity)
-        held_scores = scores
-        if scores is not None:
-            held_scores += row * scores_row_stride + first
-        slot = victims(
-            held_scores,
-            positions + row * positions_row_stride + first,
-            seen,
-            real,
-            count,
-            sinks,
-            recent_of(heads, unit, recent),
-            START,
-            GAIN,
-            BLOCK_B,
-            BLOCK_C,
-        )
-        tl.store(slot_out + outputs, slot, mask=real)
+        if SELECTS:
+            held_scores = scores
+            if scores is not None:
+                held_scores += row * scores_row_stride + first
+            slot = victims(
+                held_scores,
+                positions + row * positions_row_stride + first,
+                seen,
+                real,
+                count,
+                sinks,
+                recent_of(heads, unit, recent),
+                START,
+                GAIN,
+                BLOCK_B,
+                BLOCK_C,
+            )
+            tl.store(slot_out + outputs, slot, mask=real)
+        else:
+            slot = tl.load(slot_out + outputs, mask=real, other=0)
         if KIND != NO_MAPS:
             starts = row_start(keys, row, keys_row_stride, ALIGNED)
             # A slot that holds no pair may hold anything: what ψ makes of it is not read.

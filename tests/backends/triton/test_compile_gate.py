@@ -53,6 +53,9 @@ spilling = dataclasses.replace(wanted, constants=constants, warps=4, registers=N
 print(compile_gate.problems(compile_gate.compile_launch(spilling, 90), 128))
 waiting = dataclasses.replace(wanted, stages=2)
 print(compile_gate.problems(compile_gate.compile_launch(waiting, 90), 128))
+wanted = next(w for w in launches if w.kernel.__name__ == "attend_chunk")
+waiting = dataclasses.replace(wanted, stages=2)
+print(compile_gate.problems(compile_gate.compile_launch(waiting, 90), 128))
 coded = variants.Variant(codes=variants.Quantization(3, 3), head_dim=80)
 with recording() as launches:
     variants.launches_of(coded)
@@ -62,9 +65,9 @@ for launch in (wanted, left):
     print(compile_gate.problems(compile_gate.compile_launch(launch, 90), 80))
 """
     result = run(["-c", script], tmp_path)
-    spilled, waited, ahead, left, *_ = [*result.stdout.splitlines(), *4 * [""]]
+    spilled, waited, chunk, ahead, left, *_ = [*result.stdout.splitlines(), *5 * [""]]
     assert "registers spilled" in spilled, result.stdout + result.stderr
-    assert waited == "['no load is under way while the loop computes']"
+    assert waited == chunk == "['no load is under way while the loop computes']"
     assert ahead == "[]"
     # Positions and scales still come a turn ahead; 20 bytes of low bits and 10 of high ones do not.
     assert left == "['each turn waits for 4 loads of its own']"

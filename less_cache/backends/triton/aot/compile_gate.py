@@ -64,6 +64,8 @@ class Resources:
     """of `instructions`, those of the loop that has most matrix products"""
     tile: int
     """slots that a turn of that loop takes in; 0 where there are none"""
+    copies: int
+    """asynchronous copies into shared memory that a turn of that loop begins"""
     under_way: int
     """groups of loads that a loop leaves under way where it waits for one; 0: it waits for all"""
     ahead: int
@@ -92,7 +94,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
     compiled = compile_kernel(wanted, signature(wanted), capability)
     registers, spilled = read_usage(compiled.asm["cubin"])
     instructions, loop = count_instructions(compiled.asm["cubin"])
-    ahead, waited_for = plain_loads(compiled.asm["ttgir"])
+    copies, ahead, waited_for = loads_of_a_turn(compiled.asm["ttgir"])
     return Resources(
         kernel=wanted.kernel.__name__,
         variant=variant,
@@ -104,6 +106,7 @@ def compile_launch(wanted: Launch, capability: int, variant: str = "") -> Resour
         instructions=instructions,
         loop=loop,
         tile=wanted.constants.get("BLOCK_C", 0) if wanted.kernel.__name__ == "attend" else 0,
+        copies=copies,
         under_way=loads_under_way(compiled.asm["ptx"]),
         ahead=ahead,
         waited_for=waited_for,
@@ -141,13 +144,14 @@ def loads_under_way(ptx: str) -> int:
     return max(map(int, waits), default=0)
 
 
-def plain_loads(ttgir: str) -> tuple[int, int]:
-    """Loads into registers of the innermost loop that has most matrix products.
+def loads_of_a_turn(ttgir: str) -> tuple[int, int, int]:
+    """What the innermost loop that has most matrix products loads.
 
     Returns
     -------
     tuple of int
-        How many the next turn takes, and how many the same turn does.
+        Asynchronous copies into shared memory; loads into registers that the next turn takes; and
+        such that the same turn takes.
     """
     lines = ttgir.splitlines()
     loops = [_indented(lines, place) for place, line in enumerate(lines) if "scf.for" in line]
@@ -156,7 +160,8 @@ def plain_loads(ttgir: str) -> tuple[int, int]:
     inner = "\n".join(one for one in main if not one.lstrip().startswith("scf.yield"))
     loaded = re.findall(r"(%\w+)(?::\d+)? = tt\.load\b", inner)
     taken = [name for name in loaded if len(re.findall(re.escape(name) + r"\b", inner)) > 1]
-    return len(loaded) - len(taken), len(taken)
+    copies = len(re.findall(r"async_\w*copy_global_to_local\b", inner))
+    return copies, len(loaded) - len(taken), len(taken)
 
 
 def _indented(lines: list[str], place: int) -> list[str]:
@@ -177,7 +182,7 @@ def problems(found: Resources, head_dim: int) -> list[str]:
     that waits in each turn for what it has only begun to load.
     """
     wrong = []
-    if found.kernel in PIPELINED and not (found.under_way or found.ahead):
+    if found.kernel in PIPELINED and not (found.under_way if found.copies else found.ahead):
         wrong.append("no load is under way while the loop computes")
     if found.kernel in PIPELINED and found.waited_for:
         wrong.append(f"each turn waits for {found.waited_for} loads of its own")
@@ -215,7 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{found.kernel:16} sm_{found.capability:<4} registers {found.registers:3} "
             f"spilled {found.spilled_bytes:5} shared {found.shared_bytes:6} "
             f"instructions {found.instructions:5} loop {found.loop:4} tile {found.tile:3} "
-            f"under way {found.under_way} ahead {found.ahead} waited for {found.waited_for} "
+            f"copies {found.copies} under way {found.under_way} ahead {found.ahead} "
+            f"waited for {found.waited_for} "
             f"{found.variant} {'; '.join(wrong)}",
             flush=True,
         )

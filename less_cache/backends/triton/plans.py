@@ -49,7 +49,10 @@ They have many sequences each, and few slots at a time. One more launch costs le
 """
 
 SCORES_A_THREAD = 2
-"""Slots whose scores a thread of kernel B updates at a time."""
+"""Slots whose scores a thread of kernel B updates at a time, at most ranks."""
+
+SCORES_AT_RANK_16 = 4
+"""The same at ranks from 9 to 16: by the compiler's report 2 would spill a few bytes on sm_80."""
 
 SCORES_AT_THE_END = 8
 """The same of `conclude_split`, which has registers to spare and many slots to go through."""
@@ -135,6 +138,7 @@ class StepLaunches:
             **strides,
             "logits_row_stride": layer.slots * layer.group,
         }
+        scores = SCORES_AT_RANK_16 if 8 < layer.rank <= 16 else SCORES_A_THREAD
         shared = {
             **codes_constants(layer),
             "HAS_MASK": mask is not None,
@@ -148,7 +152,7 @@ class StepLaunches:
             "BLOCK_G": tile.group,
             "BLOCK_D": tile.head_dim,
             "BLOCK_R": tile.rank,
-            "BLOCK_S": SCORES_A_THREAD * 32 * tile.warps,
+            "BLOCK_S": scores * 32 * tile.warps,
         }
         constants = {
             **shared,

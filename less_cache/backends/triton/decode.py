@@ -1,4 +1,4 @@
-"""A decode step: kernel A, kernel B, and a third where one head's slots are shared out.
+"""A decode step: kernel A, in one launch or two, kernel B, and one more where slots are shared out.
 
 Nothing here waits for the device or depends on what it holds, so that a whole model's step can be
 captured in one CUDA graph; replaying it allocates nothing. Kernels are compiled for a model, not

@@ -160,8 +160,8 @@ def _scan_run(
         constants,
         device=k.device,
         warps=warps,
-        # With so many warps the assembler would rather spill some.
-        registers=ALL_REGISTERS if slots > 512 else None,
+        # Left alone, the assembler would rather spill some.
+        registers=ALL_REGISTERS,
     )
     return times
 

@@ -329,6 +329,28 @@ def predictions(card: Card) -> list[str]:
     return lines
 
 
+def scans(card: Card) -> list[str]:
+    """Lines of Markdown: microseconds of kernel A, and the share of its scan for victims."""
+    lines = [
+        "| shape | batch | C | in one launch | as built | victim known "
+        "| of the cache's step the scan takes, in one launch | as built |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, shape), batch, capacity in itertools.product(
+        SHAPES.items(), (1, 16, 64), (205, 819, 8192)
+    ):
+        step = Step(batch, *shape, capacity, 8)
+        known = step._maps(scans=False).seconds(card)
+        together = step._maps(scans=True).seconds(card)
+        built = sum(kernel.seconds(card) for kernel in step._first().values())
+        rest = step.seconds(card) - built
+        shares = (100 * (spent - known) / (rest + spent) for spent in (together, built))
+        times = " | ".join(f"{1e6 * spent:.1f}" for spent in (together, built, known))
+        percents = " | ".join(f"{share:.0f} %" for share in shares)
+        lines.append(f"| {name} | {batch} | {capacity} | {times} | {percents} |")
+    return lines
+
+
 def main() -> int:
     print("Published times on an A100, microseconds, and what the model makes of them:\n")
     print(
@@ -347,6 +369,8 @@ def main() -> int:
     for name, card in CARDS.items():
         print(f"\nOne layer's step, H2O, fp16, predicted on {name}, microseconds:\n")
         print("\n".join(predictions(card)))
+        print(f"\nKernel A of it, predicted on {name}, microseconds:\n")
+        print("\n".join(scans(card)))
     return 0
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import gpu_model
 from benchmarks.gpu_model import CARDS, Kernel, Loop, Step
+from less_cache.backends.triton import plans
 from less_cache.backends.triton.aot.on_meta import meta_maps, meta_step
 from less_cache.backends.triton.launch import recording
 from less_cache.backends.triton.tiles import tiles
@@ -66,3 +67,12 @@ def test_no_step_is_faster_than_its_bytes_and_all_are_faster_than_before():
             assert step.bytes / card.bandwidth < step.seconds(card)
             assert step.seconds(card) < dataclasses.replace(step, before=True).seconds(card)
             assert dataclasses.replace(step, rank=0).seconds(card) < step.seconds(card)
+
+
+def test_many_slots_are_looked_through_in_less_time_apart():
+    for card in CARDS.values():
+        for line in gpu_model.scans(card)[2:]:
+            capacity, together, built, known = map(float, line.split(" | ")[2:6])
+            assert known < built
+            assert (built == together) == (capacity <= plans.MOST_SCANNED)
+            assert built < together or capacity < 8192

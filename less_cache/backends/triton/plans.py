@@ -292,11 +292,12 @@ def _first_kernel(
         "recent": layer.policy.protected_recent,
         **{name: strides[name] for name in own},
     }
+    rank = 0 if maps is None else layer.rank
     sequences = 1 if maps is None else 16 if batch <= 16 else 32
     dtype = q.dtype if maps is None else maps.tensors["phi_w1"].dtype
     # A row of the first product is a hidden number: with as many as eight warps have, none repeats
     # another's; wider heads would take too much shared memory, higher ranks too many registers.
-    wide = layer.head_dim > 128 or layer.rank > 32
+    wide = layer.head_dim > 128 or rank > 32
     most_hidden = 32 if dtype.itemsize == 4 else 64 if wide else 128
     constants = {
         "SELECTS": selects,
@@ -309,13 +310,13 @@ def _first_kernel(
         "KEY_CODES": codes_text(layer.key_layout),
         "HEAD_DIM": layer.head_dim,
         "HIDDEN": 0 if maps is None else maps.hidden,
-        "RANK": layer.rank if maps is not None else 0,
+        "RANK": rank,
         "ALIGNED": aligned,
         "BLOCK_B": sequences,
         "BLOCK_C": SLOTS_A_TILE[sequences],
         "BLOCK_D": block(layer.head_dim),
         "BLOCK_H": most_hidden if maps is None else min(most_hidden, block(maps.hidden)),
-        "BLOCK_R": block(layer.rank if maps is not None else 0),
+        "BLOCK_R": block(rank),
         "DOT": dot_type(dtype),
     }
     units = layer.kv_heads + (layer.query_heads if maps is not None else 0)

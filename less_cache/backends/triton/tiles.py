@@ -80,7 +80,7 @@ def tiles(
     slots = max(16, slots)
     ahead = coded and not (aligned and asynchronous(layer, slots, warps))
     if ahead and layer.dtype != "float32":
-        # Two tiles are in registers then.
+        # Two tiles are in registers then; those of float32 are small enough as they are.
         slots = max(16, slots // 2)
     blocks = triton.cdiv(max(layer.capacities), slots)
     if splits is None:

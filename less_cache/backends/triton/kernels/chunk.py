@@ -39,7 +39,8 @@ def attended(
 
     A query sees a column that holds a pair and is no later than its own, `latest` [BLOCK_M]. All
     values are finite, so that a weight of 0 makes nothing of one that it does not see: no load
-    waits for positions. Those the compiler may find too small to load ahead: they are, here.
+    waits for positions. The compiler may find positions too small to load ahead, so they are loaded
+    a turn ahead here.
     """
     d = tl.arange(0, BLOCK_D)
     # 64 bits to the head, 32 within it: half the registers of 64-bit pointers.

@@ -86,9 +86,9 @@ def over_codes(
 ):
     """`attend.over_slots` over codes; Σ exp(s - m) v goes to `numerators` [BLOCK_G, BLOCK_D].
 
-    The compiler loads a tile's bytes two turns ahead, but nothing so small as positions and scales,
-    nor bytes of which a thread has fewer than four: those are loaded here, one turn ahead; the
-    bytes where AHEAD says so.
+    The compiler loads a tile's bytes two turns ahead, but not what is as small as positions and
+    scales, nor bytes of which a thread has fewer than four. So positions and scales are loaded here
+    one turn ahead, and bytes, too, if AHEAD.
 
     All pointers are at their first of this head. Returns m [BLOCK_G] and mass [BLOCK_G].
     """
